@@ -1,0 +1,252 @@
+"""Puts a run together: checks everything that can be checked alone, joins the groups, builds engine, data and server."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from . import checkpoint, logs, strategies
+from .client import Client, LocalTrainer, frozen_twin
+from .config import Config, ConfigError, dump
+from .coordinator import Coordinator
+from .data.order import Position
+from .data.pipeline import ClientData
+from .data.pool import DecodePool
+from .data.shards import Dataset, open_dataset, preflight
+from .data.tokens import load_tokenizer
+from .engine import Engine, build_monitor
+from .logs import logger
+from .model import DualEncoder, build_model
+from .objectives import build as build_objective
+from .processing import DualEncoderProcessor, build_processor
+from .server import OwnModels, Server
+from .strategies import Strategy
+from .topology import Launch, Plan, Topology, choose_device, plan
+from .rounds import Run
+
+POOLED = "pooled"  # the one client of a strategy that pools the data
+
+# Keys that may differ between a checkpoint and the run that resumes it: they do not change the mathematics.
+FREE_ON_RESUME = ("run.output_dir", "run.resume", "run.device", "run.monitor", "data.root", "data.num_workers", "data.prefetch",
+                  "data.verify", "data.max_bad_fraction", "data.micro_batch_size", "clients.timeout_s", "clients.minimum",
+                  "objective.impl", "objective.anchors", "schedule.rounds", "topology", "checkpoint", "evaluation", "deepspeed")
+
+
+def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
+    """Everything about data, topology and device that can be wrong, before any process group starts.
+
+    Returns the dataset, the ids of its clients and the plan. Raises ConfigError with a line per problem.
+    """
+    problems: list[str] = []
+    strategy = strategies.build(config.strategy)
+    problems += preflight(
+        config.data.root,
+        config.clients.ids,
+        batch_size=config.data.batch_size,
+        eval_batch_size=config.dro.evaluation_batch_size,
+        eval_split=config.evaluation.split if config.evaluation.every > 0 else None,
+        verify=config.data.verify and launch.rank == 0,
+        pooled=strategy.pools_data,
+    )
+    if problems:
+        raise ConfigError(problems)
+    dataset = open_dataset(str(config.data.root), config.clients.ids)
+    ids = list(dataset.client_ids)
+    num_clients = 1 if strategy.pools_data else len(ids)
+    if config.clients.minimum > num_clients:
+        problems.append(f"clients.minimum: {config.clients.minimum} is more than the {num_clients} clients there are")
+    weights = config.dro.fixed_weights
+    if weights is not None and len(weights) != num_clients:
+        problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")
+    layout = None
+    try:
+        choose_device(config.run.device, launch.local_rank)
+        layout = plan(launch.world_size, num_clients, config.topology.ranks_per_slot)
+        if config.data.batch_size % layout.ranks_per_slot:
+            problems.append(
+                f"data.batch_size: {config.data.batch_size} pairs do not divide over the {layout.ranks_per_slot} ranks of a client"
+            )
+    except ValueError as error:
+        problems.append(str(error))
+    if problems or layout is None:
+        raise ConfigError(problems)
+    return dataset, ids, layout
+
+
+def build(config: Config) -> Run:
+    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts."""
+    launch = Launch.from_environment()
+    logs.setup(launch.rank)
+    dataset, dataset_ids, layout = check(config, launch)
+    strategy = strategies.build(config.strategy)
+    device = choose_device(config.run.device, launch.local_rank)
+    tokenizer = tokenizer_of(config)
+    processor = build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
+    seed_everything(config.run.seed)
+    model = model_of(config, tokenizer)
+
+    topology = Topology(layout, launch, device, config.clients.timeout_s)
+    if topology.is_coordinator:
+        logger.info("%s on %s, %s", layout.describe(), device, config.strategy.name)
+    resumed = agree_on_checkpoint(config, topology)
+
+    objective = build_objective(config.objective)
+    replays = config.objective.anchors == "replay" or not objective.needs_anchors
+    frozen_aligner = frozen_twin(model.aligner, torch.device("cpu"), torch.float32)
+    frozen_model = None if replays else frozen_twin(model, torch.device("cpu"), torch.float32)
+    if device.type == "cpu" and topology.plan.ranks_per_slot > 1 and config.model.head.norm == "batchnorm":
+        raise ConfigError(["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"])
+    if topology.plan.ranks_per_slot > 1:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model_config = model.config
+    engine = Engine(model, config, device=device, shard=topology.shard, num_shards=layout.ranks_per_slot)
+    frozen_aligner.to(device=device, dtype=engine.dtype)
+    if frozen_model is not None:
+        frozen_model.to(device=device, dtype=engine.dtype)
+    trainer = LocalTrainer(engine, frozen_aligner, frozen_model, objective, config, topology)
+
+    clients, validation, client_ids, num_samples = build_clients(
+        config, dataset, dataset_ids, strategy, topology, tokenizer, processor
+    )
+    server = Server(engine) if strategy.averages else OwnModels(engine, clients)
+    center = strategy.center(config, num_samples)
+    weights, next_round = strategy.initial_weights(config, center), 0
+    run_dir = Path(config.run.output_dir)
+    coordinator = metrics = monitor = None
+    if resumed is not None:
+        state = checkpoint.read_coordinator(resumed)
+        weights, next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
+        for owner in server.states:
+            checkpoint.SavedModel(resumed, owner).load_into(engine)
+            server.states[owner] = server.read_engine()
+        for client in clients:
+            client.position = Position(**state["positions"][client.id])
+    if topology.is_coordinator:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        logs.write_atomic(run_dir / "config.yaml", dump(config))
+        metrics = logs.MetricsFile(run_dir / "metrics.jsonl", next_round)
+        coordinator = Coordinator(config, topology, strategy, client_ids, center, weights)
+        if config.run.monitor:
+            monitor = build_monitor(config.run.monitor, str(run_dir), "events")
+    return Run(
+        config=config, strategy=strategy, topology=topology, engine=engine, trainer=trainer, server=server,
+        client_ids=client_ids, clients=clients, validation=validation, num_samples=num_samples, weights=weights,
+        next_round=next_round, coordinator=coordinator, metrics=metrics, monitor=monitor,
+        model_config=model_config, processor=processor,
+    )
+
+
+def build_clients(
+    config: Config, dataset: Dataset, dataset_ids: list[str], strategy: Strategy, topology: Topology,
+    tokenizer: PreTrainedTokenizerBase, processor: DualEncoderProcessor,
+) -> tuple[list[Client], dict[str, ClientData], list[str], list[int]]:
+    """This slot's clients, their evaluation data by client id, and all clients' ids and numbers of training pairs."""
+    members = {POOLED: dataset_ids} if strategy.pools_data else {i: [i] for i in dataset_ids}
+    num_samples = [sum(dataset.num_samples(i, "train") for i in ids) for ids in members.values()]
+    pool = DecodePool(config.data.num_workers, config.data.prefetch, timeout_s=config.clients.timeout_s)
+    common: dict[str, Any] = {
+        "config": config.data, "seed": config.run.seed, "tokenizer": tokenizer, "image_mean": processor.image_mean,
+        "image_std": processor.image_std, "shard": topology.shard, "num_shards": topology.plan.ranks_per_slot, "pool": pool,
+    }
+    client_ids = list(members)
+    clients, validation = [], {}
+    for index in topology.plan.clients_of(topology.slot):
+        name = client_ids[index]
+        clients.append(Client(index, name, ClientData(dataset, members[name], "train", **common)))
+        if config.evaluation.every > 0:
+            for member in members[name]:
+                validation[member] = ClientData(dataset, [member], config.evaluation.split, **common)
+    return clients, validation, client_ids, num_samples
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """model.text.tokenizer, else the one beside the pretrained weights, else the shipped vocabulary. Raises ConfigError."""
+    text = config.model.text
+    try:
+        return load_tokenizer(text.tokenizer or text.pretrained or config.model.pretrained)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoder:
+    """The dual encoder, fp32 on the host. Raises ConfigError."""
+    try:
+        return build_model(
+            config.model,
+            config.objective,
+            image_size=config.data.image_size,
+            vocab_size=len(tokenizer),
+            pad_token_id=int(tokenizer.pad_token_id or 0),
+            max_text_length=config.data.text_length,
+        )
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def agree_on_checkpoint(config: Config, topology: Topology) -> Path | None:
+    """The checkpoint that all ranks resume from, chosen by the coordinator, or None. Raises ConfigError on every rank."""
+    message: dict[str, Any] = {}
+    if topology.is_coordinator:
+        try:
+            folder = choose_checkpoint(config)
+            message = {"folder": None if folder is None else str(folder), "problems": []}
+        except ConfigError as error:
+            message = {"folder": None, "problems": error.problems}
+        topology.post("resume", message)
+    message = topology.fetch("resume", sender="the coordinator (rank 0)")
+    if message["problems"]:
+        raise ConfigError(message["problems"])
+    if topology.is_coordinator and message["folder"]:
+        logger.info("resuming from %s", message["folder"])
+    return Path(message["folder"]) if message["folder"] else None
+
+
+def choose_checkpoint(config: Config) -> Path | None:
+    """run.resume: the newest whole checkpoint (auto), none (never), or the one named. Raises ConfigError."""
+    run_dir, wanted = Path(config.run.output_dir), config.run.resume
+    if wanted == "never":
+        if any((run_dir / "checkpoints").glob("round-*")):
+            raise ConfigError([f"run.resume: never, but {run_dir} holds checkpoints; choose another run.output_dir, or auto"])
+        return None
+    if wanted == "auto":
+        folder = checkpoint.find_newest(run_dir)
+    else:
+        folder = Path(wanted)
+        problem = checkpoint.check(folder)
+        if problem is not None:
+            raise ConfigError([f"run.resume: {wanted} is not a whole checkpoint: {problem}"])
+    if folder is not None:
+        saved = checkpoint.read_coordinator(folder)["config"]
+        conflicts = differences(saved, config.model_dump(mode="json"))
+        if conflicts:
+            raise ConfigError([f"{line}; keep it, or start anew in another run.output_dir" for line in conflicts])
+    return folder
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line per key whose value in a checkpoint's config differs and matters, the key first."""
+    out = []
+    for key in sorted(saved.keys() | now.keys()):
+        path = prefix + key
+        if path in FREE_ON_RESUME:
+            continue
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and path not in ("model.adapter",):
+            out += differences(a, b, f"{path}.")
+        elif a != b:
+            out.append(f"{path}: is {b!r}, but the checkpoint was trained with {a!r}")
+    return out
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch alike on every rank, so that all build the same initial weights."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,114 @@
+"""The `feddra-ds` command: one parser, each command's work in its own module."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import yaml
+
+from . import __version__
+from .config import ConfigError, dump, get_path, known_keys, load, set_path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="feddra-ds", description="Federated distributionally robust vision-language pre-training.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_train(commands.add_parser("train", help="train from a config", formatter_class=argparse.RawDescriptionHelpFormatter))
+    data = commands.add_parser("data", help="make, convert, split and look at shards")
+    if "data" in (argv if argv is not None else sys.argv[1:])[:1]:
+        add_data(data)  # imports what it lists
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(args.run(args, rest) if args.command == "train" else args.run(args))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"feddra-ds: {problem}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"feddra-ds: {error}", file=sys.stderr)
+        return 2
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `train`; every config key is an option, listed by --help."""
+    parser.add_argument("--config", metavar="FILE", help="YAML config (configs/ has examples); keys given as options come on top")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
+    parser.epilog = "config keys, given as --section.key value (YAML values), with their defaults:\n" + "\n".join(
+        f"  --{key}  (default: {_default(info)})\n        {info.description or ''}" for key, info in known_keys().items()
+    )
+    parser.set_defaults(run=run_train)
+
+
+def run_train(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .train import run
+
+    overrides = parse_overrides(rest)
+    if args.print_config:
+        print(dump(load(args.config, overrides)), end="")
+        return 0
+    return run(args.config, overrides)
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` as a nested dict, values read as YAML. Raises ConfigError."""
+    tree: dict[str, Any] = {}
+    problems, items = [], list(arguments)
+    while items:
+        item = items.pop(0)
+        key, equals, value = item.partition("=")
+        if not key.startswith("--") or len(key) < 3:
+            problems.append(f"{item}: is not an option; write --section.key value")
+            continue
+        if not equals:
+            if not items:
+                problems.append(f"{key[2:]}: has no value; write {key} VALUE")
+                continue
+            value = items.pop(0)
+        if get_path(tree, key[2:]) is not None:
+            problems.append(f"{key[2:]}: given twice")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        if isinstance(parsed, str) and _is_float(parsed):
+            parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text
+        set_path(tree, key[2:], parsed)
+    if problems:
+        raise ConfigError(problems)
+    return tree
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Subcommands of `data`, each with its own module."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    for name, module_name, about in (
+        ("synth", "synthetic", "make radiograph-like images with reports for five sites"),
+        ("convert", "convert", "turn a CSV and a folder of images into shards per client"),
+        ("partition", "partition", "split labelled shards over clients by a Dirichlet draw"),
+        ("inspect", "inspect", "show what a folder of shards holds"),
+    ):
+        module = import_module(f".data.{module_name}", __package__)
+        sub = commands.add_parser(name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+
+
+def _default(info: Any) -> str:
+    value = info.get_default(call_default_factory=True)
+    return "null" if value is None else str(value)
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text[:1] in "+-.0123456789"

@@ -1,0 +1,215 @@
+"""The one DeepSpeed engine of a rank: build it, step it, read and write its fp32 masters. Only file to import deepspeed.
+
+The model has two parts, `aligner` and `backbone` (the prefixes of its parameter names), which are optimizer groups of
+one engine, built once for the run (DESIGN 3). A part's weights travel as `PartState`: host copies of its slices.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config, get_path
+from .masters import Fragment, Slice, find_masters, reset_state
+
+PARTS = ("aligner", "backbone")
+BUFFERS = "buffers"  # what is not trained but travels: running statistics, counters
+PartState = list[Tensor]  # one flat host tensor per slice of a part, in the engine's order
+
+
+class Engine:
+    """A DeepSpeed engine over a dual encoder, seen as two parts of fp32 slices."""
+
+    module: nn.Module  # the model, with hooks and partitions as its ZeRO stage puts them
+    device: torch.device
+    dtype: torch.dtype  # of the forward
+    num_shards: int  # ranks of the slot
+
+    def __init__(self, model: nn.Module, config: Config, *, device: torch.device, shard: int, num_shards: int):
+        """Build once per run, collectively over the slot. The model: fp32 on the host, equal on every rank."""
+        deepspeed = _import_deepspeed(device)
+        self.device, self.shard, self.num_shards = device, shard, num_shards
+        fragment = copy.deepcopy(config.deepspeed)
+        self.dtype = _dtype(fragment)
+        self.zero_stage = int(get_path(fragment, "zero_optimization.stage") or 0)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        groups = parameter_groups(model, config.optimizer.weight_decay)
+        self._group_parts = [group["part"] for group in groups]
+        micro_batch = max(1, config.data.batch_size // num_shards)
+        fragment |= {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": fragment.get("gradient_clipping", 0.0),  # DeepSpeed's own default is 1.0
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        self._ds, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(groups, config, fragment),
+            config=fragment,
+            dist_init_required=False,
+        )
+        self.module = self._ds.module
+        masters = find_masters(self._ds, self.module, shard, num_shards)
+        self._refresh = masters.refresh
+        self._slices: dict[str, list[Slice]] = {
+            part: [s for s in masters.slices if self._group_parts[s.group] == part] for part in PARTS
+        }
+        # The cast to bf16 rounded the masters, and some optimizers take a step at construction: write what was meant.
+        self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
+        self.reset_optimizer()
+
+    # ---- training
+    def __call__(self, **batch: Any) -> Any:
+        return self._ds(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a loss that is equal on all ranks of the slot and whose gradients are this rank's additive share."""
+        self._ds.backward(loss * self.num_shards)  # DeepSpeed averages over the ranks; the shares must be summed
+
+    def step(self) -> None:
+        self._ds.step()
+
+    def train(self, mode: bool = True) -> None:
+        self._ds.train(mode)
+
+    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
+        """Learning rate of each part; 0 freezes it to the bit, weight decay included."""
+        for group, part in zip(self._ds.optimizer.param_groups, self._group_parts, strict=True):
+            group["lr"] = rates[part]
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments and step counts, as at the start of each stage (ALGORITHM 6)."""
+        reset_state(self._ds)
+
+    # ---- weights
+    def slices(self, part: str) -> list[Tensor]:
+        """The live fp32 masters of a part on this rank, flat, padding included; peers hold the same elements.
+
+        `buffers` gives the model's persistent buffers, each flat, in their own dtypes.
+        """
+        if part == BUFFERS:
+            return [buffer.view(-1) for buffer in self.buffers().values()]
+        return [s.tensor.view(-1) for s in self._slices[part]]
+
+    def snapshot(self, part: str) -> PartState:
+        """Host copies of a part's slices."""
+        return [s.detach().to("cpu", copy=True) for s in self.slices(part)]
+
+    def write(self, states: Mapping[str, Sequence[Tensor]]) -> None:
+        """Write parts into the masters and make the next forward use them. Collective over the slot for ZeRO 1-3."""
+        with torch.no_grad():
+            for part, tensors in states.items():
+                for live, new in zip(self.slices(part), tensors, strict=True):
+                    live.copy_(new)
+        self._refresh()
+
+    def views(self, part: str) -> Iterator[tuple[Fragment, Tensor]]:
+        """Each fragment of a part with its elements (flat, live, no padding)."""
+        for one in self._slices[part]:
+            yield from one.views()
+
+    def views_of(self, part: str, state: PartState) -> Iterator[tuple[Fragment, Tensor]]:
+        """Each fragment of a part with its elements in a host state of that part."""
+        for one, tensor in zip(self._slices[part], state, strict=True):
+            for fragment in one.fragments:
+                yield fragment, tensor.narrow(0, fragment.offset, fragment.length)
+
+    def load(self, read: Any) -> None:
+        """Write all parts from `read(fragment) -> flat fp32 tensor` and refresh."""
+        with torch.no_grad():
+            for part in PARTS:
+                for fragment, view in self.views(part):
+                    view.copy_(read(fragment))
+        self._refresh()
+
+    # ---- a second look at a part
+    def copy_part(self, part: nn.Module, into: nn.Module) -> None:
+        """Copy a submodule's working weights (gathered where ZeRO 3 partitions them) and buffers into a plain twin."""
+        with self._gathered(part), torch.no_grad():
+            for target, source in zip(into.parameters(), part.parameters(), strict=True):
+                target.copy_(source)
+            for target, source in zip(into.buffers(), part.buffers(), strict=True):
+                target.copy_(source)
+
+    @contextmanager
+    def _gathered(self, part: nn.Module) -> Iterator[None]:
+        if self.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(part.parameters())):
+            yield
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's persistent buffers by name, live."""
+        persistent = set(self.module.state_dict().keys()) - set(self.shapes)
+        return {name: b for name, b in self.module.named_buffers() if name in persistent}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature)."""
+    decays = set(model.decay_parameter_names())  # type: ignore[operator]
+    groups = []
+    for part in PARTS:
+        named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
+        for decay in (True, False) if weight_decay > 0 else (None,):
+            parameters = [p for n, p in named if decay is None or (n in decays) == decay]
+            if parameters:
+                groups.append({"params": parameters, "part": part, "weight_decay": weight_decay if decay else 0.0})
+    return groups
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: Config, fragment: dict[str, Any]) -> torch.optim.Optimizer:
+    """The local optimizer over parameter groups; DeepSpeed's CPUAdam where the optimizer is offloaded."""
+    options = config.optimizer
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    if get_path(fragment, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=options.lr, betas=options.betas, eps=options.eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+
+def build_monitor(kinds: Sequence[str], output_dir: str, name: str) -> Any:
+    """DeepSpeed's MonitorMaster writing scalars under output_dir; for the coordinator only (it writes once per world)."""
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    keys = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
+    where: dict[str, Any] = {"enabled": True, "output_path": output_dir, "job_name": name}
+    fragment = {keys[k]: {"enabled": True, "project": name} if k == "wandb" else where for k in kinds}
+    return MonitorMaster(get_monitor_config(fragment))
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, whatever the launcher
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's shared-memory all-reduce for CPUs names its segments by port and rank: two slots on a host would
+    # write into each other's. gloo is used instead, which also spares a first run the C++ build.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
+
+
+def _dtype(fragment: Mapping[str, Any]) -> torch.dtype:
+    if get_path(dict(fragment), "bf16.enabled"):
+        return torch.bfloat16
+    if get_path(dict(fragment), "fp16.enabled"):
+        return torch.float16
+    return torch.float32

@@ -1,0 +1,115 @@
+"""A trained model as a folder that needs no DeepSpeed: safetensors, config.json and the processor's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from .encoders import load_config, quiet
+from .model import DualEncoder, DualEncoderConfig, register
+from .processing import DualEncoderProcessor
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save_model(
+    state: Mapping[str, Tensor],
+    config: DualEncoderConfig,
+    processor: DualEncoderProcessor,
+    out_dir: str | Path,
+    *,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> Path:
+    """Write a model folder, whole or not at all: an old `out_dir` is replaced only when the new one is on disk.
+
+    state: every parameter and persistent buffer by name, on the CPU. Raises ValueError where names or shapes are not
+    those of the model that `config` describes.
+    """
+    _check_state(state, config)
+    out = Path(out_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+        save_torch_state_dict(tensors, partial, max_shard_size=max_shard_size)
+        config.architectures = [DualEncoder.__name__]
+        config.dtype = next(iter(tensors.values())).dtype
+        config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        for path in partial.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        partial.chmod(0o755)
+        _replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _check_state(state: Mapping[str, Tensor], config: DualEncoderConfig) -> None:
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in DualEncoder(config).state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wanted != got:
+        wrong = sorted(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n))
+        shown = ", ".join(f"{n} (is {got.get(n, 'missing')}, should be {wanted.get(n, 'absent')})" for n in wrong[:3])
+        raise ValueError(f"these weights are not the model's: {len(wrong)} names differ, {shown}")
+
+
+def _replace(new: Path, out: Path) -> None:
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(new, out)
+    shutil.rmtree(old, ignore_errors=True)
+    directory = os.open(out.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor]:
+    """The model (eval mode, CPU) and processor of a run directory, a run's `model/` or an export.
+
+    `model(**processor(images=…, text=…, return_tensors="pt"))` has `.image_embeds` and `.text_embeds`, (B, D), unit
+    norm. Needs no DeepSpeed. Raises ValueError naming what is missing.
+    """
+    register()
+    folder = find_model(path)
+    config = load_config(str(folder), "load_pretrained")
+    if not isinstance(config, DualEncoderConfig):
+        raise ValueError(f"{folder} holds a {config.model_type} model, not one exported by feddra-ds")
+    try:
+        with quiet():
+            model, info = DualEncoder.from_pretrained(folder, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: its weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{folder}: its weights lack {len(missing)} parameters, {missing[0]} among them")
+    return model.eval(), DualEncoderProcessor.from_pretrained(folder)
+
+
+def find_model(path: str | Path) -> Path:
+    """The folder with config.json in a run directory, or `path` itself. Raises ValueError."""
+    root = Path(path).expanduser()
+    for folder in (root / "model", root):
+        if (folder / "config.json").is_file():
+            return folder
+    if (root / "checkpoints").is_dir():
+        raise ValueError(f"{root} has no model/ yet; `feddra-ds export {root} --out DIR` writes its newest checkpoint")
+    what = "has no config.json" if root.is_dir() else "does not exist"
+    raise ValueError(f"{root} {what}; give a run directory, its model/ or an exported folder")
+
+
+def read_config(folder: str | Path) -> dict[str, object]:
+    """config.json of an exported model."""
+    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))

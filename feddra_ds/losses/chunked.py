@@ -1,0 +1,177 @@
+"""The tile loop in PyTorch: any device, O(B) memory beyond a constant tile, float32 or float64 arithmetic.
+
+A *block* is M rows x against N columns y; over a group the columns come from other ranks, and only the block of a
+rank's own columns has the diagonal. With u, v the normalised rows, S = scale · u vᵀ (scale = 1/τ), a block gives
+    ita      row_j = logsumexp_k S_jk,            col_k = logsumexp_j S_jk            merged by logaddexp
+    siglip   row_j = Σ_k softplus(−z(S_jk + b)),  col_k = Σ_j the same                merged by addition
+and, from the upstream coefficients r_j, c_k of row_j and col_k, with G_jk = ∂L/∂S_jk
+    ita      G_jk = r_j exp(S_jk − row_j) + c_k exp(S_jk − col_k) − δ_jk (r_j + c_j)
+    siglip   G_jk = (r_j + c_k)(σ(S_jk + b) − δ_jk)
+the sums du = G v, dv = Gᵀ u, Σ G S and Σ G.
+
+Shape letters: M rows, N columns, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from feddra_ds.losses.reference import EPS
+from feddra_ds.losses.types import Kind
+
+TILE_ROWS = 512
+TILE_COLUMNS = 2048
+MAX_EXPONENT = 80.0  # exp(±80) is a normal float32
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for every other floating dtype."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def row_norms(x: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Reciprocal norms (M,) of the rows of `x` (M, D), and their distances (M,) to `anchor`, mean_d (u − u_g)²."""
+    dtype = compute_dtype(x)
+    inverse = torch.empty(len(x), dtype=dtype, device=x.device)
+    distance = torch.zeros_like(inverse)
+    for s in _slices(len(x), TILE_ROWS):
+        rows = x[s].to(dtype)
+        inverse[s] = 1 / rows.norm(dim=1).clamp_min(EPS)
+        if anchor is not None:
+            distance[s] = (rows * inverse[s, None] - F.normalize(anchor[s].to(dtype), dim=1, eps=EPS)).square().mean(1)
+    return inverse, distance
+
+
+def block_stats(
+    x: Tensor, y: Tensor, rx: Tensor, ry: Tensor, scale: Tensor, bias: Tensor, diagonal: bool, kind: Kind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row (M,), col (N,), diag S_jj (M,)) of a block; `rx`, `ry` are reciprocal norms. diag is 0 without diagonal."""
+    row, col, diag = empty_stat(rx, kind), empty_stat(ry, kind), torch.zeros_like(rx)
+    shift = _common_shift(scale, rx)
+    for i in _slices(len(x), TILE_ROWS):
+        u = _scaled(x, rx, i) * scale
+        for k in _slices(len(y), TILE_COLUMNS):
+            s = u @ _scaled(y, ry, k).T
+            if diagonal:
+                _diagonal_of(diag, i, k).copy_(_tile_diagonal(s, i, k))
+            if kind == "siglip":
+                if diagonal:
+                    _tile_diagonal(s, i, k).neg_().sub_(2 * bias)  # −z(S + b) with z = 1, b added below
+                s = F.softplus(s.add_(bias))
+                row[i] += s.sum(1)
+                col[k] += s.sum(0)
+            elif shift is not None:
+                s.sub_(shift).exp_()
+                row[i] = torch.logaddexp(row[i], s.sum(1).log_().add_(shift))
+                col[k] = torch.logaddexp(col[k], s.sum(0).log_().add_(shift))
+            else:
+                row[i] = torch.logaddexp(row[i], s.logsumexp(1))
+                col[k] = torch.logaddexp(col[k], s.logsumexp(0))
+    return row, col, diag
+
+
+def block_grads(
+    x: Tensor,
+    y: Tensor,
+    rx: Tensor,
+    ry: Tensor,
+    row: Tensor,
+    col: Tensor,
+    row_coef: Tensor,
+    col_coef: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    diagonal: bool,
+    kind: Kind,
+    du: Tensor,
+    dv: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Adds G v to `du` (M, D) and Gᵀ u to `dv` (N, D) of a block; gives (Σ G S, Σ G).
+
+    `row`, `col` are the statistics over *all* columns and rows of the batch, not only this block's.
+    """
+    sum_gs, sum_g = torch.zeros_like(scale), torch.zeros_like(scale)
+    shift = _common_shift(scale, rx)
+    if kind == "ita" and shift is not None:
+        row_factor, col_factor = row_coef * (shift - row).exp(), col_coef * (shift - col).exp()
+    for i in _slices(len(x), TILE_ROWS):
+        u = _scaled(x, rx, i)
+        for k in _slices(len(y), TILE_COLUMNS):
+            v = _scaled(y, ry, k)
+            s = (u @ v.T).mul_(scale)
+            if kind == "siglip":
+                g = torch.sigmoid(s + bias)
+                if diagonal:
+                    _tile_diagonal(g, i, k).sub_(1)
+                g.mul_(row_coef[i, None] + col_coef[None, k])
+                sum_g += g.sum()
+            else:
+                if shift is not None:
+                    g = (s - shift).exp_().mul_(row_factor[i, None] + col_factor[None, k])
+                else:
+                    g = (s - row[i, None]).exp_().mul_(row_coef[i, None])
+                    g.add_((s - col[None, k]).exp_().mul_(col_coef[None, k]))
+                if diagonal:
+                    _tile_diagonal(g, i, k).sub_(_diagonal_of(row_coef, i, k) + _diagonal_of(col_coef, i, k))
+            sum_gs += torch.dot(g.view(-1), s.view(-1))
+            du[i].addmm_(g, v)
+            dv[k].addmm_(g.T, u)
+    return sum_gs, sum_g
+
+
+def finish_grads(
+    x: Tensor, rx: Tensor, anchor: Tensor | None, du: Tensor, scale: Tensor, anchor_coef: Tensor
+) -> Tensor:
+    """∂L/∂x in the dtype of `x`, from `du` (M, D) = Σ G v (overwritten) and the anchor term's coefficients (M,)."""
+    out = du if du.dtype == x.dtype else torch.empty_like(x)
+    for s in _slices(len(x), TILE_ROWS):
+        u = _scaled(x, rx, s)
+        grad = du[s].mul_(scale)
+        if anchor is not None:
+            target = F.normalize(anchor[s].to(u.dtype), dim=1, eps=EPS)
+            grad.add_((u - target).mul_(2 / x.shape[1] * anchor_coef[s, None]))
+        grad.sub_(u * (grad * u).sum(1, keepdim=True)).mul_(rx[s, None])
+        out[s] = grad
+    return out
+
+
+def empty_stat(like: Tensor, kind: Kind) -> Tensor:
+    """The statistic of no entries: what `merge` leaves the other one with."""
+    return torch.full_like(like, -torch.inf) if kind == "ita" else torch.zeros_like(like)
+
+
+def merge(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
+    """The statistic of two disjoint sets of entries from each one's."""
+    return torch.logaddexp(a, b) if kind == "ita" else a + b
+
+
+def _common_shift(scale: Tensor, like: Tensor) -> Tensor | None:
+    """|S| ≤ scale, so where exp(−2·scale) is a normal number one exponential serves rows and columns, with no maxima.
+
+    Reads a number off the device; on a GPU the maxima are cheaper than that wait.
+    """
+    limit = MAX_EXPONENT if like.dtype == torch.float32 else 8 * MAX_EXPONENT
+    return scale if like.device.type == "cpu" and 2 * float(scale) <= limit else None
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _scaled(x: Tensor, factor: Tensor, rows: slice) -> Tensor:
+    return x[rows].to(factor.dtype) * factor[rows, None]
+
+
+def _tile_diagonal(tile: Tensor, i: slice, k: slice) -> Tensor:
+    """View of the entries of a tile (rows i, columns k) that lie on the block's diagonal; may be empty."""
+    start, stop = max(i.start, k.start), min(i.stop, k.stop)
+    if stop <= start:
+        return tile.new_empty(0)
+    return tile[start - i.start : stop - i.start, start - k.start : stop - k.start].diagonal()
+
+
+def _diagonal_of(vector: Tensor, i: slice, k: slice) -> Tensor:
+    start, stop = max(i.start, k.start), min(i.stop, k.stop)
+    return vector[start : max(start, stop)]

@@ -1,0 +1,173 @@
+"""Forward and backward of equation (3) over blocks: what surrounds the tile loops, for one process or a group.
+
+`tiles` is the module with the tile loops (chunked or triton_kernels), `exchange` says whose columns a rank's rows
+meet: `Local` its own, distributed.py those of the whole group.
+
+Shape letters: B pairs on this rank, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from feddra_ds.collectives import Group, all_sum
+from feddra_ds.losses.types import Kind
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What does not change from batch to batch."""
+
+    kind: Kind
+    anchor_weight: float
+    direction_factor: float  # 1 for the sum of the two directions, ½ for their mean
+    impl: str  # chunked | triton
+
+    @property
+    def tiles(self) -> Any:
+        return importlib.import_module("feddra_ds.losses." + {"triton": "triton_kernels"}.get(self.impl, self.impl))
+
+
+class Columns(NamedTuple):
+    """The (B, D) texts of a rank as columns, each with what a row needs to know of it, all (B,)."""
+
+    y: Tensor
+    ry: Tensor  # reciprocal norm
+
+
+class Exchange(Protocol):
+    group: Group | None
+
+    def stats(
+        self, spec: Spec, x: Tensor, rx: Tensor, own: Columns, scale: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """(row, col, diag) of this rank's pairs against the whole group, and tensors kept for `grads`."""
+        ...
+
+    def grads(
+        self,
+        spec: Spec,
+        x: Tensor,
+        rx: Tensor,
+        own: Columns,
+        row: Tensor,
+        col: Tensor,
+        coef: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        kept: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(Σ G v, Σ Gᵀ u) of this rank's pairs, both (B, D), and this rank's shares of Σ G S and Σ G."""
+        ...
+
+
+class Local:
+    """One process: the batch is its own."""
+
+    group: Group | None = None
+
+    def stats(
+        self, spec: Spec, x: Tensor, rx: Tensor, own: Columns, scale: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        return (*spec.tiles.block_stats(x, own.y, rx, own.ry, scale, bias, True, spec.kind), ())
+
+    def grads(
+        self,
+        spec: Spec,
+        x: Tensor,
+        rx: Tensor,
+        own: Columns,
+        row: Tensor,
+        col: Tensor,
+        coef: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        kept: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        du, dv = (torch.zeros(x.shape, dtype=rx.dtype, device=x.device) for _ in range(2))
+        sums = spec.tiles.block_grads(
+            x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, True, spec.kind, du, dv
+        )
+        return du, dv, *sums
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call; `temperature` and `bias` have one element each."""
+
+    image: Tensor
+    text: Tensor
+    image_anchor: Tensor | None
+    text_anchor: Tensor | None
+    sample_weight: Tensor | None
+    temperature: Tensor
+    bias: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs beside the inputs: (B,) each, and the scalar Σ w."""
+
+    rx: Tensor
+    ry: Tensor
+    row: Tensor
+    col: Tensor
+    weight_sum: Tensor
+
+
+def forward(
+    inputs: Inputs, spec: Spec, exchange: Exchange
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Saved, tuple[Tensor, ...]]:
+    """(total, per_sample, alignment, anchor, saved, kept). Raises ValueError for weights that sum to 0 or are < 0."""
+    tiles = spec.tiles
+    rx, image_distance = tiles.row_norms(inputs.image, inputs.image_anchor)
+    ry, text_distance = tiles.row_norms(inputs.text, inputs.text_anchor)
+    scale, bias = _scalars(inputs, rx)
+    row, col, diag, kept = exchange.stats(spec, inputs.image, rx, Columns(inputs.text, ry), scale, bias)
+    alignment = row + col if spec.kind == "siglip" else (row - diag) + (col - diag)
+    alignment = alignment * spec.direction_factor
+    anchor = image_distance + text_distance
+    per_sample = alignment + spec.anchor_weight * anchor
+    w = _weights(inputs, rx)
+    sums = all_sum(torch.stack([(w * per_sample).sum(), w.sum(), (w < 0).sum().to(w.dtype)]), exchange.group)
+    if inputs.sample_weight is not None:
+        check_weights(sums[1], sums[2])
+    return sums[0] / sums[1], per_sample, alignment, anchor, Saved(rx, ry, row, col, sums[1].clone()), kept
+
+
+def backward(
+    grad_total: Tensor, inputs: Inputs, saved: Saved, kept: tuple[Tensor, ...], spec: Spec, exchange: Exchange
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (image, text, temperature, bias): of the embeddings whole, of the scalars this rank's share."""
+    tiles = spec.tiles
+    rx, ry, row, col, weight_sum = saved
+    scale, bias = _scalars(inputs, rx)
+    per_sample_grad = _weights(inputs, rx) * (grad_total.to(rx.dtype) / weight_sum)
+    coef = per_sample_grad * spec.direction_factor
+    own = Columns(inputs.text, ry)
+    du, dv, sum_gs, sum_g = exchange.grads(spec, inputs.image, rx, own, row, col, coef, scale, bias, kept)
+    anchor_coef = per_sample_grad * spec.anchor_weight
+    image_grad = tiles.finish_grads(inputs.image, rx, inputs.image_anchor, du, scale, anchor_coef)
+    text_grad = tiles.finish_grads(inputs.text, ry, inputs.text_anchor, dv, scale, anchor_coef)
+    temperature_grad = (-sum_gs * scale).to(inputs.temperature.dtype).reshape(inputs.temperature.shape)
+    return image_grad, text_grad, temperature_grad, sum_g.to(inputs.bias.dtype).reshape(inputs.bias.shape)
+
+
+def check_weights(total: Tensor, num_negative: Tensor) -> None:
+    """Raises ValueError for weights that cannot be averaged with. The one place that waits for the device."""
+    weight_sum, negative = torch.stack([total, num_negative.to(total.dtype)]).tolist()
+    if negative or weight_sum == 0:
+        problem = f"{negative:.0f} of them are negative" if negative else "they sum to 0"
+        raise ValueError(f"sample_weight must be ≥ 0 with a positive sum over the group, but {problem}")
+
+
+def _scalars(inputs: Inputs, like: Tensor) -> tuple[Tensor, Tensor]:
+    """1/τ and the bias, 0-dimensional, in the dtype of the arithmetic."""
+    return 1 / inputs.temperature.to(like.dtype).reshape(()), inputs.bias.to(like.dtype).reshape(())
+
+
+def _weights(inputs: Inputs, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if inputs.sample_weight is None else inputs.sample_weight.to(like.dtype)

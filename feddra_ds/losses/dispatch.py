@@ -1,0 +1,65 @@
+"""Which implementation runs: `auto` picks once per kind of device, says which, and falls back with one warning."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from feddra_ds.losses.types import Impl
+
+logger = logging.getLogger(__name__)
+MAX_TRITON_DIM = 2048
+
+
+def resolve_impl(impl: Impl, image: Tensor) -> Impl:
+    """The implementation for tensors like `image` (B, D). Raises ValueError where `impl` cannot take them."""
+    if impl == "auto":
+        return _auto(image.device.type, image.dtype, image.shape[1] <= MAX_TRITON_DIM)
+    if impl == "triton":
+        problem = _triton_limit(image.dtype, image.shape[1] <= MAX_TRITON_DIM)
+        if problem:
+            raise ValueError(f"impl='triton' {problem}; use impl='chunked'")
+        from feddra_ds.losses.triton_kernels import INTERPRETED
+
+        if image.device.type not in (("cpu", "cuda", "meta") if INTERPRETED else ("cuda", "meta")):
+            raise ValueError(
+                f"impl='triton' runs on CUDA, not on {image.device.type} (TRITON_INTERPRET=1 runs it on the CPU, "
+                "slowly); use impl='chunked' or 'auto'"
+            )
+    return impl
+
+
+def _triton_limit(dtype: torch.dtype, fits: bool) -> str:
+    if not fits:
+        return f"takes embeddings of at most {MAX_TRITON_DIM} dimensions"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, not {dtype}"
+    return ""
+
+
+@functools.cache
+def _auto(device: str, dtype: torch.dtype, fits: bool) -> Impl:
+    if device != "cuda":
+        logger.info("loss on %s: chunked", device)
+        return "chunked"
+    problem = _triton_limit(dtype, fits) or _triton_failure()
+    if problem:
+        logger.warning("loss on cuda: chunked, because triton %s", problem)
+        return "chunked"
+    logger.info("loss on cuda, %s: triton", dtype)
+    return "triton"
+
+
+@functools.cache
+def _triton_failure() -> str:
+    """Why the kernels do not run here, found by running them on a tiny batch; empty when they do."""
+    try:
+        from feddra_ds.losses import triton_kernels
+
+        triton_kernels.smoke_test("cuda")
+    except Exception as error:  # whatever a compiler or driver may raise: the loss still has to run
+        return f"failed here: {type(error).__name__}: {error}"
+    return ""

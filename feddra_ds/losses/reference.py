@@ -1,0 +1,69 @@
+"""Equations (1)-(3) in plain lines: the specification that tests and benchmarks compare with. Holds B×B matrices.
+
+Shape letters: B pairs, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from feddra_ds.losses.types import DroLoss, Kind, Reduction
+
+EPS = 1e-12  # smallest norm that an embedding is divided by
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Rows of `x` (B, D) at unit length, in float32 (float64 stays)."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=EPS)
+
+
+def reference_loss(
+    image: Tensor,
+    text: Tensor,
+    image_anchor: Tensor | None,
+    text_anchor: Tensor | None,
+    sample_weight: Tensor | None,
+    temperature: Tensor | float,
+    bias: Tensor | float = 0.0,
+    anchor_weight: float = 0.0,
+    direction_reduction: Reduction = "sum",
+    kind: Kind = "ita",
+) -> DroLoss:
+    """`fused_dro_loss` of one process, by autograd; `total` alone keeps its graph."""
+    u, v = normalize(image), normalize(text)
+    logits = u @ v.T / temperature
+    if kind == "ita":
+        diagonal = logits.diagonal()
+        row, col = logits.logsumexp(1) - diagonal, logits.logsumexp(0) - diagonal
+    else:
+        z = 2 * torch.eye(len(u), dtype=u.dtype, device=u.device) - 1
+        pair = F.softplus(-z * (logits + bias))
+        row, col = pair.sum(1), pair.sum(0)
+    alignment = (row + col) * (0.5 if direction_reduction == "mean" else 1.0)
+    anchor = torch.zeros_like(alignment)
+    if image_anchor is not None and text_anchor is not None:
+        anchor = (u - normalize(image_anchor)).square().mean(1) + (v - normalize(text_anchor)).square().mean(1)
+    per_sample = alignment + anchor_weight * anchor
+    w = torch.ones_like(per_sample) if sample_weight is None else sample_weight.to(per_sample.dtype)
+    return DroLoss((w * per_sample).sum() / w.sum(), per_sample.detach(), alignment.detach(), anchor.detach())
+
+
+@torch.no_grad()
+def alignment_with_positives(
+    image: Tensor, text: Tensor, text_ids: Tensor, temperature: float, direction_reduction: Reduction = "sum"
+) -> Tensor:
+    """Equation (1) per pair, (B,), where pairs of equal `text_ids` (B,) are positives of each other (equation (4)).
+
+    row_j = −logsumexp_(k: id_k = id_j) S_jk + logsumexp_k S_jk, columns likewise: a model that cannot tell identical
+    texts apart is not charged for it, and without duplicates this is exactly equation (1). No gradient; holds B×B
+    matrices, for evaluation batches. Raises ValueError when `text_ids` is not one id a pair.
+    """
+    if text_ids.shape != (len(image),):
+        raise ValueError(f"text_ids must be one id for each of the {len(image)} pairs, not {tuple(text_ids.shape)}")
+    logits = normalize(image) @ normalize(text).T / temperature
+    positives = logits.masked_fill(text_ids[:, None] != text_ids[None, :], -torch.inf)
+    loss = sum(logits.logsumexp(dim) - positives.logsumexp(dim) for dim in (1, 0))
+    assert isinstance(loss, Tensor)
+    return loss * (0.5 if direction_reduction == "mean" else 1.0)

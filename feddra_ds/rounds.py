@@ -1,0 +1,246 @@
+"""The round loop: `Run.rounds` is ALGORITHM 6 on a page. `build.py` puts the pieces together."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import checkpoint, logs
+from .aggregate import gather_over_peers
+from .client import Client, LocalTrainer
+from .config import Config
+from .coordinator import Coordinator, Decision, TooFewClients, aggregation_weights, loss_weight
+from .engine import Engine
+from .evaluate import Embedded, client_loss, embed, evaluation_size, retrieval
+from .export import save_model
+from .logs import logger
+from .schedule import Stage, stages_of_round
+from .server import SHARED, Server
+from .strategies import Strategy
+from .topology import Topology
+
+STAGE_NAMES = ("stage1", "stage2", "aggregate", "evaluate", "checkpoint")
+
+
+class Run:
+    """Everything of one rank of one run. Built by `build.build`."""
+
+    # what was asked for
+    config: Config
+    strategy: Strategy
+    # this rank's place and engine
+    topology: Topology
+    engine: Engine
+    trainer: LocalTrainer
+    server: Server
+    # the data owners: all ids, and those that this rank's slot hosts
+    client_ids: list[str]
+    clients: list[Client]
+    validation: dict[str, Any]  # client id → ClientData of evaluation.split
+    num_samples: list[int]  # training pairs of every client
+    # the federation's state, equal on all ranks: p of the round that runs, and the next round
+    weights: np.ndarray
+    next_round: int
+    # rank 0 only
+    coordinator: Coordinator | None
+    metrics: logs.MetricsFile | None
+    monitor: Any
+
+    # what the exported model is made of beside its weights
+    model_config: Any
+    processor: Any
+
+    def __init__(self, **pieces: Any):
+        self.__dict__.update(pieces)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.run_dir = Path(self.config.run.output_dir)
+
+    def rounds(self) -> None:
+        """All rounds that are left, then the final model."""
+        for round_index in range(self.next_round, self.config.schedule.rounds):
+            began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
+            samples = 0
+            for stage in stages_of_round(self.config, round_index):
+                samples += self.run_stage(round_index, stage)
+            report = self.evaluate(round_index)
+            report |= {"samples": samples, "bytes": self.server.num_bytes - bytes_before, "memory": peak_memory(self.engine)}
+            line = self.update_weights(round_index, report)
+            with self.timed("checkpoint"):
+                self.save(round_index)
+            self.record(line, time.monotonic() - began)
+        self.save_final_model()
+
+    def run_stage(self, round_index: int, stage: Stage) -> int:
+        """Every client of this slot trains from the global model; their average becomes it. Returns pairs trained on."""
+        self.server.begin(stage)
+        problems: dict[str, str | None] = {}
+        weights = aggregation_weights(self.config, self.weights)
+        samples = 0
+        with self.timed(stage.name):
+            for client in self.clients:
+                result = self.trainer.run_stage(
+                    client, stage, self.server.model_of(client), loss_weight(self.config, self.weights, client.index)
+                )
+                problems[str(client.index)] = result.problem
+                samples += result.num_pairs
+                if result.problem is None:
+                    self.server.add(client, float(weights[client.index]))
+                logger.info("round %d %s %s: loss %.4f", round_index, stage.name, client.id, result.mean_loss)
+        with self.timed("aggregate"):
+            decision = self.agree(round_index, stage, problems)
+            self.server.finish(self.topology, decision.total_weight)
+        return samples
+
+    def agree(self, round_index: int, stage: Stage, problems: dict[str, str | None]) -> Decision:
+        """Report to the coordinator and hear who is averaged. Raises TooFewClients."""
+        topology, place = self.topology, f"round/{round_index}/{stage.name}"
+        if topology.is_slot_leader:
+            topology.post(f"{place}/slot/{topology.slot}", problems)
+        if self.coordinator is not None:
+            decision = self.coordinator.decide(round_index, stage.name)
+        else:
+            # the coordinator may itself wait timeout_s for another slot after its own training
+            message = topology.fetch(f"{place}/decision", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s)
+            decision = Decision.from_message(message)
+        if decision.stop is not None:
+            raise TooFewClients(f"round {round_index}, {stage.name}: {decision.stop}")
+        if topology.slot not in decision.live_slots:
+            raise TooFewClients(f"slot {topology.slot} was dropped: it did not report within clients.timeout_s")
+        if tuple(decision.live_slots) != topology.live_slots:
+            topology.drop_slots(decision.live_slots, decision.generation)
+        return decision
+
+    def evaluate(self, round_index: int) -> dict[str, Any]:
+        """L_i of this slot's clients under the new global model, and retrieval where it is due."""
+        with self.timed("evaluate"):
+            pairs = evaluation_size(self.config, self.num_samples)
+            losses: dict[str, float] = {}
+            for client in self.clients:
+                self.server.show(client)
+                losses[str(client.index)] = client_loss(self.engine, client, pairs, self.config, self.topology)
+            every, last = self.config.evaluation.every, self.config.schedule.rounds - 1
+            due = every > 0 and ((round_index + 1) % every == 0 or round_index == last)
+            val = self.retrieve() if due else {}
+        skipped: dict[str, dict[str, int]] = {}
+        for client in self.clients:
+            sources = [client.data, *([self.validation[client.id]] if client.id in self.validation else [])]
+            skipped[client.id] = dict(sum((Counter(source.take_skipped()) for source in sources), Counter()))
+        leader = self.topology.is_slot_leader
+        return {
+            "losses": losses if leader else {},
+            "positions": {client.id: client.position.to_dict() for client in self.clients} if leader else {},
+            "val": val,
+            "skipped": skipped,
+        }
+
+    def retrieve(self) -> dict[str, dict[str, float]]:
+        """Retrieval per client (at its slot's leader) and over the pooled gallery (at the coordinator)."""
+        samples: list[Embedded] = []
+        out: dict[str, dict[str, float]] = {}
+        for client in self.clients:
+            for name, data in self.validation_of(client).items():
+                self.server.show(client)
+                sample = embed(self.engine, data, self.config.evaluation.max_pairs, self.config, self.topology)
+                samples.append(sample)
+                out[name] = retrieval(sample)
+        if not self.topology.is_slot_leader:
+            return {}
+        pooled = [torch.cat(gather_over_peers(torch.cat(x), self.topology)) for x in zip(*((s.image, s.text, s.text_ids) for s in samples), strict=True)]
+        if self.coordinator is not None and self.strategy.averages:
+            out["all"] = retrieval(Embedded(pooled[0], pooled[1], pooled[2], 1.0))
+        return out
+
+    def validation_of(self, client: Client) -> dict[str, Any]:
+        """Evaluation data by name: the client's own, or everybody's for the centralised strategy."""
+        return self.validation if self.strategy.pools_data else {client.id: self.validation[client.id]}
+
+    def update_weights(self, round_index: int, report: dict[str, Any]) -> dict[str, Any]:
+        """Equation (4) at the coordinator; every rank hears the next p. Returns the round's line at the coordinator."""
+        with self.timed("aggregate"):
+            topology = self.topology
+            topology.post(f"round/{round_index}/rank/{topology.rank}", report)
+            line: dict[str, Any] = {}
+            if self.coordinator is not None:
+                reports = self.coordinator.collect(round_index)
+                line = self.coordinator.metrics(round_index, reports, None)
+                next_weights = self.coordinator.next_weights(line["client_losses"])
+                line["next_client_weights"] = next_weights.tolist()
+                self.coordinator.weights, self.coordinator.excluded = next_weights, []
+                topology.post(f"round/{round_index}/next", next_weights.tolist())
+            message = topology.fetch(f"round/{round_index}/next", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s)
+            self.weights = np.asarray(message, dtype=np.float64)
+        return line
+
+    def save(self, round_index: int) -> None:
+        """An atomic checkpoint where one is due (checkpoint.every, and after the last round)."""
+        if (round_index + 1) % self.config.checkpoint.every and round_index + 1 < self.config.schedule.rounds:
+            return
+        topology = self.topology
+        folder = checkpoint.folder_of(self.run_dir, round_index)
+        writers = range(topology.plan.ranks_per_slot) if self.strategy.averages else topology.live_ranks
+        files: checkpoint.Files = {}
+        if topology.rank in writers:
+            owners = {self.server.owner_of(client) for client in self.clients}
+            for owner in sorted(owners):
+                files |= checkpoint.write_model(checkpoint.partial_of(folder), owner, self.engine, self.server.states[owner])
+            topology.post(f"saved/{round_index}/{topology.rank}", files)
+        if self.coordinator is not None:
+            for rank in writers:
+                key = f"saved/{round_index}/{rank}"
+                files |= topology.fetch(key, sender=f"rank {rank}")
+                topology.forget(key)
+            checkpoint.commit(folder, self.coordinator.state(round_index), files, self.config.checkpoint.keep)
+
+    def record(self, line: dict[str, Any], seconds: float) -> None:
+        """Write the round's line of metrics.jsonl and its scalars; the coordinator's own clock."""
+        if self.coordinator is None or self.metrics is None:
+            return
+        line |= {"seconds": seconds, "stage_seconds": {name: self.seconds[name] for name in STAGE_NAMES}}
+        self.metrics.append(line)
+        logger.info(
+            "round %d: mean loss %.4f, worst %.4f (%s), %.1f s",
+            line["round"], line["mean_loss"], line["worst_loss"],
+            self.client_ids[int(np.nanargmax([np.nan if x is None else x for x in line["client_losses"]]))], seconds,
+        )
+        if self.monitor is not None:
+            step = line["round"]
+            events = [("loss/mean", line["mean_loss"], step), ("loss/worst", line["worst_loss"], step)]
+            for i, client in enumerate(self.client_ids):
+                events.append((f"weights/{client}", line["client_weights"][i], step))
+                if line["client_losses"][i] is not None:
+                    events.append((f"loss/{client}", line["client_losses"][i], step))
+            for name, values in line["val"].items():
+                events += [(f"val/{name}/{key}", value, step) for key, value in values.items()]
+            self.monitor.write_events(events)
+
+    def save_final_model(self) -> None:
+        """model/ from the last checkpoint, by the coordinator alone: no rank gathers anything for it."""
+        if self.coordinator is None:
+            return
+        newest = checkpoint.folder_of(self.run_dir, self.config.schedule.rounds - 1)
+        owners = [SHARED] if self.strategy.averages else self.client_ids
+        for owner in owners:
+            saved = checkpoint.SavedModel(newest, owner)
+            out = self.run_dir / "model" if owner == SHARED else self.run_dir / "model" / owner
+            save_model(saved.parameters() | saved.buffers(), self.model_config, self.processor, out)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - began
+
+
+def peak_memory(engine: Engine) -> int:
+    """Peak bytes of this rank: of the device where there is one, else resident on the host."""
+    if engine.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(engine.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

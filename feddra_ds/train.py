@@ -1,0 +1,58 @@
+"""`feddra-ds train` and launch/train.py: a config in, an exit code out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+from . import config as config_module
+from .config import Config, ConfigError
+from .logs import logger
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C or SIGTERM: the run ends where it is; the last checkpoint is whole."""
+
+
+def handle_signals() -> None:
+    """Make SIGINT and SIGTERM end the run at once: no collective, no write; the next start resumes."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def run(path: str | None, overrides: dict[str, Any]) -> int:
+    """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal."""
+    handle_signals()
+    try:
+        return train(config_module.load(path, overrides))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"feddra-ds: {problem}", file=sys.stderr)
+        return 2
+
+
+def train(config: Config) -> int:
+    """Build and run all rounds. Returns the exit code; raises ConfigError."""
+    from .build import build  # late: a bad config is reported before torch, transformers and deepspeed are imported
+    from .coordinator import TooFewClients
+    from .data.shards import DataError
+    from .topology import WaitTimeout
+
+    try:
+        run = build(config)
+        run.rounds()
+        run.topology.close()
+    except Interrupted as stopped:
+        logger.warning("stopped by a signal; the same command goes on from the last checkpoint in %s", config.run.output_dir)
+        return int(stopped.code or 1)
+    except (TooFewClients, WaitTimeout, DataError) as error:
+        logger.error("%s", error)
+        return 1
+    if run.coordinator is not None:
+        logger.info("done. Next: feddra-ds report %s", run.run_dir)
+    return 0
