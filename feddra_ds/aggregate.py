@@ -95,5 +95,6 @@ def gather_over_peers(tensor: Tensor, topology: Topology) -> list[Tensor]:
 def state_distance(a: Mapping[str, PartState], b: Mapping[str, PartState]) -> float:
     """Largest absolute difference between two states of this rank."""
     return max(
-        (float((x - y).abs().max()) for part in a for x, y in zip(a[part], b[part], strict=True) if x.numel()), default=0.0
+        (float((x - y).abs().max()) for part in a for x, y in zip(a[part], b[part], strict=True) if x.numel()),
+        default=0.0,
     )

@@ -25,17 +25,35 @@ from .logs import logger
 from .model import DualEncoder, build_model
 from .objectives import build as build_objective
 from .processing import DualEncoderProcessor, build_processor
+from .rounds import Run
 from .server import OwnModels, Server
 from .strategies import Strategy
 from .topology import Launch, Plan, Topology, choose_device, plan
-from .rounds import Run
 
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change the mathematics.
-FREE_ON_RESUME = ("run.output_dir", "run.resume", "run.device", "run.monitor", "data.root", "data.num_workers", "data.prefetch",
-                  "data.verify", "data.max_bad_fraction", "data.micro_batch_size", "clients.timeout_s", "clients.minimum",
-                  "objective.impl", "objective.anchors", "schedule.rounds", "topology", "checkpoint", "evaluation", "deepspeed")
+FREE_ON_RESUME = (
+    "run.output_dir",
+    "run.resume",
+    "run.device",
+    "run.monitor",
+    "data.root",
+    "data.num_workers",
+    "data.prefetch",
+    "data.verify",
+    "data.max_bad_fraction",
+    "data.micro_batch_size",
+    "clients.timeout_s",
+    "clients.minimum",
+    "objective.impl",
+    "objective.anchors",
+    "schedule.rounds",
+    "topology",
+    "checkpoint",
+    "evaluation",
+    "deepspeed",
+)
 
 
 def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
@@ -70,7 +88,7 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
         layout = plan(launch.world_size, num_clients, config.topology.ranks_per_slot)
         if config.data.batch_size % layout.ranks_per_slot:
             problems.append(
-                f"data.batch_size: {config.data.batch_size} pairs do not divide over the {layout.ranks_per_slot} ranks of a client"
+                f"data.batch_size: {config.data.batch_size} pairs do not divide over a client's {layout.ranks_per_slot} ranks"
             )
     except ValueError as error:
         problems.append(str(error))
@@ -101,7 +119,9 @@ def build(config: Config) -> Run:
     frozen_aligner = frozen_twin(model.aligner, torch.device("cpu"), torch.float32)
     frozen_model = None if replays else frozen_twin(model, torch.device("cpu"), torch.float32)
     if device.type == "cpu" and topology.plan.ranks_per_slot > 1 and config.model.head.norm == "batchnorm":
-        raise ConfigError(["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"])
+        raise ConfigError(
+            ["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"]
+        )
     if topology.plan.ranks_per_slot > 1:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model_config = model.config
@@ -135,24 +155,48 @@ def build(config: Config) -> Run:
         if config.run.monitor:
             monitor = build_monitor(config.run.monitor, str(run_dir), "events")
     return Run(
-        config=config, strategy=strategy, topology=topology, engine=engine, trainer=trainer, server=server,
-        client_ids=client_ids, clients=clients, validation=validation, num_samples=num_samples, weights=weights,
-        next_round=next_round, coordinator=coordinator, metrics=metrics, monitor=monitor,
-        model_config=model_config, processor=processor,
+        config=config,
+        strategy=strategy,
+        topology=topology,
+        engine=engine,
+        trainer=trainer,
+        server=server,
+        client_ids=client_ids,
+        clients=clients,
+        validation=validation,
+        num_samples=num_samples,
+        weights=weights,
+        next_round=next_round,
+        coordinator=coordinator,
+        metrics=metrics,
+        monitor=monitor,
+        model_config=model_config,
+        processor=processor,
     )
 
 
 def build_clients(
-    config: Config, dataset: Dataset, dataset_ids: list[str], strategy: Strategy, topology: Topology,
-    tokenizer: PreTrainedTokenizerBase, processor: DualEncoderProcessor,
+    config: Config,
+    dataset: Dataset,
+    dataset_ids: list[str],
+    strategy: Strategy,
+    topology: Topology,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: DualEncoderProcessor,
 ) -> tuple[list[Client], dict[str, ClientData], list[str], list[int]]:
     """This slot's clients, their evaluation data by client id, and all clients' ids and numbers of training pairs."""
     members = {POOLED: dataset_ids} if strategy.pools_data else {i: [i] for i in dataset_ids}
     num_samples = [sum(dataset.num_samples(i, "train") for i in ids) for ids in members.values()]
     pool = DecodePool(config.data.num_workers, config.data.prefetch, timeout_s=config.clients.timeout_s)
     common: dict[str, Any] = {
-        "config": config.data, "seed": config.run.seed, "tokenizer": tokenizer, "image_mean": processor.image_mean,
-        "image_std": processor.image_std, "shard": topology.shard, "num_shards": topology.plan.ranks_per_slot, "pool": pool,
+        "config": config.data,
+        "seed": config.run.seed,
+        "tokenizer": tokenizer,
+        "image_mean": processor.image_mean,
+        "image_std": processor.image_std,
+        "shard": topology.shard,
+        "num_shards": topology.plan.ranks_per_slot,
+        "pool": pool,
     }
     client_ids = list(members)
     clients, validation = [], {}
@@ -212,7 +256,9 @@ def choose_checkpoint(config: Config) -> Path | None:
     run_dir, wanted = Path(config.run.output_dir), config.run.resume
     if wanted == "never":
         if any((run_dir / "checkpoints").glob("round-*")):
-            raise ConfigError([f"run.resume: never, but {run_dir} holds checkpoints; choose another run.output_dir, or auto"])
+            raise ConfigError(
+                [f"run.resume: never, but {run_dir} holds checkpoints; choose another run.output_dir, or auto"]
+            )
         return None
     if wanted == "auto":
         folder = checkpoint.find_newest(run_dir)

@@ -16,10 +16,14 @@ from .config import ConfigError, dump, get_path, known_keys, load, set_path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="feddra-ds", description="Federated distributionally robust vision-language pre-training.")
+    parser = argparse.ArgumentParser(
+        prog="feddra-ds", description="Federated distributionally robust vision-language pre-training."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_train(commands.add_parser("train", help="train from a config", formatter_class=argparse.RawDescriptionHelpFormatter))
+    add_train(
+        commands.add_parser("train", help="train from a config", formatter_class=argparse.RawDescriptionHelpFormatter)
+    )
     data = commands.add_parser("data", help="make, convert, split and look at shards")
     if "data" in (argv if argv is not None else sys.argv[1:])[:1]:
         add_data(data)  # imports what it lists
@@ -39,10 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Arguments of `train`; every config key is an option, listed by --help."""
-    parser.add_argument("--config", metavar="FILE", help="YAML config (configs/ has examples); keys given as options come on top")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML config (configs/ has examples); keys given as options come on top"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
     parser.epilog = "config keys, given as --section.key value (YAML values), with their defaults:\n" + "\n".join(
-        f"  --{key}  (default: {_default(info)})\n        {info.description or ''}" for key, info in known_keys().items()
+        f"  --{key}  (default: {_default(info)})\n        {info.description or ''}"
+        for key, info in known_keys().items()
     )
     parser.set_defaults(run=run_train)
 
@@ -96,7 +103,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         ("inspect", "inspect", "show what a folder of shards holds"),
     ):
         module = import_module(f".data.{module_name}", __package__)
-        sub = commands.add_parser(name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(
+            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
 

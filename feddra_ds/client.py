@@ -44,15 +44,28 @@ class LocalResult:
 class LocalTrainer:
     """Trains any client of a slot on the slot's one engine, stage by stage."""
 
-    def __init__(self, engine: Engine, frozen_aligner: nn.Module, frozen_model: nn.Module | None, objective: Objective,
-                 config: Config, topology: Topology):
+    def __init__(
+        self,
+        engine: Engine,
+        frozen_aligner: nn.Module,
+        frozen_model: nn.Module | None,
+        objective: Objective,
+        config: Config,
+        topology: Topology,
+    ):
         self.engine, self.objective, self.config, self.topology = engine, objective, config, topology
         self.frozen_aligner = frozen_aligner  # holds θ_g in stage 1, beside the live θ_i on the same backbone pass
         self.frozen_model = frozen_model  # holds (φ_g, θ_g) in stage 2 where objective.anchors is resident
         self.group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
 
-    def run_stage(self, client: Client, stage: Stage, global_state: dict[str, PartState], loss_weight: float,
-                  on_step: Callable[[int, float], None] | None = None) -> LocalResult:
+    def run_stage(
+        self,
+        client: Client,
+        stage: Stage,
+        global_state: dict[str, PartState],
+        loss_weight: float,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> LocalResult:
         """Train one client for one stage; the engine holds its weights afterwards.
 
         global_state: this rank's slices of (φ_g, θ_g); loss_weight: factor of the whole loss (N p_i where dro.apply
@@ -70,7 +83,9 @@ class LocalTrainer:
         loss_sum, num_good, in_a_row, worst_run = 0.0, 0, 0, 0
         for step, batch in enumerate(client.data.batches(client.position, stage.num_steps)):
             out = engine(**model_inputs(batch, engine), freeze_backbone=not stage.trains_backbone, return_hidden=True)
-            losses = self.objective(out.image_embeds, out.text_embeds, out.temperature, anchors(step, batch, out.hidden), self.group)
+            losses = self.objective(
+                out.image_embeds, out.text_embeds, out.temperature, anchors(step, batch, out.hidden), self.group
+            )
             value = float(losses.total.detach())  # equal on every rank, so all of them skip or none
             if math.isfinite(value):
                 engine.backward(loss_weight * losses.total)
@@ -101,7 +116,7 @@ class LocalTrainer:
             return lambda step, batch, hidden: None
         if not stage.trains_backbone:
             # φ_i = φ_g for the whole stage: the client's backbone pass serves the anchors too
-            self.engine.copy_part(self.engine.module.aligner, self.frozen_aligner)
+            self.engine.copy_part(self.engine.module.get_submodule("aligner"), self.frozen_aligner)
             return lambda step, batch, hidden: self._embed(self.frozen_aligner, hidden)
         if self.config.objective.anchors == "resident":
             assert self.frozen_model is not None

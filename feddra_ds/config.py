@@ -1,4 +1,4 @@
-"""The whole config tree, validated: every problem is found, named by its key, and reported at once.
+"""Loading and cross-checking the config: every problem is found, named by its key, and reported at once.
 
 A config is YAML with `--section.key value` on top. Precedence, low to high: the defaults below, the strategy's
 defaults (`STRATEGY_DEFAULTS`), the YAML file, the command line.
@@ -9,10 +9,62 @@ from __future__ import annotations
 import copy
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
+
+from .config_sections import (
+    AugmentConfig,
+    CheckpointConfig,
+    ClientsConfig,
+    Config,
+    DataConfig,
+    DroConfig,
+    EncoderConfig,
+    EvaluationConfig,
+    HeadConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    Section,
+    StrategyConfig,
+    TextEncoderConfig,
+    TopologyConfig,
+)
+
+__all__ = [
+    "STRATEGY_DEFAULTS",
+    "AugmentConfig",
+    "CheckpointConfig",
+    "ClientsConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DroConfig",
+    "EncoderConfig",
+    "EvaluationConfig",
+    "HeadConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Section",
+    "StrategyConfig",
+    "TextEncoderConfig",
+    "TopologyConfig",
+    "contradictions",
+    "dump",
+    "from_dict",
+    "get_path",
+    "known_keys",
+    "load",
+    "merge",
+    "set_path",
+]
 
 
 class ConfigError(ValueError):
@@ -23,237 +75,29 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-
-class RunConfig(Section):
-    output_dir: str = "runs/feddra"
-    """Folder of the run: config.yaml, metrics.jsonl, events/, checkpoints/, model/, report.html."""
-    seed: int = Field(0, ge=0)
-    """Seed of everything random: initial weights, order of samples, augmentation, evaluation samples."""
-    resume: str = "auto"
-    """auto (continue from the newest whole checkpoint in output_dir), never, or the path of a checkpoint."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes CUDA where there is one."""
-    monitor: list[Literal["tensorboard", "wandb", "csv"]] = ["tensorboard"]
-    """Where DeepSpeed's monitor writes the round's scalars (from the coordinator only), under output_dir/events."""
-
-
-class EncoderConfig(Section):
-    pretrained: str | None = None
-    """A Hugging Face id or a local folder with weights; null builds `config` with random weights."""
-    config: dict[str, Any] | None = None
-    """Keys of the transformers config when pretrained is null, e.g. {model_type: vit, hidden_size: 192, …}."""
-
-
-class TextEncoderConfig(EncoderConfig):
-    tokenizer: str | None = None
-    """A tokenizer's id or folder; null takes the one beside `pretrained`, else the vocabulary shipped here."""
-
-
-class HeadConfig(Section):
-    kind: Literal["mlp", "linear"] = "mlp"
-    """mlp: Linear-norm-ReLU-Linear (the paper's); linear: one Linear."""
-    hidden_dim: int = Field(2048, ge=1)
-    """Width of the mlp's hidden layer."""
-    norm: Literal["layernorm", "batchnorm", "none"] = "layernorm"
-    """Norm inside the mlp. batchnorm is the release's; its statistics couple samples and are averaged over clients."""
-
-
-class ModelConfig(Section):
-    pretrained: str | None = None
-    """A folder or id of a whole VisionTextDualEncoder/CLIP model, or of a model exported here, to start from."""
-    vision: EncoderConfig = EncoderConfig()
-    text: TextEncoderConfig = TextEncoderConfig()
-    embedding_dim: int = Field(128, ge=1)
-    """D, the size of the shared embedding (the paper's code: 128)."""
-    num_top_blocks: int = Field(1, ge=0)
-    """Top transformer blocks of each encoder that belong to the alignment module (trained in stage 1)."""
-    num_extra_blocks: int = Field(0, ge=0)
-    """Extra transformer blocks put on each encoder for the alignment module (the release's form)."""
-    head: HeadConfig = HeadConfig()
-    adapter: dict[str, Any] | None = None
-    """null, or {type: lora, r: …, alpha: …, target_modules: […], aggregation: factors|product|freeze_a}."""
-
-
-class AugmentConfig(Section):
-    crop_scale: float = Field(0.6, gt=0, le=1)
-    """Smallest area fraction of the random resized crop; 1.0 takes the whole image."""
-    flip: bool = False
-    """Mirror half of the images. Off by default: a mirrored chest has its heart on the wrong side."""
-    brightness: float = Field(0.1, ge=0, lt=1)
-    """Largest relative change of brightness and of contrast."""
-
-
-class DataConfig(Section):
-    root: str | None = None
-    """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it)."""
-    batch_size: int = Field(72, ge=1)
-    """Pairs in one optimizer step of one client, over all its ranks."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Pairs per rank held with their graph at a time (two-pass gradient caching); null: the rank's whole part."""
-    image_size: int = Field(224, ge=8)
-    """Side in pixels of the square image that the model sees."""
-    text_length: int = Field(112, ge=4)
-    """Tokens per text; longer texts are cut."""
-    order: Literal["exact", "streaming"] = "exact"
-    """exact: a seeded order that knows no ranks, read by offset. streaming: webdataset's pipeline, rank-dependent."""
-    num_workers: int = Field(0, ge=0)
-    """Worker processes that decode, per rank; 0 decodes in a background thread."""
-    prefetch: int = Field(2, ge=1)
-    """Batches decoded ahead, per worker."""
-    augment: AugmentConfig = AugmentConfig()
-    verify: bool = False
-    """Check every shard's sha256 against index.json before training."""
-    max_bad_fraction: float = Field(0.05, ge=0, le=1)
-    """The run fails when more than this fraction of a client's samples is unreadable."""
-
-
-class ClientsConfig(Section):
-    ids: list[str] | None = None
-    """Clients to train on, in this order; null takes all under data.root, sorted."""
-    minimum: int = Field(1, ge=1)
-    """The run stops when fewer clients than this give a valid update in a round."""
-    timeout_s: float = Field(1800.0, gt=0)
-    """Longest wait in seconds for another rank or client, after which the wait ends with its name."""
-
-
-class ObjectiveConfig(Section):
-    name: Literal["ita"] = "ita"
-    """Local objective: ita is the image-text alignment of equation (1)."""
-    temperature: float = Field(0.07, gt=0)
-    """τ of equation (1), or its initial value when it is learned."""
-    learnable_temperature: bool = False
-    """Train log τ as part of the alignment module."""
-    alignment_weight: float = Field(1.0, gt=0)
-    """λ₁ of equation (3)."""
-    anchor_weight: float = Field(1.0, ge=0)
-    """λ₂ of equation (3), stated for direction_reduction = sum; 0 computes no anchors."""
-    anchors: Literal["replay", "resident"] = "replay"
-    """Stage 2's anchors: replay computes them before the first step, resident keeps a frozen copy of the model."""
-    direction_reduction: Literal["sum", "mean"] = "sum"
-    """Sum (the release) or mean (the CLIP habit) of the two directions; step_size and anchor_weight are rescaled."""
-    impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """Which implementation of the loss runs."""
-
-
-class DroConfig(Section):
-    radius: float = Field(1.0, ge=0)
-    """ρ of equation (4); 0 pins the weights to the centre, (N − 1)/2 and more allows the whole simplex."""
-    step_size: float = Field(0.5, ge=0)
-    """η of equation (4), stated for direction_reduction = sum (the release: 0.01 × 50)."""
-    apply: Literal["aggregate", "loss", "both"] = "aggregate"
-    """Where p acts: the server's average, the client's loss (almost a no-op under Adam), or both."""
-    center: Literal["uniform", "samples"] = "uniform"
-    """Centre c of the ball: 1/N, or each client's share of the training pairs."""
-    fixed_weights: list[float] | None = None
-    """Pins p, one weight per client in the order of the clients; null lets it move."""
-    evaluation_pairs: int = Field(256, ge=1)
-    """Most training pairs per client in the losses that move p; the same number for every client."""
-    evaluation_batch_size: int = Field(32, ge=2)
-    """Batch size of those losses, the same for every client (chance is 2 log of it)."""
-    evaluate_on: Literal["sample", "anchors"] = "sample"
-    """sample: a fixed sample after each round. anchors: read off the next round's stage-1 anchor pass, no extra forward."""
-
-
-class ScheduleConfig(Section):
-    rounds: int = Field(25, ge=1)
-    """Rounds of the run."""
-    stage1_steps: int = Field(20, ge=0)
-    """Local steps of stage 1 (backbone frozen); 0 leaves the stage out."""
-    stage2_steps: int = Field(50, ge=0)
-    """Local steps of stage 2 (everything trains); 0 leaves the stage out."""
-    stage2_start: Literal["client", "global"] = "client"
-    """Stage 2 starts from the client's own aligner (the release), or from the aggregated one."""
-    warmup_rounds: int = Field(0, ge=0)
-    """Rounds of linear learning-rate warm-up."""
-    decay: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate over the rounds after the warm-up."""
-    min_lr_fraction: float = Field(0.0, ge=0, le=1)
-    """Fraction of optimizer.lr at which the decay ends."""
-
-
-StrategyName = Literal[
-    "feddra", "fedavg", "fedprox", "moon", "afl", "drfa", "qffl", "fedadam", "fedyogi", "diloco", "local", "centralized"
-]
-
-
-class StrategyConfig(Section):
-    name: StrategyName = "feddra"
-    """The federated algorithm; it sets defaults of other keys, which keys given by you override."""
-    options: dict[str, float] = {}
-    """Numbers of the strategy, e.g. {mu: 0.01} for fedprox; each strategy names its own."""
-
-
-class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Local optimizer."""
-    lr: float = Field(2e-5, gt=0)
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging constants."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's ε."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Decoupled weight decay (not on biases, norms and the temperature)."""
-    momentum: float = Field(0.0, ge=0, lt=1)
-    """SGD's momentum."""
-    max_skipped_steps: int = Field(5, ge=1)
-    """Steps in a row with a non-finite loss or gradient after which a client's update is excluded."""
-
-
-class TopologyConfig(Section):
-    ranks_per_slot: int | None = Field(None, ge=1)
-    """Ranks of one client slot; null takes as many slots as divide the world, up to one per client."""
-
-
-class CheckpointConfig(Section):
-    every: int = Field(1, ge=1)
-    """Rounds between checkpoints (the last round always has one)."""
-    keep: int = Field(3, ge=0)
-    """Newest checkpoints kept; 0 keeps all."""
-
-
-class EvaluationConfig(Section):
-    every: int = Field(1, ge=0)
-    """Rounds between retrieval evaluations on `split`; 0 never (the last round is evaluated otherwise)."""
-    split: str = "val"
-    """Split of the shards that retrieval is measured on."""
-    max_pairs: int = Field(2048, ge=2)
-    """Most pairs per client in the gallery (a fixed, seeded sample)."""
-    batch_size: int = Field(64, ge=1)
-    """Pairs per rank in one evaluation forward."""
-
-
-class Config(Section):
-    run: RunConfig = RunConfig()
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    clients: ClientsConfig = ClientsConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    dro: DroConfig = DroConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    strategy: StrategyConfig = StrategyConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    deepspeed: dict[str, Any] = {}
-    """A plain DeepSpeed JSON fragment, passed through (zero_optimization, bf16, fp16, …)."""
-    topology: TopologyConfig = TopologyConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-
-
 # Config defaults of each strategy; what it *does* differently is in strategies/.
 STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
     "feddra": {},
-    "fedavg": {"dro": {"radius": 0.0}, "objective": {"anchor_weight": 0.0}, "schedule": {"stage1_steps": 0, "stage2_steps": 70}},
-    "local": {"dro": {"radius": 0.0}, "objective": {"anchor_weight": 0.0}, "schedule": {"stage1_steps": 0, "stage2_steps": 70}},
-    "centralized": {"dro": {"radius": 0.0}, "objective": {"anchor_weight": 0.0}, "schedule": {"stage1_steps": 0, "stage2_steps": 70}},
+    "fedavg": {
+        "dro": {"radius": 0.0},
+        "objective": {"anchor_weight": 0.0},
+        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
+    },
+    "local": {
+        "dro": {"radius": 0.0},
+        "objective": {"anchor_weight": 0.0},
+        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
+    },
+    "centralized": {
+        "dro": {"radius": 0.0},
+        "objective": {"anchor_weight": 0.0},
+        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
+    },
 }
 
 # Fragments that would break the federation silently: (path, what to do instead).
 REFUSED_FRAGMENT_KEYS: dict[str, str] = {
-    "scheduler": "overwrites the stage's learning rates and unfreezes the backbone; use schedule.warmup_rounds and schedule.decay",
+    "scheduler": "overwrites the stage's learning rates, unfreezing the backbone; use schedule.warmup_rounds and schedule.decay",
     "optimizer": "set the optimizer section instead: stages need its two parameter groups",
     "zero_optimization.round_robin_gradients": "permutes the partitions that peers average; remove it",
     "tensorboard": "would write once per slot; use run.monitor",
@@ -290,7 +134,11 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with `over` on top, section by section; neither is changed."""
     out = copy.deepcopy(base)
     for key, value in over.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else copy.deepcopy(value)
+        out[key] = (
+            merge(out[key], value)
+            if isinstance(value, dict) and isinstance(out.get(key), dict)
+            else copy.deepcopy(value)
+        )
     return out
 
 
@@ -346,7 +194,9 @@ def contradictions(config: Config) -> list[str]:
     if c.schedule.stage1_steps + c.schedule.stage2_steps == 0:
         out.append("schedule.stage2_steps: both stages have 0 steps, so nothing would train")
     if c.schedule.warmup_rounds >= c.schedule.rounds:
-        out.append(f"schedule.warmup_rounds: {c.schedule.warmup_rounds} leaves none of the {c.schedule.rounds} rounds after the warm-up")
+        out.append(
+            f"schedule.warmup_rounds: {c.schedule.warmup_rounds} leaves none of the {c.schedule.rounds} rounds after the warm-up"
+        )
     if c.clients.ids is not None:
         if not c.clients.ids:
             out.append("clients.ids: is empty; null takes all clients under data.root")
@@ -354,7 +204,9 @@ def contradictions(config: Config) -> list[str]:
         if repeated:
             out.append(f"clients.ids: {', '.join(repeated)} named more than once")
         if c.clients.minimum > max(1, len(c.clients.ids)):
-            out.append(f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids")
+            out.append(
+                f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids"
+            )
     weights = c.dro.fixed_weights
     if weights is not None:
         if min(weights, default=-1.0) < 0 or abs(sum(weights) - 1) > 1e-6:

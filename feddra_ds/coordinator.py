@@ -115,7 +115,9 @@ class Coordinator:
             self.topology.forget(key)
         stages = [f"round/{round_index}/{stage}" for stage in ("stage1", "stage2")]
         self._stale = [*keys.values(), f"round/{round_index}/next"]
-        self._stale += [f"{s}/slot/{slot}" for s in stages for slot in self.topology.live_slots] + [f"{s}/decision" for s in stages]
+        self._stale += [f"{s}/slot/{slot}" for s in stages for slot in self.topology.live_slots] + [
+            f"{s}/decision" for s in stages
+        ]
         return reports
 
     def next_weights(self, losses: Sequence[float | None]) -> Vector:
@@ -130,7 +132,9 @@ class Coordinator:
         mass, center_mass = self.weights[known].sum(), self.center[known].sum()
         out = self.weights.copy()
         if mass > 0:
-            moved = self.strategy.next_weights(self.config, self.weights[known] / mass, values, self.center[known] / center_mass)
+            moved = self.strategy.next_weights(
+                self.config, self.weights[known] / mass, values, self.center[known] / center_mass
+            )
             out[known] = mass * moved
         return out
 

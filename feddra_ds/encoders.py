@@ -6,6 +6,7 @@ Everything a user can get wrong here is a ValueError that starts with the config
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .config import EncoderConfig
 
 # Text encoders whose position ids start behind the padding id.
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "esm"})
+_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
 _NO_CLS_TYPES = frozenset({"siglip_text_model", "siglip2_text_model"})
 _WITHOUT_AUTO = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}  # halves of a model
 
@@ -71,14 +72,16 @@ def new_config(section: EncoderConfig, default_type: str, key: str) -> PreTraine
     """A transformers config from `section.config`; keys that are left out take the defaults of its model type."""
     given = dict(section.config or {})
     kind = given.pop("model_type", default_type)
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{key}.config.model_type: transformers knows no {kind!r}{hint}")
     try:
         config = AutoConfig.for_model(kind, **given)
     except Exception as error:  # transformers validates with several error classes of its own
         raise ValueError(f"{key}.config: {' '.join(str(error).split())[:300]}") from error
-    known = config.to_dict()
-    unknown = sorted(set(given) - set(known) - set(type(config).attribute_map)) or sorted(
-        name for name in given if name not in type(config).default_config_fields() and name not in type(config).attribute_map
-    )
+    names = set(type(config).default_config_fields()) | set(type(config).attribute_map)
+    unknown = sorted(set(given) - names)
     if unknown:
         raise ValueError(f"{key}.config: a {kind} config has no {', '.join(unknown)}")
     return config
@@ -111,7 +114,7 @@ def vision_encoder(section: EncoderConfig, image_size: int, key: str = "model.vi
 def text_encoder(
     section: EncoderConfig, vocab_size: int, pad_token_id: int, max_text_length: int, key: str = "model.text"
 ) -> PreTrainedModel:
-    """The text encoder, whole, fp32, for `max_text_length` tokens out of `vocab_size`. Raises ValueError naming `key`."""
+    """The text encoder, whole, fp32, for max_text_length tokens out of vocab_size. Raises ValueError naming `key`."""
     if section.pretrained is None:
         config = new_config(section, "bert", key)
         given = set(section.config or {})
@@ -183,7 +186,8 @@ def half(name: str, side: str, key: str) -> PreTrainedModel:
         return part
     wanted = "pixel_values" if side == "vision" else "input_ids"
     if model.main_input_name != wanted:
-        raise ValueError(f"{key}: {name} is a {config.model_type} model, which reads {model.main_input_name}, not {wanted}")
+        reads = model.main_input_name
+        raise ValueError(f"{key}: {name} is a {config.model_type} model, which reads {reads}, not {wanted}")
     return model
 
 
@@ -239,7 +243,7 @@ def resize_images(encoder: PreTrainedModel, image_size: int, key: str) -> PreTra
             continue  # a part that this size does not have
         if target[name].shape != tensor.shape:
             grids = old // config.patch_size, image_size // config.patch_size
-            if "position" not in name:
+            if "position_embedding" not in name:
                 raise ValueError(f"{key}: {name} depends on the image size {old}; set data.image_size to {old}")
             tensor = interpolate_positions(tensor, *grids, key=f"{key}: {name}")
         target[name].copy_(tensor)

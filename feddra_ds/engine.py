@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,12 +53,13 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
-        self._ds, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(groups, config, fragment),
-            config=fragment,
-            dist_init_required=False,
-        )
+        with _launched_as(shard, num_shards):
+            self._ds, _, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(groups, config, fragment),
+                config=fragment,
+                dist_init_required=False,
+            )
         self.module = self._ds.module
         masters = find_masters(self._ds, self.module, shard, num_shards)
         self._refresh = masters.refresh
@@ -136,9 +138,8 @@ class Engine:
     def copy_part(self, part: nn.Module, into: nn.Module) -> None:
         """Copy a submodule's working weights (gathered where ZeRO 3 partitions them) and buffers into a plain twin."""
         with self._gathered(part), torch.no_grad():
-            for target, source in zip(into.parameters(), part.parameters(), strict=True):
-                target.copy_(source)
-            for target, source in zip(into.buffers(), part.buffers(), strict=True):
+            sources = (*part.parameters(), *part.buffers())
+            for target, source in zip((*into.parameters(), *into.buffers()), sources, strict=True):
                 target.copy_(source)
 
     @contextmanager
@@ -200,11 +201,28 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of collectives it calls
     # DeepSpeed's shared-memory all-reduce for CPUs names its segments by port and rank: two slots on a host would
     # write into each other's. gloo is used instead, which also spares a first run the C++ build.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
+
+
+@contextmanager
+def _launched_as(shard: int, num_shards: int) -> Iterator[None]:
+    """Show DeepSpeed the slot as the launch: zero.Init refuses a group of one rank where WORLD_SIZE says more."""
+    place = {"RANK": str(shard), "WORLD_SIZE": str(num_shards)}
+    before = {key: os.environ.get(key) for key in place}
+    os.environ.update(place)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _dtype(fragment: Mapping[str, Any]) -> torch.dtype:

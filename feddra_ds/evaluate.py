@@ -65,11 +65,15 @@ def embed(engine: Engine, data: ClientData, num_pairs: int | None, config: Confi
         if batch is not None:
             parts.append((out.image_embeds.float().cpu(), out.text_embeds.float().cpu(), batch.text_ids.cpu()))
     empty = torch.zeros(0, dim)
-    image, text, ids = (torch.cat(column) for column in zip(*parts, strict=True)) if parts else (
-        empty, empty, torch.zeros(0, dtype=torch.int64))
+    image, text, ids = (
+        (torch.cat(column) for column in zip(*parts, strict=True))
+        if parts
+        else (empty, empty, torch.zeros(0, dtype=torch.int64))
+    )
     if topology.plan.ranks_per_slot == 1:
         return Embedded(image, text, ids, temperature)
-    return Embedded(*(_gather_rows(x, longest, wanted, topology) for x in (image, text, ids)), temperature)
+    image, text, ids = (_gather_rows(x, longest, wanted, topology) for x in (image, text, ids))
+    return Embedded(image, text, ids, temperature)
 
 
 def _gather_rows(rows: Tensor, longest: int, total: int, topology: Topology) -> Tensor:
@@ -97,8 +101,11 @@ def client_loss(engine: Engine, client: Client, num_pairs: int, config: Config, 
     batch = config.dro.evaluation_batch_size
     losses = [
         alignment_with_positives(
-            sample.image[i : i + batch], sample.text[i : i + batch], sample.text_ids[i : i + batch],
-            sample.temperature, config.objective.direction_reduction,
+            sample.image[i : i + batch],
+            sample.text[i : i + batch],
+            sample.text_ids[i : i + batch],
+            sample.temperature,
+            config.objective.direction_reduction,
         )
         for i in range(0, num_pairs, batch)
     ]

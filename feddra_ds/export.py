@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from .dual_encoder import DualEncoder, DualEncoderConfig, register
 from .encoders import load_config, quiet
-from .model import DualEncoder, DualEncoderConfig, register
 from .processing import DualEncoderProcessor
 
 MAX_SHARD_SIZE = "5GB"
@@ -34,24 +34,8 @@ def save_model(
     those of the model that `config` describes.
     """
     _check_state(state, config)
-    out = Path(out_dir)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        save_torch_state_dict(tensors, partial, max_shard_size=max_shard_size)
-        config.architectures = [DualEncoder.__name__]
-        config.dtype = next(iter(tensors.values())).dtype
-        config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        partial.chmod(0o755)
-        _replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+    config.architectures = [DualEncoder.__name__]
+    return write_folder(state, config, processor, Path(out_dir), max_shard_size)
 
 
 def _check_state(state: Mapping[str, Tensor], config: DualEncoderConfig) -> None:
@@ -64,6 +48,27 @@ def _check_state(state: Mapping[str, Tensor], config: DualEncoderConfig) -> None
         raise ValueError(f"these weights are not the model's: {len(wrong)} names differ, {shown}")
 
 
+def write_folder(
+    state: Mapping[str, Tensor], config: Any, processor: DualEncoderProcessor, out: Path, max_shard_size: int | str
+) -> Path:
+    """Write weights, any transformers config and a processor as one folder, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+        save_torch_state_dict(tensors, partial, max_shard_size=max_shard_size)
+        config.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+        config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        partial.chmod(0o755)
+        for path in [*partial.iterdir(), partial]:
+            _fsync(path)
+        _replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
 def _replace(new: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -71,9 +76,13 @@ def _replace(new: Path, out: Path) -> None:
         os.replace(out, old)
     os.replace(new, out)
     shutil.rmtree(old, ignore_errors=True)
-    directory = os.open(out.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    _fsync(out.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor]:
@@ -90,8 +99,9 @@ def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor
     try:
         with quiet():
             model, info = DualEncoder.from_pretrained(folder, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: its weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # missing, cut off or mismatched files: transformers and safetensors raise many types
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: its weights cannot be loaded: {first}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{folder}: its weights lack {len(missing)} parameters, {missing[0]} among them")
@@ -104,12 +114,10 @@ def find_model(path: str | Path) -> Path:
     for folder in (root / "model", root):
         if (folder / "config.json").is_file():
             return folder
+    own = sorted(str(found.parent) for found in (root / "model").glob("*/config.json"))
+    if own:
+        raise ValueError(f"{root} holds one model per client; give one of {', '.join(own)}")
     if (root / "checkpoints").is_dir():
         raise ValueError(f"{root} has no model/ yet; `feddra-ds export {root} --out DIR` writes its newest checkpoint")
     what = "has no config.json" if root.is_dir() else "does not exist"
     raise ValueError(f"{root} {what}; give a run directory, its model/ or an exported folder")
-
-
-def read_config(folder: str | Path) -> dict[str, object]:
-    """config.json of an exported model."""
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))

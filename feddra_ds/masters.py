@@ -126,7 +126,12 @@ def _fused(optimizer: Any, names: dict[int, str]) -> Masters:
 
 
 def _flat_partitions(
-    optimizer: Any, flats: list[Tensor], groups: list[list[Tensor]], offsets: list[list[int]] | None, names: dict[int, str], shard: int
+    optimizer: Any,
+    flats: list[Tensor],
+    groups: list[list[Tensor]],
+    offsets: list[list[int]] | None,
+    names: dict[int, str],
+    shard: int,
 ) -> Masters:
     """ZeRO 1 and 2: each group is flattened, padded at places, and cut into equal partitions."""
     slices = []

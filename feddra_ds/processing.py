@@ -46,9 +46,9 @@ class DualEncoderProcessor:
         return_tensors: str | None = None,
         padding: bool | str = True,
     ) -> BatchFeature:
-        """pixel_values (B, 3, S, S) fp32 of `images`; input_ids and attention_mask (B, T) of `text`, cut at text_length.
+        """pixel_values (B, 3, S, S) fp32 of `images`; input_ids and attention_mask (B, T) of `text`.
 
-        Either may be left out. Raises ValueError when both are.
+        Texts are cut at text_length tokens. Either may be left out. Raises ValueError when both are.
         """
         if images is None and text is None:
             raise ValueError("processor: give images, text, or both")
@@ -90,11 +90,13 @@ def build_processor(
     source, key = config.vision.pretrained, "model.vision.pretrained"
     if config.pretrained is not None:
         source, key = config.pretrained, "model.pretrained"
-    mean, std = HALF, HALF
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
     if source is not None:
         mean, std = image_statistics(source, key)
+    size = {"height": image_size, "width": image_size}
     image_processor = ViTImageProcessorPil(
-        size={"height": image_size, "width": image_size}, do_convert_rgb=True, image_mean=list(mean), image_std=list(std)
+        size=size, do_convert_rgb=True, image_mean=list(mean), image_std=list(std)
     )
     return DualEncoderProcessor(image_processor, tokenizer, text_length)
 
@@ -115,6 +117,6 @@ def image_statistics(name: str, key: str) -> tuple[tuple[float, ...], tuple[floa
         if "image_mean" in values and "image_std" in values:
             mean, std = (tuple(map(float, values[k])) for k in ("image_mean", "image_std"))
             if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-                raise ValueError(f"{key}: {file} of {name} has image_mean {mean} and image_std {std}; three each, std > 0")
+                raise ValueError(f"{key}: {file} of {name}: image_mean and image_std must be three numbers, std > 0")
             return mean, std
     return HALF, HALF

@@ -71,7 +71,11 @@ class Run:
             for stage in stages_of_round(self.config, round_index):
                 samples += self.run_stage(round_index, stage)
             report = self.evaluate(round_index)
-            report |= {"samples": samples, "bytes": self.server.num_bytes - bytes_before, "memory": peak_memory(self.engine)}
+            report |= {
+                "samples": samples,
+                "bytes": self.server.num_bytes - bytes_before,
+                "memory": peak_memory(self.engine),
+            }
             line = self.update_weights(round_index, report)
             with self.timed("checkpoint"):
                 self.save(round_index)
@@ -108,7 +112,9 @@ class Run:
             decision = self.coordinator.decide(round_index, stage.name)
         else:
             # the coordinator may itself wait timeout_s for another slot after its own training
-            message = topology.fetch(f"{place}/decision", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s)
+            message = topology.fetch(
+                f"{place}/decision", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s
+            )
             decision = Decision.from_message(message)
         if decision.stop is not None:
             raise TooFewClients(f"round {round_index}, {stage.name}: {decision.stop}")
@@ -153,7 +159,10 @@ class Run:
                 out[name] = retrieval(sample)
         if not self.topology.is_slot_leader:
             return {}
-        pooled = [torch.cat(gather_over_peers(torch.cat(x), self.topology)) for x in zip(*((s.image, s.text, s.text_ids) for s in samples), strict=True)]
+        pooled = [
+            torch.cat(gather_over_peers(torch.cat(x), self.topology))
+            for x in zip(*((s.image, s.text, s.text_ids) for s in samples), strict=True)
+        ]
         if self.coordinator is not None and self.strategy.averages:
             out["all"] = retrieval(Embedded(pooled[0], pooled[1], pooled[2], 1.0))
         return out
@@ -175,7 +184,9 @@ class Run:
                 line["next_client_weights"] = next_weights.tolist()
                 self.coordinator.weights, self.coordinator.excluded = next_weights, []
                 topology.post(f"round/{round_index}/next", next_weights.tolist())
-            message = topology.fetch(f"round/{round_index}/next", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s)
+            message = topology.fetch(
+                f"round/{round_index}/next", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s
+            )
             self.weights = np.asarray(message, dtype=np.float64)
         return line
 
@@ -190,7 +201,9 @@ class Run:
         if topology.rank in writers:
             owners = {self.server.owner_of(client) for client in self.clients}
             for owner in sorted(owners):
-                files |= checkpoint.write_model(checkpoint.partial_of(folder), owner, self.engine, self.server.states[owner])
+                files |= checkpoint.write_model(
+                    checkpoint.partial_of(folder), owner, self.engine, self.server.states[owner]
+                )
             topology.post(f"saved/{round_index}/{topology.rank}", files)
         if self.coordinator is not None:
             for rank in writers:
@@ -207,8 +220,11 @@ class Run:
         self.metrics.append(line)
         logger.info(
             "round %d: mean loss %.4f, worst %.4f (%s), %.1f s",
-            line["round"], line["mean_loss"], line["worst_loss"],
-            self.client_ids[int(np.nanargmax([np.nan if x is None else x for x in line["client_losses"]]))], seconds,
+            line["round"],
+            line["mean_loss"],
+            line["worst_loss"],
+            self.client_ids[int(np.nanargmax([np.nan if x is None else x for x in line["client_losses"]]))],
+            seconds,
         )
         if self.monitor is not None:
             step = line["round"]

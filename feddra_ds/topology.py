@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-_POLL = timedelta(seconds=1)  # a wait wakes this often, so that Ctrl-C and SIGTERM are heard
+_LONGEST_NAP = 0.25  # seconds between two looks at the store
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,11 @@ class Launch:
         if "RANK" not in env:
             return Launch(0, 1, 0, "127.0.0.1", _free_port())
         return Launch(
-            int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), env["MASTER_ADDR"], int(env["MASTER_PORT"])
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_RANK", 0)),
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
         )
 
 
@@ -132,7 +136,7 @@ class Topology:
             rank=self.shard,
             world_size=plan.ranks_per_slot,
             timeout=timeout,
-            **({"device_id": device} if device.type == "cuda" else {}),
+            device_id=device if device.type == "cuda" else None,
         )
         self.live_slots = tuple(range(plan.num_slots))
         self.peers = self._join_peers(generation=0)
@@ -173,8 +177,8 @@ class Topology:
         if self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            return dist.ProcessGroupNCCL(store, rank, size, options)
-        return dist.ProcessGroupGloo(store, rank, size, timeout)
+            return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, rank, size, options))
+        return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
 
     # Messages: small JSON values by key, read by any number of ranks.
     def post(self, key: str, value: Any) -> None:
@@ -184,19 +188,21 @@ class Topology:
     def fetch(self, key: str, *, sender: str, timeout_s: float | None = None) -> Any:
         """Wait for a key and return its value. Raises WaitTimeout, naming `sender`, after timeout_s seconds."""
         limit = self.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
-        while True:
-            try:
-                self._messages.wait([key], _POLL)
-                return json.loads(self._messages.get(key))
-            except dist.DistStoreError:
-                if time.monotonic() >= deadline:
+        began = time.monotonic()
+        try:
+            while not self._messages.check([key]):
+                waited = time.monotonic() - began
+                if waited >= limit:
                     raise WaitTimeout(
                         f"rank {self.rank} waited {limit:.0f} s for {key} from {sender}; is it still running? "
                         "(clients.timeout_s bounds this wait)"
-                    ) from None
-            except dist.DistNetworkError as error:
-                raise WaitTimeout(f"rank {self.rank} lost the coordinator (rank 0) while it waited for {key}: {error}") from None
+                    )
+                time.sleep(min(_LONGEST_NAP, 0.001 + 0.02 * waited))  # short naps, so that Ctrl-C and SIGTERM are heard
+            return json.loads(self._messages.get(key))
+        except dist.DistNetworkError as error:
+            raise WaitTimeout(
+                f"rank {self.rank} lost the coordinator (rank 0) while it waited for {key}: {error}"
+            ) from None
 
     def forget(self, key: str) -> None:
         """Delete a message that every reader has read."""

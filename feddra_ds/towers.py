@@ -22,7 +22,8 @@ TESTED_TYPES = frozenset(
     {"vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model", "bert", "roberta", "distilbert", "electra",
      "clip_text_model", "siglip_text_model", "modernbert", "mpnet"}
 )  # fmt: skip
-_INPUT_SIDE = re.compile(r"relative|rel_|position|embed|rotary|rope", re.IGNORECASE)  # modules listed after the blocks but used before them
+# Modules that may be listed after the blocks but are used before them.
+_INPUT_SIDE = re.compile(r"relative|rel_|position|embed|rotary|rope", re.IGNORECASE)
 
 
 class BlockCall(NamedTuple):
@@ -97,6 +98,10 @@ def call_blocks(blocks: Sequence[nn.Module], states: Tensor, calls: Sequence[Blo
     return states
 
 
+def _blocks(encoder: nn.Module, path: str) -> list[nn.Module]:
+    return list(encoder.get_submodule(path).children())
+
+
 def find_layout(encoder: nn.Module, key: str) -> Layout:
     """Locate blocks, final norm and pooler of a transformers encoder.
 
@@ -109,8 +114,8 @@ def find_layout(encoder: nn.Module, key: str) -> Layout:
     count = getattr(config, "num_hidden_layers", None)
     lists = [n for n, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     lists = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    if len(lists) != 1 or len({id(b) for b in encoder.get_submodule(lists[0])}) != count:  # type: ignore[arg-type]
-        raise ValueError(f"{key}: {kind} has no list of its {count} blocks that could be cut; use ViT- or BERT-like models")
+    if len(lists) != 1 or len({id(block) for block in _blocks(encoder, lists[0])}) != count:
+        raise ValueError(f"{key}: {kind} has no list of its {count} blocks to cut; use a ViT- or BERT-like one")
     path = lists[0].split(".")
     found: dict[str, str | None] = {"norm": None, "pooler": None}
     for depth in range(len(path)):
@@ -137,7 +142,7 @@ def split(encoder: nn.Module, layout: Layout, num_top_blocks: int, key: str = "m
 
     Raises ValueError naming `key` unless 0 ≤ num_top_blocks < number of blocks.
     """
-    blocks = list(encoder.get_submodule(layout.blocks))  # type: ignore[arg-type]
+    blocks = _blocks(encoder, layout.blocks)
     if not 0 <= num_top_blocks < len(blocks):
         raise ValueError(
             f"{key}: {num_top_blocks} top blocks of a {encoder.config.model_type} encoder with {len(blocks)} blocks; "  # type: ignore[union-attr]
@@ -158,7 +163,7 @@ def split(encoder: nn.Module, layout: Layout, num_top_blocks: int, key: str = "m
 def merge(encoder: nn.Module, layout: Layout, top: Top) -> nn.Module:
     """A copy of a cut encoder with its parts put back (a dropped pooler stays dropped)."""
     whole, top = copy.deepcopy((encoder, top))
-    blocks = [b for b in whole.get_submodule(layout.blocks) if not isinstance(b, Tap)]  # type: ignore[union-attr]
+    blocks = [b for b in _blocks(whole, layout.blocks) if not isinstance(b, Tap)]
     whole.set_submodule(layout.blocks, nn.ModuleList([*blocks, *top.blocks]))
     if layout.norm and top.norm is not None:
         whole.set_submodule(layout.norm, top.norm)
@@ -170,7 +175,7 @@ def merge(encoder: nn.Module, layout: Layout, top: Top) -> nn.Module:
 def run(encoder: nn.Module, layout: Layout, mask: Tensor | None, **inputs: Tensor) -> TowerHidden:
     """The backbone's part of a cut encoder. `inputs` are the encoder's own, e.g. pixel_values (B, C, S, S)."""
     out = encoder(**inputs, return_dict=True)
-    taps = [m for m in encoder.get_submodule(layout.blocks) if isinstance(m, Tap)]  # type: ignore[union-attr]
+    taps = [block for block in _blocks(encoder, layout.blocks) if isinstance(block, Tap)]
     if not taps:
         return TowerHidden(out.last_hidden_state, mask, ())
     records = [tap.take() for tap in taps]

@@ -48,7 +48,9 @@ def train(config: Config) -> int:
         run.rounds()
         run.topology.close()
     except Interrupted as stopped:
-        logger.warning("stopped by a signal; the same command goes on from the last checkpoint in %s", config.run.output_dir)
+        logger.warning(
+            "stopped by a signal; the same command goes on from the last checkpoint in %s", config.run.output_dir
+        )
         return int(stopped.code or 1)
     except (TooFewClients, WaitTimeout, DataError) as error:
         logger.error("%s", error)

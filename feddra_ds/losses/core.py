@@ -30,7 +30,7 @@ class Spec:
 
     @property
     def tiles(self) -> Any:
-        return importlib.import_module("feddra_ds.losses." + {"triton": "triton_kernels"}.get(self.impl, self.impl))
+        return importlib.import_module("feddra_ds.losses." + {"triton": "triton_tiles"}.get(self.impl, self.impl))
 
 
 class Columns(NamedTuple):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from feddra_ds.losses import chunked
 from feddra_ds.losses.types import Impl
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ def resolve_impl(impl: Impl, image: Tensor) -> Impl:
         problem = _triton_limit(image.dtype, image.shape[1] <= MAX_TRITON_DIM)
         if problem:
             raise ValueError(f"impl='triton' {problem}; use impl='chunked'")
-        from feddra_ds.losses.triton_kernels import INTERPRETED
+        from feddra_ds.losses.triton_tiles import INTERPRETED
 
         if image.device.type not in (("cpu", "cuda", "meta") if INTERPRETED else ("cuda", "meta")):
             raise ValueError(
@@ -57,9 +59,25 @@ def _auto(device: str, dtype: torch.dtype, fits: bool) -> Impl:
 def _triton_failure() -> str:
     """Why the kernels do not run here, found by running them on a tiny batch; empty when they do."""
     try:
-        from feddra_ds.losses import triton_kernels
+        from feddra_ds.losses import triton_tiles
 
-        triton_kernels.smoke_test("cuda")
+        smoke_test(triton_tiles, "cuda")
     except Exception as error:  # whatever a compiler or driver may raise: the loss still has to run
         return f"failed here: {type(error).__name__}: {error}"
     return ""
+
+
+def smoke_test(tiles: Any, device: str) -> None:
+    """Runs every kernel on a tiny batch. Raises RuntimeError where the result is wrong, or what the compiler raises."""
+    x = torch.linspace(-9, 9, 6 * 17, device=device).sin().reshape(6, 17)
+    scale, bias = torch.full((), 5.0, device=device), torch.zeros((), device=device)
+    gradients = []
+    for t in (chunked, tiles):
+        rx, _ = t.row_norms(x, None)
+        row, col, _ = t.block_stats(x, x, rx, rx, scale, bias, True, "ita")
+        du, dv = torch.zeros_like(x), torch.zeros_like(x)
+        t.block_grads(x, x, rx, rx, row, col, rx, rx, scale, bias, True, "ita", du, dv)
+        gradients.append(t.finish_grads(x, rx, None, du, scale, rx))
+    error = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
+    if not error < 1e-2:
+        raise RuntimeError(f"the gradient of a small batch is off by {error:.2g}")

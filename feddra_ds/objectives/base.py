@@ -23,7 +23,12 @@ class Objective(Protocol):
     needs_anchors: bool
 
     def __call__(
-        self, image: Tensor, text: Tensor, temperature: Tensor | float, anchors: Anchors | None, group: dist.ProcessGroup | None
+        self,
+        image: Tensor,
+        text: Tensor,
+        temperature: Tensor | float,
+        anchors: Anchors | None,
+        group: dist.ProcessGroup | None,
     ) -> DroLoss:
         """Losses of this rank's (B, D) embeddings; `group` is the client's ranks (None: this process alone).
 

@@ -21,7 +21,12 @@ class ImageTextAlignment:
         self._anchor_weight = halves * config.anchor_weight / config.alignment_weight
 
     def __call__(
-        self, image: Tensor, text: Tensor, temperature: Tensor | float, anchors: Anchors | None, group: dist.ProcessGroup | None
+        self,
+        image: Tensor,
+        text: Tensor,
+        temperature: Tensor | float,
+        anchors: Anchors | None,
+        group: dist.ProcessGroup | None,
     ) -> DroLoss:
         loss = fused_dro_loss(
             image,

@@ -21,11 +21,17 @@ class Strategy:
 
     def center(self, config: Config, num_samples: Sequence[int]) -> Vector:
         """c of equation (4), (N,)."""
-        return dro.samples_center(num_samples) if config.dro.center == "samples" else dro.uniform_center(len(num_samples))
+        return (
+            dro.samples_center(num_samples) if config.dro.center == "samples" else dro.uniform_center(len(num_samples))
+        )
 
     def initial_weights(self, config: Config, center: Vector) -> Vector:
         """p of the first round, (N,)."""
-        return center.copy() if config.dro.fixed_weights is None else np.asarray(config.dro.fixed_weights, dtype=np.float64)
+        return (
+            center.copy()
+            if config.dro.fixed_weights is None
+            else np.asarray(config.dro.fixed_weights, dtype=np.float64)
+        )
 
     def next_weights(self, config: Config, p: Vector, losses: Sequence[float], center: Vector) -> Vector:
         """p of the next round from the losses L_i of the new global model, (N,)."""

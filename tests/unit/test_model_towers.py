@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from feddra_ds import encoders, towers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+
+from feddra_ds import encoders, towers
 
 BODY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 VISION = {**BODY, "image_size": 32, "patch_size": 8}
@@ -85,7 +86,7 @@ def test_gradient_reaches_the_backbone_and_its_position_bias() -> None:
 @pytest.mark.parametrize("num_top", [-1, 4, 7])
 def test_too_many_top_blocks_are_refused_with_the_counts(num_top: int) -> None:
     encoder, _ = make("bert", TEXT)
-    with pytest.raises(ValueError, match=rf"model.num_top_blocks: {num_top} top blocks of a bert .* 4 blocks.* at most 3"):
+    with pytest.raises(ValueError, match=rf"model.num_top_blocks: {num_top} top blocks .* with 4 blocks.* at most 3"):
         towers.split(encoder, towers.find_layout(encoder, "key"), num_top)
 
 
@@ -93,7 +94,7 @@ def test_too_many_top_blocks_are_refused_with_the_counts(num_top: int) -> None:
     ("kind", "values", "message"),
     [
         ("albert", TEXT, "k: a albert encoder .* has no list of its 4 blocks"),
-        ("t5", {"vocab_size": 60, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64}, "k: a t5 .* has a decoder"),
+        ("t5", {"vocab_size": 60, "d_model": 32, "num_layers": 2, "d_kv": 8, "d_ff": 64}, "k: a t5 .* has a decoder"),
     ],
 )
 def test_encoders_that_cannot_be_cut_are_refused(kind: str, values: dict, message: str) -> None:

@@ -1,0 +1,40 @@
+# Every target works from a fresh clone: the environment is made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICKSTART ?= quickstart
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help quickstart test test-all lint bench clean
+help:            ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, evaluate, write the report
+	$(BIN)/feddra-ds data synth --out $(QUICKSTART)/data --num-pairs 1200 --image-size 64 --seed 0 --overwrite
+	$(BIN)/feddra-ds train --config configs/quickstart.yaml --data.root $(QUICKSTART)/data --run.output_dir $(QUICKSTART)/run
+	$(BIN)/feddra-ds evaluate $(QUICKSTART)/run
+	$(BIN)/feddra-ds report $(QUICKSTART)/run
+
+test: $(VENV)/.installed         ## unit, distributed and short integration tests (≤ 15 minutes on 2 cores)
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed     ## everything but what needs a GPU (≤ 60 minutes on 2 cores)
+	$(BIN)/pytest -q -m "not gpu"
+
+lint: $(VENV)/.installed         ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed        ## the benchmarks, as benchmarks/README.md says
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:           ## remove the environment and the quickstart's files
+	rm -rf $(VENV) $(QUICKSTART)

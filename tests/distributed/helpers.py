@@ -1,0 +1,205 @@
+"""Small real datasets and configs, and a pool of ranks that runs many cases over one launch.
+
+A case is a module-level function; `on_ranks(case, world_size, *args)` runs it on that many processes which see the
+environment of a launch (RANK, WORLD_SIZE, MASTER_PORT, …) and no process group: it makes its own, as a run does. The
+processes are kept, so that importing torch and deepspeed is paid once; between cases all groups are taken down.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from spawn import RankPool, free_port
+
+NUM_PROCESSES = 4
+CLIENTS = {"north": 24, "south": 20, "west": 28}  # training pairs; none is a multiple of the batch of 8 but north's
+NUM_VAL = 6
+BODY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+PLACES = ("left apex", "left base", "right apex", "right base")
+KINDS = ("opacity", "effusion", "nodule")
+
+
+# ---- data
+def write_dataset(root: Path, clients: Mapping[str, int] | None = None, *, num_val: int = NUM_VAL) -> Path:
+    """A dataset of 40 px PNG and JPEG images with short reports: kinds in a corner, differently mixed per client."""
+    from feddra_ds.data.writer import DatasetWriter
+
+    with DatasetWriter(root) as writer:
+        for number, (client, num_train) in enumerate((clients or CLIENTS).items()):
+            draw = random.Random(f"data {client}")
+            for index in range(num_train + num_val):
+                kind = KINDS[(number + (draw.random() < 0.4)) % len(KINDS)]
+                place = draw.choice(PLACES)
+                suffix = ("png", "jpg")[index % 2]
+                writer.add(
+                    client,
+                    "train" if index < num_train else "val",
+                    f"{client}-{index:04d}",
+                    image=_image(kind, place, draw, suffix),
+                    suffix=suffix,
+                    text=f"{kind} at the {place}, {draw.randint(2, 60)} mm in size",
+                    info={"labels": {"kind": kind}, "site": client},
+                )
+    return root
+
+
+def _image(kind: str, place: str, draw: random.Random, suffix: str) -> bytes:
+    pixels = np.random.default_rng(draw.getrandbits(32)).normal(90, 25, (40, 40, 3))
+    y, x = 20 * place.endswith("base"), 20 * place.startswith("right")
+    pixels[y : y + 20, x : x + 20, KINDS.index(kind)] += 120
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format={"png": "PNG", "jpg": "JPEG"}[suffix])
+    return file.getvalue()
+
+
+# ---- configs
+def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """A nested config of a small dual encoder; `changes` are dotted keys with `__` for the dot."""
+    from feddra_ds.config import set_path
+
+    config: dict[str, Any] = {
+        "run": {"output_dir": str(out), "device": "cpu", "monitor": [], "seed": 3},
+        "model": {
+            "vision": {"config": {"model_type": "vit", "patch_size": 8, **BODY}},
+            "text": {"config": {"model_type": "bert", **BODY}},
+            "embedding_dim": 16,
+            "head": {"hidden_dim": 24},
+        },
+        "data": {"root": str(root), "batch_size": 8, "image_size": 32, "text_length": 24},
+        "clients": {"timeout_s": 60.0},
+        "objective": {"learnable_temperature": True, "impl": "chunked"},
+        "dro": {"evaluation_pairs": 16, "evaluation_batch_size": 8},
+        "schedule": {"rounds": 2, "stage1_steps": 2, "stage2_steps": 3},
+        "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 0.0},
+        "checkpoint": {"keep": 0},
+        "evaluation": {"batch_size": 8},
+    }
+    for key, value in changes.items():
+        set_path(config, key.replace("__", "."), value)
+    return config
+
+
+def make_config(root: Path, out: Path, **changes: Any) -> Any:
+    """The validated config of `tree`."""
+    from feddra_ds.config import from_dict
+
+    return from_dict(tree(root, out, **changes))
+
+
+def zero(stage: int, *, bf16: bool = False, **more: Any) -> dict[str, Any]:
+    """A deepspeed fragment."""
+    fragment: dict[str, Any] = {"zero_optimization": {"stage": stage, **more}}
+    if bf16:
+        fragment["bf16"] = {"enabled": True}
+    return fragment
+
+
+# ---- ranks
+def on_ranks(case: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
+    """`case(*args)` on ranks 0 … world_size − 1; its results by rank. Raises RankError when a rank fails."""
+    assert world_size <= NUM_PROCESSES
+    return _pool().run(_one_world, case, world_size, free_port(), args, timeout=timeout)[:world_size]
+
+
+def on_each(case: Callable[..., Any], arguments: Iterable[Sequence[Any]], timeout: float = 300.0) -> list[Any]:
+    """`case(*args)` in a world of one for each `args`, several at a time; its results in order."""
+    jobs = [(tuple(args), free_port()) for args in arguments]
+    by_process = _pool().run(_worlds_of_one, case, jobs, timeout=timeout)
+    return [by_process[index % NUM_PROCESSES][index // NUM_PROCESSES] for index in range(len(jobs))]
+
+
+def _one_world(process: int, _: int, case: Callable[..., Any], world_size: int, port: int, args: Sequence[Any]) -> Any:
+    return _in_world(case, args, process, world_size, port) if process < world_size else None
+
+
+def _worlds_of_one(process: int, _: int, case: Callable[..., Any], jobs: Sequence[tuple[Sequence[Any], int]]) -> Any:
+    return [_in_world(case, args, 0, 1, port) for args, port in jobs[process::NUM_PROCESSES]]
+
+
+def _in_world(case: Callable[..., Any], args: Sequence[Any], rank: int, world_size: int, port: int) -> Any:
+    """Run a case as a rank of a launch, then take down whatever process group it made."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    try:
+        return case(*args)
+    finally:
+        leave_groups()
+
+
+def leave_groups() -> None:
+    """Forget the default process group, in torch and in DeepSpeed, so that another one can be made."""
+    import deepspeed.comm.comm as ds_comm
+    import torch.distributed as dist
+
+    if dist.is_initialized() and ds_comm.cdb is not None:
+        ds_comm.destroy_process_group()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
+    ds_comm.cdb = None
+    gc.collect()
+
+
+_pools: list[RankPool] = []
+
+
+def _pool() -> RankPool:
+    if not _pools or not _pools[0].alive:
+        _pools[:] = [RankPool(NUM_PROCESSES, init_group=False)]
+    return _pools[0]
+
+
+# ---- whole runs, inside a rank
+def run_all(config_tree: dict[str, Any]) -> dict[str, Any]:
+    """Build and run all rounds, as `feddra-ds train` does; returns what a test may want to know of this rank."""
+    from feddra_ds.build import build
+    from feddra_ds.config import from_dict
+
+    run = build(from_dict(config_tree))
+    run.rounds()
+    finish(run)
+    return {"rank": run.topology.rank, "first_round": run.next_round}
+
+
+def finish(run: Any) -> None:
+    """What ends a run: the ranks leave together."""
+    from deepspeed.comm import destroy_process_group
+
+    topology = run.topology
+    topology.post(f"leaving/{topology.rank}", True)
+    for rank in topology.live_ranks:
+        topology.fetch(f"leaving/{rank}", sender=f"rank {rank}")
+    destroy_process_group()  # DeepSpeed's, which forgets the groups that it keeps; torch's alone would not
+    topology.close()
+
+
+# ---- results, in the test's own process
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl without times and memory, which never count in "equal"."""
+    from feddra_ds.logs import read_metrics
+
+    lines = read_metrics(out / "metrics.jsonl")
+    for line in lines:
+        for key in ("seconds", "stage_seconds", "peak_memory_bytes"):
+            del line[key]
+    return lines
+
+
+def weights_of(out: Path, round_index: int, owner: str = "global") -> dict[str, Any]:
+    """The trained parameters of a checkpoint by name, fp32."""
+    from feddra_ds.checkpoint import SavedModel, folder_of
+
+    return SavedModel(folder_of(out, round_index), owner).parameters()
+
+
+def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """Over all tensors of two models with the same names."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
