@@ -40,10 +40,10 @@ class WeightedSum:
         }
         self.num_bytes = 0
 
-    def add(self, weight: float, engine: Engine, client_index: int) -> None:
-        """Add the live weights of the client that has just trained; a weight of 0 adds nothing."""
+    def add(self, weight: float, state: Mapping[str, Sequence[Tensor]], client_index: int) -> None:
+        """Add a client's weights, live slices or a host state of them; a weight of 0 adds nothing."""
         for part in self.parts:
-            for total, live in zip(self.sums[part], engine.slices(part), strict=True):
+            for total, live in zip(self.sums[part], state[part], strict=True):
                 if not live.is_floating_point():
                     if client_index == 0:
                         total.copy_(live)

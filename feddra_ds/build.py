@@ -150,7 +150,8 @@ def build(config: Config) -> Run:
     if topology.is_coordinator:
         run_dir.mkdir(parents=True, exist_ok=True)
         logs.write_atomic(run_dir / "config.yaml", dump(config))
-        metrics = logs.MetricsFile(run_dir / "metrics.jsonl", next_round)
+        last = checkpoint.read_coordinator(resumed)["metrics"] if resumed is not None else None
+        metrics = logs.MetricsFile(run_dir / "metrics.jsonl", next_round, last)
         coordinator = Coordinator(config, topology, strategy, client_ids, center, weights)
         if config.run.monitor:
             monitor = build_monitor(config.run.monitor, str(run_dir), "events")

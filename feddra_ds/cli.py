@@ -13,6 +13,16 @@ import yaml
 from . import __version__
 from .config import ConfigError, dump, get_path, known_keys, load, set_path
 
+# command: (module with add_arguments and run, what it does). Imported only when the command is asked for.
+COMMANDS = {
+    "evaluate": ("evaluate_command", "measure retrieval and zero-shot classification of a run or an exported model"),
+    "probe": ("probe", "train a linear classifier on a model's frozen image features"),
+    "report": ("report", "write a run's report.html, one self-contained page"),
+    "status": ("status", "show where a run in the background stands"),
+    "doctor": ("doctor", "check this machine, and with --config whether a run can start on it"),
+}
+TAKE_CONFIG_KEYS = ("train", "doctor")  # whatever else is on their command line is --section.key value
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
@@ -27,8 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = commands.add_parser("data", help="make, convert, split and look at shards")
     if "data" in (argv if argv is not None else sys.argv[1:])[:1]:
         add_data(data)  # imports what it lists
+    for name, (module_name, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        if name in (argv if argv is not None else sys.argv[1:])[:1]:
+            module = import_module(f".{module_name}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    args.rest = rest
+    if rest and args.command not in TAKE_CONFIG_KEYS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.run(args, rest) if args.command == "train" else args.run(args))
@@ -39,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"feddra-ds: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .aggregate import validate_update
+from .collectives import gather_uneven
 from .config import Config
 from .data.order import Position
 from .data.pipeline import Batch, ClientData
-from .engine import Engine, PartState
+from .engine import BUFFERS, Engine, PartState
 from .logs import logger
+from .losses import alignment_with_positives
 from .objectives import Anchors, Objective
 from .schedule import Stage
+from .steps import AnchorSource, LocalStep, model_inputs
 from .topology import Topology
 
 
@@ -29,16 +33,21 @@ class Client:
     id: str
     data: ClientData
     position: Position = field(default_factory=lambda: Position(0, 0))
-    aligner: PartState | None = None  # its own θ_i between stage 1 and stage 2, on the host
+    aligner: dict[str, PartState] | None = None  # its own θ_i (and buffers) after stage 1, on the host
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a stage gave: the mean training loss over its steps, the pairs trained on, and why not to average it."""
+    """What a stage gave.
+
+    mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
+    the model that the stage started from, where dro.evaluate_on = anchors reads it off.
+    """
 
     mean_loss: float
     num_pairs: int
     problem: str | None
+    anchor_loss: float | None = None
 
 
 class LocalTrainer:
@@ -57,6 +66,7 @@ class LocalTrainer:
         self.frozen_aligner = frozen_aligner  # holds θ_g in stage 1, beside the live θ_i on the same backbone pass
         self.frozen_model = frozen_model  # holds (φ_g, θ_g) in stage 2 where objective.anchors is resident
         self.group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
+        self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size)
 
     def run_stage(
         self,
@@ -73,23 +83,21 @@ class LocalTrainer:
         """
         engine = self.engine
         engine.write(global_state)
-        anchors = self._anchor_source(client, stage)
+        batches, anchors_of = self._prepare(client, stage)
         if stage.trains_backbone and client.aligner is not None:
-            engine.write({"aligner": client.aligner})
+            engine.write(client.aligner)
         client.aligner = None
         engine.reset_optimizer()
         engine.set_learning_rates(stage.learning_rates)
         engine.train()
+        reads_losses = self.config.dro.evaluate_on == "anchors" and not stage.trains_backbone
         loss_sum, num_good, in_a_row, worst_run = 0.0, 0, 0, 0
-        for step, batch in enumerate(client.data.batches(client.position, stage.num_steps)):
-            out = engine(**model_inputs(batch, engine), freeze_backbone=not stage.trains_backbone, return_hidden=True)
-            losses = self.objective(
-                out.image_embeds, out.text_embeds, out.temperature, anchors(step, batch, out.hidden), self.group
-            )
-            value = float(losses.total.detach())  # equal on every rank, so all of them skip or none
+        anchor_losses: list[Tensor] = []
+        for step, batch in enumerate(batches):
+            value = self.step(batch, anchors_of(step), train_backbone=stage.trains_backbone, weight=loss_weight)
+            if reads_losses:
+                anchor_losses.append(self._anchor_losses(batch))
             if math.isfinite(value):
-                engine.backward(loss_weight * losses.total)
-                engine.step()
                 loss_sum, num_good, in_a_row = loss_sum + value, num_good + 1, 0
             else:
                 in_a_row += 1
@@ -98,62 +106,88 @@ class LocalTrainer:
             if on_step is not None:
                 on_step(step, value)
         client.position = client.data.advance(client.position, stage.num_steps)
-        if not stage.trains_backbone:
-            client.aligner = engine.snapshot("aligner") if self._continues_own_aligner else None
         problem = validate_update(engine, self.topology, stage.parts)
         if worst_run >= self.config.optimizer.max_skipped_steps:
             problem = f"{worst_run} steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+        if not stage.trains_backbone and problem is None and (self._continues_own_aligner or reads_losses):
+            client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
         mean_loss = loss_sum / num_good if num_good else float("nan")
-        return LocalResult(mean_loss, num_good * self.config.data.batch_size, problem)
+        anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
+        return LocalResult(mean_loss, num_good * self.config.data.batch_size, problem, anchor_loss)
 
     @property
     def _continues_own_aligner(self) -> bool:
         return self.config.schedule.stage2_start == "client" and self.config.schedule.stage2_steps > 0
 
-    def _anchor_source(self, client: Client, stage: Stage) -> Callable[[int, Batch, Tensor], Anchors | None]:
-        """Where the stage's anchors come from; called while the engine holds the global model."""
+    def _prepare(self, client: Client, stage: Stage) -> tuple[Iterable[Batch], Callable[[int], AnchorSource]]:
+        """The stage's batches, and by step where their anchors come from; called while the engine holds the global model."""
+        fresh = client.data.batches(client.position, stage.num_steps)
         if not self.objective.needs_anchors:
-            return lambda step, batch, hidden: None
+            return fresh, lambda step: lambda rows, batch, hidden: None
         if not stage.trains_backbone:
             # φ_i = φ_g for the whole stage: the client's backbone pass serves the anchors too
             self.engine.copy_part(self.engine.module.get_submodule("aligner"), self.frozen_aligner)
-            return lambda step, batch, hidden: self._embed(self.frozen_aligner, hidden)
+            return fresh, lambda step: lambda rows, batch, hidden: self._align_frozen(hidden)
         if self.config.objective.anchors == "resident":
             assert self.frozen_model is not None
-            model = self.frozen_model
-            self.engine.copy_part(self.engine.module, model)
+            self.engine.copy_part(self.engine.module, self.frozen_model)
+            return fresh, lambda step: lambda rows, batch, hidden: self._embed(self.frozen_model, batch)
+        kept, stored = self._replay(client, stage)
+        batches = fresh if kept is None else kept
+        return (
+            batches,
+            lambda step: lambda rows, batch, hidden: Anchors(stored[step].image[rows], stored[step].text[rows]),
+        )
 
-            def resident(step: int, batch: Batch, hidden: Tensor) -> Anchors:
-                with torch.no_grad():
-                    out = model(**model_inputs(batch, self.engine))
-                return Anchors(out.image_embeds, out.text_embeds)
+    def _replay(self, client: Client, stage: Stage) -> tuple[list[Batch] | None, list[Anchors]]:
+        """The anchors of the stage's batches, computed before its first step, while the live weights equal (φ_g, θ_g).
 
-            return resident
-        stored = list(self._replay(client, stage))
-        return lambda step, batch, hidden: stored[step]
-
-    def _replay(self, client: Client, stage: Stage) -> Iterator[Anchors]:
-        """The anchors of the stage's batches, computed before its first step, while the live weights equal (φ_g, θ_g)."""
+        The decoded batches (uint8) are kept too, up to data.replay_cache_bytes; beyond, they are decoded twice.
+        """
         self.engine.train(False)
+        size = self.config.data.micro_batch_size
+        kept: list[Batch] | None = []
+        stored, room = [], self.config.data.replay_cache_bytes
         for batch in client.data.batches(client.position, stage.num_steps):
-            with torch.no_grad():
-                out = self.engine(**model_inputs(batch, self.engine))
-            yield Anchors(out.image_embeds, out.text_embeds)
+            step = size or len(batch)
+            parts = [self._embed(self.engine, batch[i : i + step]) for i in range(0, len(batch), step)]
+            stored.append(Anchors(torch.cat([p.image for p in parts]), torch.cat([p.text for p in parts])))
+            room -= batch.pixels.nbytes
+            if kept is not None:
+                kept.append(batch)
+            if room < 0:
+                kept = None
+        return kept, stored
 
     @torch.no_grad()
-    def _embed(self, aligner: nn.Module, hidden: Tensor) -> Anchors:
-        image, text = aligner(hidden)
-        return Anchors(image, text)
+    def _align_frozen(self, hidden: Any) -> Anchors:
+        return Anchors(*self.frozen_aligner(hidden))
 
+    @torch.no_grad()
+    def _embed(self, model: Any, batch: Batch) -> Anchors:
+        out = model(**model_inputs(batch, self.engine))
+        return Anchors(out.image_embeds, out.text_embeds)
 
-def model_inputs(batch: Batch, engine: Engine) -> dict[str, Tensor]:
-    """The tensors of a batch that the model takes, on the engine's device and in its dtype."""
-    moved = batch.to(engine.device)
-    return {
-        "pixel_values": moved.pixel_values.to(engine.dtype),
-        "input_ids": moved.input_ids,
-        "attention_mask": moved.attention_mask,
-    }
+    def _anchor_losses(self, batch: Batch) -> Tensor:
+        """Per-pair alignment losses of the global model on this batch, from the anchors that the step has just used.
+
+        In batches of dro.evaluation_batch_size over the whole of the client's batch: (pairs,) fp32, equal on every rank.
+        """
+        anchors = self.step.last_anchors
+        assert anchors is not None
+        image, text, ids = (gather_uneven(x, self.group) for x in (*anchors, batch.text_ids.to(anchors.image.device)))
+        size = self.config.dro.evaluation_batch_size
+        losses = [
+            alignment_with_positives(
+                nn.functional.normalize(image[i : i + size].float(), dim=-1),
+                nn.functional.normalize(text[i : i + size].float(), dim=-1),
+                ids[i : i + size],
+                float(self.frozen_aligner.get_submodule("temperature")()),
+                self.config.objective.direction_reduction,
+            )
+            for i in range(0, len(ids) // size * size, size)
+        ]
+        return torch.cat(losses).cpu()
 
 
 def frozen_twin(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from .config_sections import (
+    AggregateConfig,
     AugmentConfig,
     CheckpointConfig,
     ClientsConfig,
@@ -37,6 +38,7 @@ from .config_sections import (
 
 __all__ = [
     "STRATEGY_DEFAULTS",
+    "AggregateConfig",
     "AugmentConfig",
     "CheckpointConfig",
     "ClientsConfig",
@@ -207,6 +209,10 @@ def contradictions(config: Config) -> list[str]:
             out.append(
                 f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids"
             )
+    if c.data.micro_batch_size is not None and c.model.head.norm == "batchnorm":
+        out.append(
+            "data.micro_batch_size: splits the batch that model.head.norm=batchnorm takes statistics over; use layernorm"
+        )
     weights = c.dro.fixed_weights
     if weights is not None:
         if min(weights, default=-1.0) < 0 or abs(sum(weights) - 1) > 1e-6:
@@ -216,6 +222,15 @@ def contradictions(config: Config) -> list[str]:
     if c.dro.evaluate_on == "anchors":
         if c.objective.anchor_weight == 0 or c.schedule.stage1_steps == 0:
             out.append("dro.evaluate_on: anchors needs objective.anchor_weight > 0 and schedule.stage1_steps > 0")
+        if not c.aggregate.after_stage1:
+            out.append(
+                "dro.evaluate_on: anchors moves p at the aggregation after stage 1, so aggregate.after_stage1 must be true"
+            )
+        if c.data.batch_size < c.dro.evaluation_batch_size:
+            out.append(
+                f"dro.evaluation_batch_size: {c.dro.evaluation_batch_size} is more than data.batch_size = {c.data.batch_size}, "
+                "whose batches dro.evaluate_on=anchors reads the losses off"
+            )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use sample")
     for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):

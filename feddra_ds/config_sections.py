@@ -90,6 +90,8 @@ class DataConfig(Section):
     """Worker processes that decode, per rank; 0 decodes in a background thread."""
     prefetch: int = Field(2, ge=1)
     """Batches decoded ahead, per worker."""
+    replay_cache_bytes: int = Field(2 << 30, ge=0)
+    """Host bytes per rank for stage 2's decoded batches, so that the replay decodes once; beyond it, twice."""
     augment: AugmentConfig = AugmentConfig()
     verify: bool = False
     """Check every shard's sha256 against index.json before training."""
@@ -195,6 +197,15 @@ class TopologyConfig(Section):
     """Ranks of one client slot; null takes as many slots as divide the world, up to one per client."""
 
 
+class AggregateConfig(Section):
+    precision: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """What travels between peers: fp32 or bf16 weights, or blockwise quantised deltas with error feedback."""
+    block_size: int = Field(256, ge=16)
+    """Elements that share one scale in int8 and int4."""
+    after_stage1: bool = True
+    """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
+
+
 class CheckpointConfig(Section):
     every: int = Field(1, ge=1)
     """Rounds between checkpoints (the last round always has one)."""
@@ -226,5 +237,6 @@ class Config(Section):
     deepspeed: dict[str, Any] = {}
     """A plain DeepSpeed JSON fragment, passed through (zero_optimization, bf16, fp16, …)."""
     topology: TopologyConfig = TopologyConfig()
+    aggregate: AggregateConfig = AggregateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

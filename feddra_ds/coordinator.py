@@ -1,8 +1,9 @@
 """Rank 0's part of a round: who takes part, the weights p, what is committed. It moves no model data.
 
 The protocol, by key of the store (every value a small JSON):
-    round/R/STAGE/slot/S     from each slot's leader: per client, why its update cannot be averaged (null: it can)
-    round/R/STAGE/decision   to all: clients averaged, their weights' sum, exclusions, slots that still take part
+    round/R/STAGE/slot/S     from each slot's leader, per client: why its update cannot be averaged (null: it can), and
+                             the loss read off its anchors (null: none was)
+    round/R/STAGE/decision   to all: clients averaged, p, exclusions, slots that still take part
     round/R/rank/K           from each rank at the round's end: losses L_i, positions, bytes, memory, skipped samples
     round/R/next             to all: p of the next round
 """
@@ -34,6 +35,7 @@ class Decision:
 
     included: list[int]  # indices of the clients
     total_weight: float  # Σ of their aggregation weights
+    weights: list[float]  # p, moved by the losses where they came with this stage
     excluded: list[dict[str, str]]  # {id, reason}
     live_slots: list[int]
     generation: int  # grows whenever slots are dropped
@@ -67,6 +69,7 @@ class Coordinator:
         topology = self.topology
         deadline = time.monotonic() + self.config.clients.timeout_s
         problems: dict[int, str | None] = {}
+        losses: list[float | None] = [None] * len(self.client_ids)
         live, lost = [], []
         for slot in topology.live_slots:
             key = f"round/{round_index}/{stage}/slot/{slot}"
@@ -76,7 +79,8 @@ class Coordinator:
                 lost.append(slot)
                 continue
             live.append(slot)
-            problems |= {int(index): problem for index, problem in message.items()}
+            for index, told in message.items():
+                problems[int(index)], losses[int(index)] = told["problem"], told["loss"]
         everyone = range(len(self.client_ids))
         for index in everyone:
             if index not in problems:
@@ -91,6 +95,8 @@ class Coordinator:
         for item in excluded:
             logger.warning("round %d, %s: client %s is excluded: %s", round_index, stage, item["id"], item["reason"])
         self.excluded += [item for item in excluded if item not in self.excluded]
+        if any(loss is not None for loss in losses) and round_index > 0:
+            self.weights = self.next_weights(losses)  # of the model that the last round ended with (dro.evaluate_on)
         weights = self.aggregation_weights()
         total = float(sum(weights[i] for i in included))
         stop = None
@@ -103,7 +109,7 @@ class Coordinator:
         if len(included) == len(self.client_ids):
             total = 1.0  # Σ p_i, spared its rounding
         generation = topology.plan.num_slots - len(live)
-        decision = Decision(included, total, excluded, live, generation, stop)
+        decision = Decision(included, total, self.weights.tolist(), excluded, live, generation, stop)
         topology.post(f"round/{round_index}/{stage}/decision", asdict(decision))
         return decision
 
@@ -138,8 +144,8 @@ class Coordinator:
             out[known] = mass * moved
         return out
 
-    def metrics(self, round_index: int, reports: list[dict[str, Any]], next_weights: Vector | None) -> dict[str, Any]:
-        """The round's line of metrics.jsonl, but for the times."""
+    def metrics(self, round_index: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        """The round's line of metrics.jsonl, but for the times and the next weights."""
         losses: list[float | None] = [None] * len(self.client_ids)
         skipped: dict[str, Counter[str]] = {client: Counter() for client in self.client_ids}
         val: dict[str, dict[str, float]] = {}
@@ -157,7 +163,7 @@ class Coordinator:
             "round": round_index,
             "client_ids": self.client_ids,
             "client_weights": self.weights.tolist(),
-            "next_client_weights": None if next_weights is None else next_weights.tolist(),
+            "next_client_weights": None,
             "client_losses": losses,
             "mean_loss": float(np.mean(known)) if known else None,
             "worst_loss": max(known) if known else None,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config, get_path
-from .masters import Fragment, Slice, find_masters, reset_state
+from .masters import Fragment, Slice, find_masters, pass_over_frozen_groups, reset_state
 
 PARTS = ("aligner", "backbone")
 BUFFERS = "buffers"  # what is not trained but travels: running statistics, counters
@@ -32,6 +32,7 @@ class Engine:
     device: torch.device
     dtype: torch.dtype  # of the forward
     num_shards: int  # ranks of the slot
+    num_micro_batches: int  # backward passes of one optimizer step
 
     def __init__(self, model: nn.Module, config: Config, *, device: torch.device, shard: int, num_shards: int):
         """Build once per run, collectively over the slot. The model: fp32 on the host, equal on every rank."""
@@ -45,10 +46,12 @@ class Engine:
         initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self._group_parts = [group["part"] for group in groups]
-        micro_batch = max(1, config.data.batch_size // num_shards)
+        per_rank = max(1, config.data.batch_size // num_shards)
+        micro_batch = min(per_rank, config.data.micro_batch_size or per_rank)
+        self.num_micro_batches = -(-per_rank // micro_batch)
         fragment |= {
             "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": 1,
+            "gradient_accumulation_steps": self.num_micro_batches,
             "gradient_clipping": fragment.get("gradient_clipping", 0.0),  # DeepSpeed's own default is 1.0
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
@@ -56,7 +59,7 @@ class Engine:
         with _launched_as(shard, num_shards):
             self._ds, _, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(groups, config, fragment),
+                optimizer=pass_over_frozen_groups(build_optimizer(groups, config, fragment)),
                 config=fragment,
                 dist_init_required=False,
             )
@@ -75,8 +78,9 @@ class Engine:
         return self._ds(**batch)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of a loss that is equal on all ranks of the slot and whose gradients are this rank's additive share."""
-        self._ds.backward(loss * self.num_shards)  # DeepSpeed averages over the ranks; the shares must be summed
+        """Backward of a loss whose gradients are this rank's, and this micro-batch's, additive share."""
+        # DeepSpeed averages over ranks and micro-batches; the shares must be summed
+        self._ds.backward(loss * (self.num_shards * self.num_micro_batches))
 
     def step(self) -> None:
         self._ds.step()

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .client import Client, model_inputs
+from .client import Client
+from .collectives import gather_uneven
 from .config import Config
 from .data.pipeline import ClientData
 from .engine import Engine
 from .losses import alignment_with_positives
+from .steps import model_inputs
 from .topology import Topology
 
 RECALL_AT = (1, 5, 10)
@@ -72,17 +73,8 @@ def embed(engine: Engine, data: ClientData, num_pairs: int | None, config: Confi
     )
     if topology.plan.ranks_per_slot == 1:
         return Embedded(image, text, ids, temperature)
-    image, text, ids = (_gather_rows(x, longest, wanted, topology) for x in (image, text, ids))
+    image, text, ids = (gather_uneven(x.to(engine.device), topology.slot_group).cpu() for x in (image, text, ids))
     return Embedded(image, text, ids, temperature)
-
-
-def _gather_rows(rows: Tensor, longest: int, total: int, topology: Topology) -> Tensor:
-    """Join each rank's rows in rank order: every rank but the last ones has `longest` of them."""
-    padded = rows.new_zeros((longest, *rows.shape[1:]), device=topology.device)
-    padded[: rows.shape[0]] = rows
-    out = [torch.empty_like(padded) for _ in range(topology.plan.ranks_per_slot)]
-    dist.all_gather(out, padded, group=topology.slot_group)
-    return torch.cat(out)[:total].cpu()
 
 
 def evaluation_size(config: Config, num_samples: list[int]) -> int:

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         model, processor = load_checkpoint(find_checkpoint(run, args.checkpoint), args.client)
     if args.format == "transformers":
-        whole = to_transformers(model)
+        whole = to_transformers(model, processor)
         write_folder(whole.state_dict(), whole.config, processor, args.out, args.max_shard_size)
         print(f"wrote {args.out}. Load it with transformers.VisionTextDualEncoderModel.from_pretrained({str(args.out)!r})")
     else:

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTex
 
 from .dual_encoder import POOLED_WITHOUT_POOLER, SIDES, DualEncoder
 from .encoders import new_encoder, probe_inputs
+from .processing import DualEncoderProcessor
 
 _POOLER_SCALE = 1e-4
 _POOLINGS = {"clip_text_model": "last"}
 
 
 @torch.no_grad()
-def to_transformers(model: DualEncoder) -> VisionTextDualEncoderModel:
-    """A VisionTextDualEncoderModel with the same image and text embeddings; its logit scale is 1/τ.
+def to_transformers(model: DualEncoder, processor: DualEncoderProcessor) -> VisionTextDualEncoderModel:
+    """A VisionTextDualEncoderModel with the same embeddings of what `processor` makes; its logit scale is 1/τ.
 
     Raises ValueError, saying why, where there is none.
     """
@@ -45,7 +46,7 @@ def to_transformers(model: DualEncoder) -> VisionTextDualEncoderModel:
     for side, projection in (("vision", whole.visual_projection), ("text", whole.text_projection)):
         projection.weight.copy_(getattr(model.aligner, side).head.layers[0].weight)
     whole.config.architectures = [type(whole).__name__]
-    _check_equal(model, whole)
+    _check_equal(model, whole, processor)
     return whole
 
 
@@ -66,8 +67,10 @@ def _whole_with_pooler(model: DualEncoder, side: str) -> PreTrainedModel:
     return fresh
 
 
-def _check_equal(model: DualEncoder, whole: VisionTextDualEncoderModel) -> None:
-    inputs = probe_inputs(model.config.vision_config, "vision") | probe_inputs(model.config.text_config, "text")
+def _check_equal(model: DualEncoder, whole: VisionTextDualEncoderModel, processor: DualEncoderProcessor) -> None:
+    # The processor's own texts: CLIP's pooling looks for the end token that its tokenizer writes.
+    texts = processor(text=["no finding", "a", "small effusion at the left base"], return_tensors="pt")
+    inputs = {**probe_inputs(model.config.vision_config, "vision"), **texts}
     ours, theirs = model.eval()(**inputs), whole(**inputs)
     for side in ("image_embeds", "text_embeds"):
         if not torch.allclose(getattr(ours, side), getattr(theirs, side), atol=1e-4):

@@ -35,9 +35,12 @@ def write_atomic(path: Path, text: str) -> None:
 class MetricsFile:
     """metrics.jsonl, one line a round; a resumed run drops the lines of rounds that it will repeat."""
 
-    def __init__(self, path: Path, next_round: int):
+    def __init__(self, path: Path, next_round: int, last: dict[str, Any] | None = None):
+        """next_round: the first round that will be written; last: the line before it, where a kill kept it from the file."""
         self.path = path
         kept = [line for line in read_metrics(path) if line["round"] < next_round]
+        if last is not None and (not kept or kept[-1]["round"] < last["round"]):
+            kept.append(last)
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from .coordinator import Coordinator, Decision, TooFewClients, aggregation_weigh
 from .engine import Engine
 from .evaluate import Embedded, client_loss, embed, evaluation_size, retrieval
 from .export import save_model
-from .logs import logger
-from .schedule import Stage, stages_of_round
+from .progress import Progress
+from .schedule import Stage, stages_of_round, steps_per_round
 from .server import SHARED, Server
 from .strategies import Strategy
 from .topology import Topology
@@ -61,53 +61,93 @@ class Run:
     def __init__(self, **pieces: Any):
         self.__dict__.update(pieces)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.anchor_losses: dict[str, float | None] = {}  # of this round's stage 1, where dro.evaluate_on = anchors
         self.run_dir = Path(self.config.run.output_dir)
+        self.progress = Progress(
+            self.run_dir,
+            strategy=self.config.strategy.name,
+            clients=[client.id for client in self.clients],
+            num_rounds=self.config.schedule.rounds,
+            steps_per_round=steps_per_round(self.config),
+            batch_size=self.config.data.batch_size,
+            num_slots=self.topology.plan.num_slots,
+            enabled=self.topology.is_coordinator,
+        )
 
     def rounds(self) -> None:
         """All rounds that are left, then the final model."""
-        for round_index in range(self.next_round, self.config.schedule.rounds):
-            began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
-            samples = 0
-            for stage in stages_of_round(self.config, round_index):
-                samples += self.run_stage(round_index, stage)
-            report = self.evaluate(round_index)
-            report |= {
-                "samples": samples,
-                "bytes": self.server.num_bytes - bytes_before,
-                "memory": peak_memory(self.engine),
-            }
-            line = self.update_weights(round_index, report)
-            with self.timed("checkpoint"):
-                self.save(round_index)
-            self.record(line, time.monotonic() - began)
-        self.save_final_model()
+        with self.progress:
+            for round_index in range(self.next_round, self.config.schedule.rounds):
+                self.progress.begin_round(round_index)
+                began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
+                samples = 0
+                for stage in stages_of_round(self.config, round_index):
+                    samples += self.run_stage(round_index, stage)
+                report = self.evaluate(round_index)
+                report |= {
+                    "samples": samples,
+                    "bytes": self.server.num_bytes - bytes_before,
+                    "memory": peak_memory(self.engine),
+                }
+                line = self.update_weights(round_index, report)
+                with self.timed("checkpoint"):
+                    self.save(round_index, line)
+                self.record(line, time.monotonic() - began)
+            with self.timed("model"):
+                self.save_final_model()
 
     def run_stage(self, round_index: int, stage: Stage) -> int:
         """Every client of this slot trains from the global model; their average becomes it. Returns pairs trained on."""
-        self.server.begin(stage)
-        problems: dict[str, str | None] = {}
-        weights = aggregation_weights(self.config, self.weights)
+        aggregates = (
+            stage.trains_backbone or self.config.aggregate.after_stage1 or self.config.schedule.stage2_steps == 0
+        )
+        moves_weights = self.config.dro.evaluate_on == "anchors" and not stage.trains_backbone
+        reports: dict[str, dict[str, Any]] = {}
         samples = 0
+        self.progress.begin_stage(stage)
+        if aggregates:
+            self.server.begin(stage)
         with self.timed(stage.name):
             for client in self.clients:
                 result = self.trainer.run_stage(
-                    client, stage, self.server.model_of(client), loss_weight(self.config, self.weights, client.index)
+                    client,
+                    stage,
+                    self.server.model_of(client),
+                    loss_weight(self.config, self.weights, client.index),
+                    on_step=self.progress.begin_client(client.id),
                 )
-                problems[str(client.index)] = result.problem
+                self.progress.end_client(result.mean_loss)
+                self.prefetch_after(client, stage)
+                reports[str(client.index)] = {"problem": result.problem, "loss": result.anchor_loss}
                 samples += result.num_pairs
-                if result.problem is None:
-                    self.server.add(client, float(weights[client.index]))
-                logger.info("round %d %s %s: loss %.4f", round_index, stage.name, client.id, result.mean_loss)
+                if aggregates and result.problem is None and not moves_weights:
+                    self.server.add(client, self.aggregation_weight(client), self.server.live(stage))
+        self.progress.end_stage()
+        if not aggregates:
+            return samples  # one synchronisation a round: the clients go on with their own aligners
         with self.timed("aggregate"):
-            decision = self.agree(round_index, stage, problems)
+            decision = self.agree(round_index, stage, reports)
+            if moves_weights:  # p was not known before; the aligners wait on the host
+                self.anchor_losses = {index: told["loss"] for index, told in reports.items()}
+                for client in self.clients:
+                    if client.index in decision.included and client.aligner is not None:
+                        self.server.add(client, self.aggregation_weight(client), client.aligner)
             self.server.finish(self.topology, decision.total_weight)
         return samples
 
-    def agree(self, round_index: int, stage: Stage, problems: dict[str, str | None]) -> Decision:
+    def aggregation_weight(self, client: Client) -> float:
+        return float(aggregation_weights(self.config, self.weights)[client.index])
+
+    def prefetch_after(self, client: Client, stage: Stage) -> None:
+        """Let the readers start on what comes next (the next client, or the next stage of the first), while we average."""
+        following = self.clients[(self.clients.index(client) + 1) % len(self.clients)]
+        following.data.prefetch(following.position, 1)
+
+    def agree(self, round_index: int, stage: Stage, reports: dict[str, dict[str, Any]]) -> Decision:
         """Report to the coordinator and hear who is averaged. Raises TooFewClients."""
         topology, place = self.topology, f"round/{round_index}/{stage.name}"
         if topology.is_slot_leader:
-            topology.post(f"{place}/slot/{topology.slot}", problems)
+            topology.post(f"{place}/slot/{topology.slot}", reports)
         if self.coordinator is not None:
             decision = self.coordinator.decide(round_index, stage.name)
         else:
@@ -122,17 +162,16 @@ class Run:
             raise TooFewClients(f"slot {topology.slot} was dropped: it did not report within clients.timeout_s")
         if tuple(decision.live_slots) != topology.live_slots:
             topology.drop_slots(decision.live_slots, decision.generation)
+        self.weights = np.asarray(decision.weights, dtype=np.float64)
         return decision
 
     def evaluate(self, round_index: int) -> dict[str, Any]:
         """L_i of this slot's clients under the new global model, and retrieval where it is due."""
         with self.timed("evaluate"):
-            pairs = evaluation_size(self.config, self.num_samples)
-            losses: dict[str, float] = {}
-            for client in self.clients:
-                self.server.show(client)
-                losses[str(client.index)] = client_loss(self.engine, client, pairs, self.config, self.topology)
             every, last = self.config.evaluation.every, self.config.schedule.rounds - 1
+            losses = self.anchor_losses
+            if self.config.dro.evaluate_on == "sample" or round_index == last:
+                losses = self.evaluate_losses()
             due = every > 0 and ((round_index + 1) % every == 0 or round_index == last)
             val = self.retrieve() if due else {}
         skipped: dict[str, dict[str, int]] = {}
@@ -146,6 +185,15 @@ class Run:
             "val": val,
             "skipped": skipped,
         }
+
+    def evaluate_losses(self) -> dict[str, float | None]:
+        """L_i of this slot's clients by index, on their fixed samples."""
+        pairs = evaluation_size(self.config, self.num_samples)
+        losses: dict[str, float | None] = {}
+        for client in self.clients:
+            self.server.show(client)
+            losses[str(client.index)] = client_loss(self.engine, client, pairs, self.config, self.topology)
+        return losses
 
     def retrieve(self) -> dict[str, dict[str, float]]:
         """Retrieval per client (at its slot's leader) and over the pooled gallery (at the coordinator)."""
@@ -179,18 +227,19 @@ class Run:
             line: dict[str, Any] = {}
             if self.coordinator is not None:
                 reports = self.coordinator.collect(round_index)
-                line = self.coordinator.metrics(round_index, reports, None)
-                next_weights = self.coordinator.next_weights(line["client_losses"])
-                line["next_client_weights"] = next_weights.tolist()
-                self.coordinator.weights, self.coordinator.excluded = next_weights, []
-                topology.post(f"round/{round_index}/next", next_weights.tolist())
+                line = self.coordinator.metrics(round_index, reports)
+                if self.config.dro.evaluate_on == "sample" or round_index == self.config.schedule.rounds - 1:
+                    self.coordinator.weights = self.coordinator.next_weights(line["client_losses"])
+                    line["next_client_weights"] = self.coordinator.weights.tolist()
+                self.coordinator.excluded = []
+                topology.post(f"round/{round_index}/next", self.coordinator.weights.tolist())
             message = topology.fetch(
                 f"round/{round_index}/next", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s
             )
             self.weights = np.asarray(message, dtype=np.float64)
         return line
 
-    def save(self, round_index: int) -> None:
+    def save(self, round_index: int, line: dict[str, Any]) -> None:
         """An atomic checkpoint where one is due (checkpoint.every, and after the last round)."""
         if (round_index + 1) % self.config.checkpoint.every and round_index + 1 < self.config.schedule.rounds:
             return
@@ -210,7 +259,8 @@ class Run:
                 key = f"saved/{round_index}/{rank}"
                 files |= topology.fetch(key, sender=f"rank {rank}")
                 topology.forget(key)
-            checkpoint.commit(folder, self.coordinator.state(round_index), files, self.config.checkpoint.keep)
+            state = self.coordinator.state(round_index) | {"metrics": line}  # lest a kill before `record` lose the line
+            checkpoint.commit(folder, state, files, self.config.checkpoint.keep)
 
     def record(self, line: dict[str, Any], seconds: float) -> None:
         """Write the round's line of metrics.jsonl and its scalars; the coordinator's own clock."""
@@ -218,14 +268,7 @@ class Run:
             return
         line |= {"seconds": seconds, "stage_seconds": {name: self.seconds[name] for name in STAGE_NAMES}}
         self.metrics.append(line)
-        logger.info(
-            "round %d: mean loss %.4f, worst %.4f (%s), %.1f s",
-            line["round"],
-            line["mean_loss"],
-            line["worst_loss"],
-            self.client_ids[int(np.nanargmax([np.nan if x is None else x for x in line["client_losses"]]))],
-            seconds,
-        )
+        self.progress.end_round(line)
         if self.monitor is not None:
             step = line["round"]
             events = [("loss/mean", line["mean_loss"], step), ("loss/worst", line["worst_loss"], step)]
@@ -251,6 +294,7 @@ class Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         began = time.monotonic()
+        self.progress.enter(name)
         yield
         self.seconds[name] += time.monotonic() - began
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
 
 from .aggregate import WeightedSum
 from .client import Client
@@ -29,12 +31,16 @@ class Server:
     def model_of(self, client: Client) -> ModelState:
         return self.states[self.owner_of(client)]
 
+    def live(self, stage: Stage) -> dict[str, list[Tensor]]:
+        """The engine's live slices of what a stage averages."""
+        return {part: self.engine.slices(part) for part in (*stage.parts, BUFFERS)}
+
     def begin(self, stage: Stage) -> None:
         self._sum = WeightedSum(self.engine, stage.parts)
 
-    def add(self, client: Client, weight: float) -> None:
-        """Take the live weights of a client that has just trained and may be averaged."""
-        self._sum.add(weight, self.engine, client.index)
+    def add(self, client: Client, weight: float, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take the weights of a client that may be averaged: live slices, or a host state."""
+        self._sum.add(weight, state, client.index)
 
     def finish(self, topology: Topology, total_weight: float) -> None:
         """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added. Collective over the peers."""
@@ -65,8 +71,10 @@ class OwnModels(Server):
     def begin(self, stage: Stage) -> None:
         self._parts = (*stage.parts, BUFFERS)
 
-    def add(self, client: Client, weight: float) -> None:
-        self.states[client.id].update({part: self.engine.snapshot(part) for part in self._parts})
+    def add(self, client: Client, weight: float, state: Mapping[str, Sequence[Tensor]]) -> None:
+        self.states[client.id].update(
+            {part: [s.detach().to("cpu", copy=True) for s in state[part]] for part in self._parts}
+        )
 
     def finish(self, topology: Topology, total_weight: float) -> None:
         pass

@@ -46,8 +46,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for number, row in enumerate(body):
         table.add_row(*row, style="bold" if total and number == len(body) - 1 else None)
     console = Console()
-    # In a pipe rich knows no width and would wrap at 80 columns.
-    console.print(table, width=None if console.is_terminal else 200)
+    if not console.is_terminal:  # a pipe has no width, and rich would wrap at 80 columns
+        console = Console(width=200)
+    console.print(table)
 
 
 def next_step(*lines: str) -> None:

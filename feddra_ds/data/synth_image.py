@@ -34,7 +34,9 @@ class Anatomy:
     rng: np.random.Generator
 
 
-def render(study: Study, scanner: Scanner, size: int, body: np.random.Generator, film: np.random.Generator) -> np.ndarray:
+def render(
+    study: Study, scanner: Scanner, size: int, body: np.random.Generator, film: np.random.Generator
+) -> np.ndarray:
     """(S, S) uint8. `body` draws the patient (the same for every film of a patient), `film` the exposure and noise."""
     anatomy = _anatomy(study, size, body, film)
     for finding in study.findings:
@@ -75,7 +77,9 @@ def _anatomy(study: Study, size: int, body: np.random.Generator, film: np.random
         base -= 0.06  # lying down, shallow breath
     side = np.abs(x)
 
-    torso = _soft(width + 0.16 + 0.10 * np.clip(y, -0.5, 1) - side, 0.08) * _soft(y + 0.98 - 0.55 * np.clip(side - 0.25, 0, 1), 0.12)
+    torso = _soft(width + 0.16 + 0.10 * np.clip(y, -0.5, 1) - side, 0.08) * _soft(
+        y + 0.98 - 0.55 * np.clip(side - 0.25, 0, 1), 0.12
+    )
     image = 0.50 * torso + 0.06 * _soft(0.22 - side, 0.25) * torso
 
     lungs, outer = {}, {}
@@ -117,7 +121,9 @@ def _anatomy(study: Study, size: int, body: np.random.Generator, film: np.random
     heart = _soft(1 - _blob(x + 0.35 * (y - cy), y, cx, cy, half * 0.98, 0.30), 0.22)
     image = image * (1 - heart) + heart * np.maximum(image, 0.64)
     lungs = {name: mask * (1 - 0.75 * heart) for name, mask in lungs.items()}  # what lies behind it hardly shows
-    hilum = _soft(0.135 + 0.02 * body.normal() - side - 0.08 * np.clip(y - top, 0, 1) * (side < 0), 0.06) * _soft(base + 0.05 - y, 0.1)
+    hilum = _soft(0.135 + 0.02 * body.normal() - side - 0.08 * np.clip(y - top, 0, 1) * (side < 0), 0.06) * _soft(
+        base + 0.05 - y, 0.1
+    )
     knob = _soft(1 - _blob(x, y, 0.13, top + 0.34 * (base - top), 0.085, 0.085), 0.5)
     image = np.maximum(image, 0.60 * np.maximum(hilum, knob) * torso)
     image -= 0.13 * _soft(0.035 - np.abs(x + 0.01), 0.03) * _soft(top + 0.42 * (base - top) - y, 0.1)
@@ -136,7 +142,13 @@ def _anatomy(study: Study, size: int, body: np.random.Generator, film: np.random
         ribs += 0.06 * np.exp(-((offset / thick) ** 2))
         front = y - (y0 + 0.10 + 0.42 * (width - side))
         ribs += 0.045 * np.exp(-((front / 0.022) ** 2)) * _soft(side - 0.28, 0.1) * (k < 7)
-    image += ribs * _soft(width - side, 0.04) * _soft(side - 0.06, 0.05) * _soft(base + 0.12 - y, 0.15) * _soft(y - top, 0.08)
+    image += (
+        ribs
+        * _soft(width - side, 0.04)
+        * _soft(side - 0.06, 0.05)
+        * _soft(base + 0.12 - y, 0.15)
+        * _soft(y - top, 0.08)
+    )
     collar = y - (top + 0.10 - 0.16 * (side - 0.1) + 0.05 * np.sin(5 * side))
     image += 0.16 * np.exp(-((collar / 0.030) ** 2)) * _soft(side - 0.07, 0.04) * _soft(width + 0.05 - side, 0.05)
     image += 0.05 * _soft(1 - _blob(side + 0.2 * y, y, width - 0.08, -0.30, 0.10, 0.30), 0.5)
@@ -149,7 +161,9 @@ def _anatomy(study: Study, size: int, body: np.random.Generator, film: np.random
 def _place(a: Anatomy, finding: Finding) -> tuple[float, float]:
     """Centre of a sided finding's zone, with some play."""
     fraction = {"upper": 0.24, "mid": 0.52, "lower": 0.80}[finding.zone]
-    x = _SIGN[finding.side] * (a.width * (0.56 if finding.zone != "upper" else 0.48) + a.rng.normal(0, 0.03))
+    x = _SIGN[finding.side] * (
+        a.width * {"upper": 0.48, "mid": 0.56, "lower": 0.66}[finding.zone] + a.rng.normal(0, 0.03)
+    )
     return x, a.top + fraction * (a.base - a.top) + a.rng.normal(0, 0.03)
 
 
@@ -198,7 +212,7 @@ def _atelectasis(a: Anatomy, f: Finding) -> None:
     slope = _SIGN[f.side] * a.rng.uniform(-0.35, -0.05)
     for k in range({"mild": 1, "moderate": 2, "severe": 3}[f.severity]):
         offset = a.y - (cy + 0.075 * k + slope * (a.x - cx))
-        band = np.exp(-((offset / 0.016) ** 2)) * np.exp(-(((a.x - cx) / 0.22) ** 2) ** 2)
+        band = np.exp(-((offset / 0.016) ** 2)) * np.exp(-((((a.x - cx) / 0.22) ** 2) ** 2))
         a.image = _add(a.image, 0.38 * band * a.lungs[f.side])
 
 
@@ -276,7 +290,9 @@ def _expose(image: Field, scanner: Scanner, rng: np.random.Generator) -> np.ndar
         picture = picture.filter(ImageFilter.GaussianBlur(scanner.blur * size))
     draw = ImageDraw.Draw(picture)
     if scanner.marker:
-        where = {"top": (0.06, 0.04), "left": (0.02, 0.45), "corner": (0.88, 0.04), "bottom": (0.05, 0.88)}[scanner.marker]
+        where = {"top": (0.06, 0.04), "left": (0.02, 0.45), "corner": (0.88, 0.04), "bottom": (0.05, 0.88)}[
+            scanner.marker
+        ]
         letter = "L" if scanner.marker == "corner" else "R"
         draw.text((where[0] * size, where[1] * size), letter, fill=245, font_size=max(8, size * 0.09))
     if scanner.border:

@@ -140,7 +140,9 @@ def draw_study(site: Site, patient: str, rng: np.random.Generator) -> Study:
             findings.append(_draw_finding(str(kind), rng))
     heart = {f.severity for f in findings if f.kind == "cardiomegaly"}
     ratio = {"mild": 0.55, "moderate": 0.61, "severe": 0.68}[heart.pop()] if heart else rng.uniform(0.42, 0.48)
-    return Study(site.name, patient, age, sex, view, round(float(ratio + rng.uniform(-0.015, 0.015)), 2), tuple(findings))
+    return Study(
+        site.name, patient, age, sex, view, round(float(ratio + rng.uniform(-0.015, 0.015)), 2), tuple(findings)
+    )
 
 
 def _draw_finding(kind: str, rng: np.random.Generator) -> Finding:

@@ -95,7 +95,7 @@ def fused_dro_loss(
 _FACTORS = {"sum": 1.0, "mean": 0.5}
 
 
-@torch.compiler.disable
+
 def _over_group(
     group: Group,
     exchange: Exchange,

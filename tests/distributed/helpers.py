@@ -135,9 +135,18 @@ def _in_world(case: Callable[..., Any], args: Sequence[Any], rank: int, world_si
 
 
 def leave_groups() -> None:
-    """Forget the default process group, in torch and in DeepSpeed, so that another one can be made."""
+    """Forget the default process group, in torch and in DeepSpeed, so that another one can be made.
+
+    ZeRO 3 numbers modules and parameters through the life of a process and compares the numbers over ranks; the ranks
+    of a case may have run different cases before.
+    """
     import deepspeed.comm.comm as ds_comm
     import torch.distributed as dist
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    parameter_offload.FWD_MODULE_STACK.clear()
+    partition_parameters.Init.param_id = 0
 
     if dist.is_initialized() and ds_comm.cdb is not None:
         ds_comm.destroy_process_group()

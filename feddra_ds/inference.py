@@ -1,0 +1,250 @@
+"""Trained models at work outside a run: open them, embed a split of a dataset. No engine, no ranks, no DeepSpeed.
+
+Legend: n pairs, D embedding size, H width of the vision encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .config import AugmentConfig, DataConfig
+from .data.console import track
+from .data.pipeline import ClientData
+from .data.pool import DecodePool
+from .data.shards import Dataset, open_dataset
+from .dual_encoder import DualEncoder
+from .export import load_pretrained
+from .processing import DualEncoderProcessor
+from .run_files import RunFiles, is_run, open_run
+from .topology import choose_device
+
+
+@dataclass
+class Models:
+    """The model of a run or an export; with strategy.name = local, a model per client.
+
+    folders: by client, or "" for the one that all share. run: the run directory, or None for an export.
+    """
+
+    path: Path
+    folders: dict[str, Path]
+    run: RunFiles | None
+    device: torch.device
+    _open: dict[str, tuple[DualEncoder, DualEncoderProcessor]] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all clients are served by one model."""
+        return "" in self.folders
+
+    def of(self, client: str) -> tuple[DualEncoder, DualEncoderProcessor]:
+        """The model (eval mode, on the device) and processor for a client; the last one is kept in memory.
+
+        Raises ValueError where each client has its own model and this one has none.
+        """
+        key = "" if self.shared else client
+        if key not in self.folders:
+            raise ValueError(f"{self.path}: no model of client {client}; there are: {', '.join(sorted(self.folders))}")
+        if key not in self._open:
+            self._open.clear()
+            model, processor = load_pretrained(self.folders[key])
+            self._open[key] = (model.to(self.device).eval(), processor)
+        return self._open[key]
+
+    def data_root(self, given: str | None) -> str:
+        """--data, else the run's data.root. Raises ValueError where neither is there."""
+        root = given or (self.run.get("data.root") if self.run is not None else None)
+        if root is None:
+            raise ValueError(f"--data: is needed, because {self.path} is a model without a run's config.yaml")
+        if given is None and not Path(root).is_dir():
+            raise ValueError(f"--data: is needed, because the run's data.root {root} is not here")
+        return str(root)
+
+    def trained_on(self, dataset: Dataset) -> list[str] | None:
+        """The run's clients in its order; None for an export, which does not say."""
+        if self.run is None:
+            return None
+        ids = self.run.get("clients.ids")
+        return [c for c in (ids if ids is not None else dataset.client_ids) if c in dataset.clients]
+
+
+def open_models(path: str | Path, device: str = "auto") -> Models:
+    """The model(s) of a run directory, its model/, or an export. Raises ValueError, one line, where there is none."""
+    from .export import find_model
+
+    root = Path(path).expanduser()
+    where = choose_device(device, 0)
+    if is_run(root):
+        run = open_run(root)
+        if run.models:
+            return Models(root, run.models, run, where)
+        raise ValueError(
+            f"{root} has no model/ yet: it is written when the last of its {run.num_rounds} rounds is done "
+            f"({run.rounds_done} are); see `feddra-ds status {root}`"
+        )
+    folder = find_model(root)
+    parent = folder.parent if folder.name == "model" else None
+    return Models(root, {"": folder}, open_run(parent) if parent is not None and is_run(parent) else None, where)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """An embedded split of one client, in a seeded order: (n, D) fp32 unit-norm embeddings, (n,) int64 text ids.
+
+    features: (n, H) fp32 image features before the head, or (n, 0) where they were not asked for. infos: the pairs'
+    json members. skipped: reason → number of unreadable pairs, which are left out.
+    """
+
+    client: str
+    image: NDArray[np.float32]
+    text: NDArray[np.float32]
+    text_ids: NDArray[np.int64]
+    features: NDArray[np.float32]
+    keys: list[str]
+    infos: list[dict[str, Any]]
+    skipped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def groups(self) -> list[str]:
+        """What pairs share that are no independent evidence: the patient where the json names one, else the text."""
+        return [
+            f"{self.client}/{info['patient']}" if info.get("patient") else f"text {text}"
+            for info, text in zip(self.infos, self.text_ids.tolist(), strict=True)
+        ]
+
+
+def open_split(root: str, split: str, clients: Sequence[str] | None, trained: Sequence[str] | None = None) -> Dataset:
+    """The dataset and, as its client_ids, the clients to look at: those named, else those trained on, then the held-out.
+
+    Raises ValueError where none of them has the split.
+    """
+    dataset = open_dataset(root, list(clients) if clients is not None else None)
+    if clients is None:
+        first = list(trained) if trained is not None else dataset.client_ids
+        dataset.client_ids = first + [c for c in dataset.held_out if c not in first]
+    if not any(dataset.num_samples(client, split) for client in dataset.client_ids):
+        have = sorted({name for client in dataset.client_ids for name in dataset.splits(client)})
+        raise ValueError(f"--split: no client under {root} has a {split} split; there are: {', '.join(have) or 'none'}")
+    return dataset
+
+
+def embed_clients(
+    models: Models,
+    dataset: Dataset,
+    clients: Sequence[str],
+    split: str,
+    *,
+    max_pairs: int | None,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    max_bad_fraction: float = 0.05,
+    features: bool = False,
+) -> dict[str, Gallery]:
+    """Embed the split of every client that has it; a bar on a terminal. Raises DataError for unreadable data."""
+    present = [c for c in clients if dataset.num_samples(c, split)]
+    out = {}
+    with DecodePool(num_workers) as pool:
+        for client in track(present, len(present), f"embedding {split}"):
+            model, processor = models.of(client)
+            settings = DataConfig(
+                root=str(dataset.root),
+                batch_size=1,
+                image_size=processor.image_size,
+                text_length=processor.text_length,
+                num_workers=num_workers,
+                augment=AugmentConfig(),
+                max_bad_fraction=max_bad_fraction,
+            )
+            data = ClientData(
+                dataset,
+                [client],
+                split,
+                config=settings,
+                seed=seed,
+                tokenizer=processor.tokenizer,
+                image_mean=processor.image_mean,
+                image_std=processor.image_std,
+                pool=pool,
+            )
+            out[client] = _embed(model, data, dataset, client, split, max_pairs, batch_size, features)
+    return out
+
+
+@torch.no_grad()
+def _embed(
+    model: DualEncoder,
+    data: ClientData,
+    dataset: Dataset,
+    client: str,
+    split: str,
+    max_pairs: int | None,
+    batch_size: int,
+    features: bool,
+) -> Gallery:
+    device = next(model.parameters()).device
+    images, texts, pooled, ids = [], [], [], []
+    keys: list[str] = []
+    with head_inputs(model) as seen:
+        for batch in data.evaluation_batches(max_pairs, batch_size):
+            keys += batch.keys
+            ids.append(batch.text_ids.numpy())
+            moved = batch.to(device)
+            out = model(
+                pixel_values=moved.pixel_values, input_ids=moved.input_ids, attention_mask=moved.attention_mask
+            )
+            images.append(out.image_embeds.cpu().numpy())
+            texts.append(out.text_embeds.cpu().numpy())
+            if features:
+                pooled.append(seen.pop().float().cpu().numpy())
+            seen.clear()
+    # A stand-in for an unreadable pair may be a pair that is there already: each counts once.
+    first = np.unique(np.array(keys), return_index=True)[1]
+    first.sort()
+    samples = dataset.samples(client, split)
+    where = {key: index for index, key in enumerate(samples.keys)}
+    kept = [keys[i] for i in first]
+    infos = [samples.read_info(where[key]) for key in kept]
+    samples.close()
+    image = np.concatenate(images)[first]
+    return Gallery(
+        client=client,
+        image=image,
+        text=np.concatenate(texts)[first],
+        text_ids=np.concatenate(ids)[first],
+        features=np.concatenate(pooled)[first] if features else np.zeros((len(image), 0), dtype=np.float32),
+        keys=kept,
+        infos=infos,
+        skipped=data.take_skipped(),
+    )
+
+
+@contextmanager
+def head_inputs(model: DualEncoder) -> Iterator[list[torch.Tensor]]:
+    """Collects what goes into the vision head, (B, H), one tensor a forward: the image features that probes use."""
+    seen: list[torch.Tensor] = []
+    hook = model.aligner.vision.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def embed_texts(model: DualEncoder, processor: DualEncoderProcessor, texts: Sequence[str]) -> NDArray[np.float32]:
+    """(len(texts), D) unit-norm embeddings."""
+    device = next(model.parameters()).device
+    inputs = processor(text=list(texts), return_tensors="pt", padding=True)
+    out = model(input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device))
+    return out.text_embeds.cpu().numpy()

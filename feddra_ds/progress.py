@@ -1,0 +1,339 @@
+"""Where a run stands: a live display on a terminal, a line per stage in a pipe, and RUN/progress.json for `status`.
+
+Only the coordinator's process shows anything. It sees the clients of its own slot; the other slots train beside them,
+in step with it. Rounds count from 0, as in metrics.jsonl and checkpoints/; the number of this many follows: 2 (3/25).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import psutil
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from .logs import logger
+from .schedule import Stage
+
+FILE_NAME = "progress.json"
+_WRITE_EVERY_S = 2.0
+_PHASES = {
+    "aggregate": "averaging",
+    "evaluate": "evaluating",
+    "checkpoint": "writing the checkpoint",
+    "model": "writing the model",
+}
+
+
+@dataclass
+class Standing:
+    """Where the run stands now. Times are time.monotonic() seconds."""
+
+    round_index: int = 0
+    phase: str = "starting"  # stage1, stage2, or a key of _PHASES
+    num_steps: int = 0
+    step: int = 0  # steps done by the client that trains
+    client: str | None = None
+    client_number: int = 0  # from 1, among the slot's
+    losses: dict[str, float] = field(default_factory=dict)  # of the stage's clients that are done
+    loss: float | None = None  # of the last step
+    pairs: int = 0  # trained on in this stage by the slot
+    stage_began: float = 0.0
+    round_began: float = 0.0
+    round_steps_done: int = 0
+    round_seconds: list[float] = field(default_factory=list)  # of the rounds that this process has finished
+    last_line: dict[str, Any] | None = None
+
+
+class Progress:
+    """Told by the round loop what happens; use it as a context around all rounds.
+
+    clients: ids of this slot's clients in the order in which they train. steps_per_round: local steps of a client in a
+    round. enabled: whether this process shows and writes anything (the coordinator's does).
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        strategy: str,
+        clients: Sequence[str],
+        num_rounds: int,
+        steps_per_round: int,
+        batch_size: int,
+        num_slots: int = 1,
+        enabled: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.run_dir, self.strategy, self.clients = run_dir, strategy, list(clients)
+        self.num_rounds, self.steps_per_round = num_rounds, steps_per_round
+        self.batch_size, self.num_slots = batch_size, num_slots
+        self.enabled, self.clock = enabled, clock
+        self.console = console or Console(stderr=True)
+        self.now = Standing(stage_began=clock(), round_began=clock())
+        self._began = clock()
+        self._written = float("-inf")
+        self._live: Live | None = None
+        self._redirected: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
+        self._process_began = psutil.Process().create_time()
+
+    # ---- the run's beginning and end
+    def __enter__(self) -> Progress:
+        if self.enabled:
+            if self.console.is_terminal and self.console.is_interactive:
+                self._start_display()
+            self._write("running", force=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.enabled:
+            return
+        self._stop_display()
+        if error is None:
+            self._write("finished", force=True)
+        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self._write("stopped", reason="stopped by a signal", force=True)
+        else:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._write("failed", reason=first, force=True)
+
+    # ---- what happens
+    def begin_round(self, round_index: int) -> None:
+        self.now.round_index, self.now.round_steps_done = round_index, 0
+        self.now.round_began = self.clock()
+
+    def begin_stage(self, stage: Stage) -> None:
+        now = self.now
+        now.phase, now.num_steps, now.losses, now.pairs = stage.name, stage.num_steps, {}, 0
+        now.client, now.client_number, now.step, now.loss = None, 0, 0, None
+        now.stage_began = self.clock()
+
+    def begin_client(self, client_id: str) -> Callable[[int, float], None]:
+        """Returns what LocalTrainer.run_stage calls after each step."""
+        now = self.now
+        now.client, now.client_number, now.step, now.loss = client_id, now.client_number + 1, 0, None
+
+        def on_step(step: int, loss: float) -> None:
+            now.step, now.loss = step + 1, loss
+            now.pairs += self.batch_size
+            now.round_steps_done += 1
+            self._write("running")
+
+        return on_step
+
+    def end_client(self, mean_loss: float) -> None:
+        """mean_loss: over the client's steps of the stage; NaN where none was good."""
+        assert self.now.client is not None
+        self.now.losses[self.now.client] = mean_loss
+
+    def end_stage(self) -> None:
+        """One line says how the stage went."""
+        now = self.now
+        seconds = max(1e-9, self.clock() - now.stage_began)
+        good = {client: loss for client, loss in now.losses.items() if loss == loss}
+        losses = "no finite loss"
+        if good:
+            worst = max(good, key=lambda client: good[client])
+            losses = f"loss {sum(good.values()) / len(good):.4f}, worst {good[worst]:.4f} ({worst})"
+        who = f"{len(now.losses)} clients" if len(now.losses) != 1 else next(iter(now.losses))
+        self._say(
+            f"{self._round()} {now.phase}: {who} × {now.num_steps} steps, {losses}, "
+            f"{now.pairs / seconds:.0f} pairs/s, {duration(seconds)}"
+        )
+
+    def enter(self, phase: str) -> None:
+        """The round goes on with another phase: aggregate, evaluate, checkpoint or model."""
+        if phase in _PHASES:
+            self.now.phase, self.now.client = phase, None
+            self._write("running")
+
+    def end_round(self, line: dict[str, Any]) -> None:
+        """`line`: the round's line of metrics.jsonl."""
+        now = self.now
+        now.last_line = line
+        now.round_seconds.append(self.clock() - now.round_began)
+        left = self.seconds_left()
+        rest = f"; about {duration(left)} left" if left else ""
+        self._say(f"{self._round()}: {summary(line)}, {duration(now.round_seconds[-1])}{rest}")
+        self._write("running", force=True)
+
+    # ---- how long it will take
+    def seconds_left(self) -> float | None:
+        """Estimate from the last three rounds, or within the first from its steps; None while there is nothing to go by."""
+        now = self.now
+        elapsed = self.clock() - now.round_began
+        done = now.last_line is not None and now.last_line.get("round") == now.round_index
+        if now.round_seconds:
+            recent = now.round_seconds[-3:]
+            each = sum(recent) / len(recent)
+        else:
+            total = self.steps_per_round * len(self.clients)
+            if now.round_steps_done < max(2, 0.05 * total):
+                return None
+            each = elapsed * total / now.round_steps_done
+        rounds_after = self.num_rounds - now.round_index - 1
+        return each * rounds_after + (0.0 if done else max(0.0, each - elapsed))
+
+    # ---- showing
+    def _say(self, text: str) -> None:
+        if self.enabled:
+            logger.info("%s", text)
+
+    def _round(self) -> str:
+        return f"round {self.now.round_index} ({self.now.round_index + 1}/{self.num_rounds})"
+
+    def _start_display(self) -> None:
+        # A pipe keeps what is written to it: only a terminal's stream is drawn around the display.
+        to_stdout = sys.stdout.isatty()
+        self._live = Live(
+            get_renderable=self.render,
+            console=self.console,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=to_stdout,
+            redirect_stderr=True,
+        )
+        before = {sys.stderr: "stderr"} | ({sys.stdout: "stdout"} if to_stdout else {})
+        self._live.start()
+        # Handlers hold the stream they were made with; written to directly, it would tear the display.
+        for handler in _stream_handlers():
+            name = before.get(handler.stream)
+            if name is not None:
+                self._redirected.append((handler, handler.stream))
+                handler.setStream(getattr(sys, name))
+
+    def _stop_display(self) -> None:
+        if self._live is None:
+            return
+        for handler, stream in self._redirected:
+            handler.setStream(stream)
+        self._redirected.clear()
+        self._live.stop()
+        self._live = None
+
+    def render(self) -> RenderableType:
+        """The live display: what runs, the client's steps, the run. Fits any width; long names are cut."""
+        now, width = self.now, max(10, min(40, self.console.width - 44))
+        head = Text(f"{self.strategy} · {self._round()} · ", no_wrap=True, overflow="ellipsis")
+        if now.phase in _PHASES or now.client is None:
+            head.append(_PHASES.get(now.phase, now.phase))
+        else:
+            head.append(f"{now.phase} · ")
+            head.append(now.client, style="bold")
+            head.append(f" ({now.client_number}/{len(self.clients)}{' of this slot' if self.num_slots > 1 else ''})")
+        rows = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            rows.add_column(no_wrap=True, overflow="ellipsis")
+        seconds = max(1e-9, self.clock() - now.stage_began)
+        loss = "" if now.loss is None else f"loss {now.loss:.4f} · {now.pairs / seconds:.0f} pairs/s"
+        if now.client is not None:
+            rows.add_row(
+                f"step {now.step}/{now.num_steps}",
+                ProgressBar(total=max(1, now.num_steps), completed=now.step, width=width),
+                loss,
+            )
+        left, done = self.seconds_left(), self.fraction_done()
+        gone = duration(self.clock() - self._began)
+        rows.add_row(
+            f"run {done:.0%}",
+            ProgressBar(total=1.0, completed=done, width=width),
+            f"{gone} gone" + (f" · about {duration(left)} left" if left is not None else ""),
+        )
+        lines: list[RenderableType] = [head, rows]
+        if now.last_line is not None:
+            lines.append(Text(f"last round: {summary(now.last_line)}", style="dim", no_wrap=True, overflow="ellipsis"))
+        return Group(*lines)
+
+    def fraction_done(self) -> float:
+        """Share of the run's local steps that are done."""
+        now = self.now
+        per_round = max(1, self.steps_per_round * len(self.clients))
+        done = now.last_line is not None and now.last_line.get("round") == now.round_index
+        part = 1.0 if done else min(1.0, now.round_steps_done / per_round)
+        return min(1.0, (now.round_index + part) / self.num_rounds)
+
+    def _write(self, state: str, reason: str | None = None, force: bool = False) -> None:
+        moment = self.clock()
+        if not self.enabled or (not force and moment - self._written < _WRITE_EVERY_S):
+            return
+        self._written = moment
+        now = self.now
+        content = {
+            "state": state,
+            "reason": reason,
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_began": self._process_began,
+            "round": now.round_index,
+            "rounds": self.num_rounds,
+            "phase": now.phase,
+            "client": now.client,
+            "client_number": now.client_number,
+            "num_clients": len(self.clients),
+            "step": now.step,
+            "num_steps": now.num_steps,
+            "loss": now.loss if now.loss is not None and now.loss == now.loss else None,
+            "pairs_per_second": round(now.pairs / max(1e-9, moment - now.stage_began), 1),
+            "fraction_done": round(self.fraction_done(), 4),
+            "seconds_left": self.seconds_left(),
+        }
+        path = self.run_dir / FILE_NAME
+        aside = path.with_name(f".{FILE_NAME}.partial")
+        try:  # no fsync: losing the newest of these costs nothing, and no training run ends for want of one
+            aside.write_text(json.dumps(content), encoding="utf-8")
+            os.replace(aside, path)
+        except OSError as error:
+            logger.debug("%s cannot be written: %s", path, error)
+
+
+def summary(line: dict[str, Any]) -> str:
+    """Losses, weights and pooled retrieval of a round's line of metrics.jsonl, in one line of text."""
+    ids, losses = line["client_ids"], line["client_losses"]
+    known = {client: loss for client, loss in zip(ids, losses, strict=True) if loss is not None}
+    if not known:
+        return "no client was evaluated"
+    worst = max(known, key=lambda client: known[client])
+    out = f"loss {line['mean_loss']:.4f}"
+    if len(ids) > 1:
+        p = line.get("next_client_weights") or line["client_weights"]
+        heaviest = max(range(len(ids)), key=lambda i: p[i])
+        out += f", worst {known[worst]:.4f} ({worst}), p {min(p):.3f} to {max(p):.3f} ({ids[heaviest]})"
+    pooled = (line.get("val") or {}).get("all") or {}
+    if "i2t_recall@5" in pooled:
+        recall = (pooled["i2t_recall@5"] + pooled["t2i_recall@5"]) / 2
+        out += f", recall@5 {recall:.3f} (chance {pooled['chance@5']:.3f})"
+    return out
+
+
+def duration(seconds: float) -> str:
+    """0.8 s, 42 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{whole} s"
+
+
+def _stream_handlers() -> list[logging.StreamHandler[TextIO]]:
+    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    return [h for one in loggers for h in one.handlers if isinstance(h, logging.StreamHandler)]
