@@ -6,12 +6,13 @@ then all-reduced over its peers. A client that is left out contributes nothing a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .compression import Codec, CompressedSum
 from .engine import BUFFERS, Engine, PartState
 from .topology import Topology
 
@@ -31,33 +32,105 @@ def validate_update(engine: Engine, topology: Topology, parts: Sequence[str]) ->
 
 
 class WeightedSum:
-    """Σ w_i θ_i over clients, part by part. Floating tensors: the weighted mean; integer ones: the first client's."""
+    """Σ w_i θ_i over clients, part by part. Floating tensors: the weighted mean; integer ones: the first client's.
 
-    def __init__(self, engine: Engine, parts: Sequence[str]):
+    Where the first client is left out, integers stay what they were in `base`, the state that the stage started from.
+    """
+
+    def __init__(self, engine: Engine, parts: Sequence[str], base: Mapping[str, PartState]):
         self.parts = (*parts, BUFFERS)
+        self.base = base
         self.sums: dict[str, PartState] = {
             part: [torch.zeros_like(s, device="cpu") for s in engine.slices(part)] for part in self.parts
         }
         self.num_bytes = 0
+        self._has_integers = False
 
     def add(self, weight: float, state: Mapping[str, Sequence[Tensor]], client_index: int) -> None:
         """Add a client's weights, live slices or a host state of them; a weight of 0 adds nothing."""
         for part in self.parts:
-            for total, live in zip(self.sums[part], state[part], strict=True):
+            self._add_part(part, weight, state[part])
+        if client_index == 0:
+            self._has_integers = True
+            for total, live in zip(self.sums[BUFFERS], state[BUFFERS], strict=True):
                 if not live.is_floating_point():
-                    if client_index == 0:
-                        total.copy_(live)
-                elif weight != 0:
-                    total.add_(live.detach().to(total.device), alpha=weight)
+                    total.copy_(live)
+
+    def _add_part(self, part: str, weight: float, state: Sequence[Tensor]) -> None:
+        for total, live in zip(self.sums[part], state, strict=True):
+            if live.is_floating_point() and weight != 0:
+                total.add_(live.detach().to(total.device), alpha=weight)
 
     def average(self, topology: Topology, total_weight: float) -> dict[str, PartState]:
         """Sum over the peers and divide by the weight of all clients that were added. Collective over peers."""
-        for part in self.parts:
-            for total in self.sums[part]:
-                self.num_bytes += reduce_over_peers(total, topology)
-                if total.is_floating_point() and total_weight != 1:
-                    total.div_(total_weight)
+        if topology.slot == 0 and not self._has_integers:  # the slot of the first client and of the coordinator
+            for total, before in zip(self.sums[BUFFERS], self.base[BUFFERS], strict=True):
+                if not total.is_floating_point():
+                    total.copy_(before)
+        self._average_parts([part for part in self.parts if part != BUFFERS], topology, total_weight)
+        self._reduce(BUFFERS, topology, total_weight)
         return self.sums
+
+    def _average_parts(self, parts: Sequence[str], topology: Topology, total_weight: float) -> None:
+        for part in parts:
+            self._reduce(part, topology, total_weight)
+
+    def _reduce(self, part: str, topology: Topology, total_weight: float) -> None:
+        for total in self.sums[part]:
+            self.num_bytes += reduce_over_peers(total, topology)
+            if total.is_floating_point() and total_weight != 1:
+                total.div_(total_weight)
+
+
+class DeltaSum(WeightedSum):
+    """The same mean by way of the deltas θ_i − θ_g, which travel encoded; buffers and padding stay exact.
+
+    residuals: by part, fp32 host tensors like the slices; what rounding has kept of this slot's earlier deltas, in units
+    of the mean. It is added to the delta and left behind anew. With one slot nothing travels and nothing is rounded.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        parts: Sequence[str],
+        base: Mapping[str, PartState],
+        codec: Codec,
+        residuals: Mapping[str, PartState],
+    ):
+        super().__init__(engine, parts, base)
+        self.engine, self.codec, self.residuals = engine, codec, residuals
+
+    def _add_part(self, part: str, weight: float, state: Sequence[Tensor]) -> None:
+        if part == BUFFERS:
+            super()._add_part(part, weight, state)
+        elif weight != 0:
+            for total, live, before in self._views(part, self.sums[part], state, self.base[part]):
+                for piece, new, old in zip(*(x.split(BUCKET_ELEMENTS) for x in (total, live, before)), strict=True):
+                    piece.add_(new.detach().to(piece.device) - old, alpha=weight)
+
+    def _average_parts(self, parts: Sequence[str], topology: Topology, total_weight: float) -> None:
+        pairs = [pair for part in parts for pair in self._views(part, self.sums[part], self.residuals[part])]
+        deltas, residuals = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if total_weight != 1:
+            for delta in deltas:
+                delta.div_(total_weight)
+        if topology.peers is None:
+            for delta, residual in zip(deltas, residuals, strict=True):
+                delta.add_(residual)
+                residual.zero_()
+        else:
+            rank, size = topology.live_slots.index(topology.slot), len(topology.live_slots)
+            exchange = CompressedSum(self.codec, topology.peers, rank, size, topology.device)
+            exchange.run(deltas, residuals)
+            self.num_bytes += exchange.num_bytes
+        for part in parts:
+            for total, before in zip(self.sums[part], self.base[part], strict=True):
+                total.add_(before)  # padding has no delta
+
+    def _views(self, part: str, *states: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """The elements of a part's fragments, without padding, in each of several states of it."""
+        for views in zip(*(self.engine.views_of(part, list(state)) for state in states), strict=True):
+            yield tuple(values for _, values in views)
 
 
 def reduce_over_peers(tensor: Tensor, topology: Topology) -> int:

@@ -112,6 +112,11 @@ def build(config: Config) -> Run:
     topology = Topology(layout, launch, device, config.clients.timeout_s)
     if topology.is_coordinator:
         logger.info("%s on %s, %s", layout.describe(), device, config.strategy.name)
+        if config.dro.apply == "loss" and config.optimizer.name == "adamw":
+            logger.warning(
+                "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "
+                "scale; dro.apply=aggregate lets p act"
+            )
     resumed = agree_on_checkpoint(config, topology)
 
     objective = build_objective(config.objective)
@@ -134,7 +139,7 @@ def build(config: Config) -> Run:
     clients, validation, client_ids, num_samples = build_clients(
         config, dataset, dataset_ids, strategy, topology, tokenizer, processor
     )
-    server = Server(engine) if strategy.averages else OwnModels(engine, clients)
+    server = Server(engine, config, topology) if strategy.averages else OwnModels(engine, clients)
     center = strategy.center(config, num_samples)
     weights, next_round = strategy.initial_weights(config, center), 0
     run_dir = Path(config.run.output_dir)
@@ -145,6 +150,7 @@ def build(config: Config) -> Run:
         for owner in server.states:
             checkpoint.SavedModel(resumed, owner).load_into(engine)
             server.states[owner] = server.read_engine()
+        checkpoint.read_residuals(resumed, server, topology)
         for client in clients:
             client.position = Position(**state["positions"][client.id])
     if topology.is_coordinator:

@@ -3,6 +3,7 @@
     checkpoints/round-000012/            state after round 12
         weights/OWNER/shard-00000-of-00002.safetensors    fp32 fragments: flat ranges of named parameters
         weights/OWNER/buffers.safetensors
+    residuals/slot-00000/shard-…      where deltas travel rounded: what rounding has kept of that slot's (compression.py)
         coordinator.json                 p, the position of each client in its data, the resolved config
         manifest.json                    bytes and sha256 of every file; without it the folder is not a checkpoint
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .client import Client
 from .engine import BUFFERS, PARTS, Engine
 from .logs import logger, write_atomic
 from .masters import Fragment
-from .server import ModelState
+from .server import SHARED, ModelState, Server
+from .topology import Topology
 
 Files = dict[str, dict[str, Any]]
 
@@ -44,26 +48,42 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def write_server(partial: Path, server: Server, clients: Iterable[Client], topology: Topology) -> Files:
+    """Write this rank's part of all that the server holds; returns what the manifest will say of it."""
+    written: Files = {}
+    for owner in sorted({server.owner_of(client) for client in clients}):
+        if owner != SHARED or topology.slot == 0:  # every slot holds the shared model
+            written |= write_model(partial, owner, server.engine, server.states[owner])
+    if server.residuals is not None:
+        folder = partial / "residuals" / f"slot-{topology.slot:05d}"
+        written |= _write_fragments(folder, partial, server.engine, server.residuals)
+    return written
+
+
 def write_model(partial: Path, owner: str, engine: Engine, state: ModelState) -> Files:
     """Write this rank's fragments of one model; returns what the manifest will say of them."""
     folder = partial / "weights" / owner
-    folder.mkdir(parents=True, exist_ok=True)
-    written: Files = {}
-    if engine.zero_stage > 0 or engine.shard == 0:  # without partitions every rank holds the whole
-        tensors, starts = {}, {}
-        for part in PARTS:
-            for fragment, values in engine.views_of(part, state[part]):
-                tensors[fragment.name], starts[fragment.name] = values.contiguous(), fragment.start
-        num_shards = engine.num_shards if engine.zero_stage > 0 else 1
-        path = folder / f"shard-{engine.shard:05d}-of-{num_shards:05d}.safetensors"
-        save_file(tensors, path, metadata={"starts": json.dumps(starts), "shapes": json.dumps(engine.shapes)})
-        written |= _described(path, partial)
+    written = _write_fragments(folder, partial, engine, state)
     if engine.shard == 0:
         names = engine.buffers()
         path = folder / "buffers.safetensors"
         save_file({n: v.view_as(b).contiguous() for (n, b), v in zip(names.items(), state[BUFFERS], strict=True)}, path)
         written |= _described(path, partial)
     return written
+
+
+def _write_fragments(folder: Path, partial: Path, engine: Engine, state: ModelState) -> Files:
+    folder.mkdir(parents=True, exist_ok=True)
+    if engine.zero_stage == 0 and engine.shard != 0:
+        return {}  # without partitions every rank holds the whole
+    tensors, starts = {}, {}
+    for part in PARTS:
+        for fragment, values in engine.views_of(part, state[part]):
+            tensors[fragment.name], starts[fragment.name] = values.contiguous(), fragment.start
+    num_shards = engine.num_shards if engine.zero_stage > 0 else 1
+    path = folder / f"shard-{engine.shard:05d}-of-{num_shards:05d}.safetensors"
+    save_file(tensors, path, metadata={"starts": json.dumps(starts), "shapes": json.dumps(engine.shapes)})
+    return _described(path, partial)
 
 
 def commit(folder: Path, coordinator_state: dict[str, Any], files: Files, keep: int) -> None:
@@ -118,12 +138,13 @@ def read_coordinator(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: coordinator.json cannot be read ({error}); is this a checkpoint?") from error
 
 
-class SavedModel:
-    """Reads one owner's model from a checkpoint, in any partition."""
+class SavedFragments:
+    """Reads flat ranges of named parameters from one folder of a checkpoint, in any partition."""
 
-    def __init__(self, folder: Path, owner: str):
-        self.folder = folder / "weights" / owner
-        paths = sorted(self.folder.glob("shard-*.safetensors"))
+    def __init__(self, folder: Path, name: str):
+        """folder: the checkpoint's; name: of the folder within it that holds the fragments."""
+        self.folder = folder / name
+        paths = [folder / file for file in listed(folder) if file.startswith(f"{name}/shard-")]
         if not paths:
             raise CheckpointError(f"{self.folder} holds no shard-*.safetensors")
         self._files = [safe_open(path, framework="pt") for path in paths]
@@ -159,6 +180,13 @@ class SavedModel:
             out[name] = self.read(Fragment(name, 0, int(torch.Size(shape).numel()), 0)).view(shape)
         return out
 
+
+class SavedModel(SavedFragments):
+    """Reads one owner's model from a checkpoint."""
+
+    def __init__(self, folder: Path, owner: str):
+        super().__init__(folder, f"weights/{owner}")
+
     def buffers(self) -> dict[str, Tensor]:
         path = self.folder / "buffers.safetensors"
         with safe_open(path, framework="pt") as file:
@@ -171,6 +199,32 @@ class SavedModel:
         with torch.no_grad():
             for name, live in engine.buffers().items():
                 live.copy_(saved[name])
+
+
+def read_residuals(folder: Path, server: Server, topology: Topology) -> None:
+    """Give a server its slot's share of what rounding had kept when the checkpoint was written.
+
+    Only the sum over slots matters: with other slots than then, the old ones' are added to the new ones' in turn. A
+    checkpoint without any (no delta had travelled rounded) leaves the server's at 0, and says so.
+    """
+    if server.residuals is None:
+        return
+    slots = sorted({Path(file).parts[1] for file in listed(folder) if file.startswith("residuals/")})
+    if not slots and topology.is_coordinator:
+        logger.warning("%s holds no residuals: what rounding kept from its deltas is dropped", folder)
+    for slot in slots[topology.slot :: topology.plan.num_slots]:
+        saved = SavedFragments(folder, f"residuals/{slot}")
+        for part, state in server.residuals.items():
+            for fragment, owed in server.engine.views_of(part, state):
+                owed += saved.read(fragment)
+
+
+def listed(folder: Path) -> list[str]:
+    """Files of a checkpoint by its manifest, sorted; what else lies in the folder is no part of it. Raises CheckpointError."""
+    try:
+        return sorted(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"])
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: manifest.json cannot be read ({error}); is this a checkpoint?") from error
 
 
 def sha256(path: Path) -> str:

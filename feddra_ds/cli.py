@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from . import __version__
-from .config import ConfigError, dump, get_path, known_keys, load, set_path
+from .config import ConfigError, dump, known_keys, load, set_path
 
 # command: (module with add_arguments and run, what it does). Imported only when the command is asked for.
 COMMANDS = {
     "evaluate": ("evaluate_command", "measure retrieval and zero-shot classification of a run or an exported model"),
     "probe": ("probe", "train a linear classifier on a model's frozen image features"),
+    "export": ("export_command", "write the model of a run or of one of its checkpoints as a folder of its own"),
     "report": ("report", "write a run's report.html, one self-contained page"),
     "status": ("status", "show where a run in the background stands"),
     "doctor": ("doctor", "check this machine, and with --config whether a run can start on it"),
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in (argv if argv is not None else sys.argv[1:])[:1]:
             module = import_module(f".{module_name}", __package__)
             module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            if command.get_default("run") is None:
+                command.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
     if rest and args.command not in TAKE_CONFIG_KEYS:
@@ -84,7 +86,7 @@ def run_train(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--a.b value` and `--a.b=value` as a nested dict, values read as YAML. Raises ConfigError."""
+    """`--a.b value` and `--a.b=value` as a nested dict, values read as YAML; the last of a key wins. Raises ConfigError."""
     tree: dict[str, Any] = {}
     problems, items = [], list(arguments)
     while items:
@@ -98,8 +100,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 problems.append(f"{key[2:]}: has no value; write {key} VALUE")
                 continue
             value = items.pop(0)
-        if get_path(tree, key[2:]) is not None:
-            problems.append(f"{key[2:]}: given twice")
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:

@@ -163,16 +163,9 @@ class ScheduleConfig(Section):
     """Fraction of optimizer.lr at which the decay ends."""
 
 
-StrategyName = Literal[
-    "feddra", "fedavg", "fedprox", "moon", "afl", "drfa", "qffl", "fedadam", "fedyogi", "diloco", "local", "centralized"
-]
-
-
 class StrategyConfig(Section):
-    name: StrategyName = "feddra"
+    name: Literal["feddra", "fedavg", "local", "centralized"] = "feddra"
     """The federated algorithm; it sets defaults of other keys, which keys given by you override."""
-    options: dict[str, float] = {}
-    """Numbers of the strategy, e.g. {mu: 0.01} for fedprox; each strategy names its own."""
 
 
 class OptimizerConfig(Section):

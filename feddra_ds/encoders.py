@@ -23,7 +23,8 @@ from .config import EncoderConfig
 
 # Text encoders whose position ids start behind the padding id.
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
-_NO_CLS_TYPES = frozenset({"siglip_text_model", "siglip2_text_model"})
+_POOLINGS = {"clip_text_model": "last", "siglip_text_model": "mean", "siglip2_text_model": "mean"}
+_CLS_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert", "mpnet"})
 _WITHOUT_AUTO = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}  # halves of a model
 
 
@@ -196,9 +197,10 @@ def pooling_of(encoder: PreTrainedModel, side: str) -> str:
     if side == "vision":
         tokens = ("cls_token", "class_embedding")
         return "cls" if any(hasattr(m, t) for m in encoder.modules() for t in tokens) else "mean"
-    if encoder.config.model_type in _NO_CLS_TYPES:
-        return "mean"
-    return "last" if reads_left_to_right(encoder) else "cls"
+    kind = encoder.config.model_type
+    if kind in _CLS_TYPES and not getattr(encoder.config, "is_decoder", False):
+        return "cls"
+    return _POOLINGS.get(kind) or ("last" if reads_left_to_right(encoder) else "cls")
 
 
 @torch.no_grad()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import checkpoint
+from . import adapters, checkpoint
 from .config import from_dict
-from .data.tokens import load_tokenizer
-from .dual_encoder import DualEncoder
 from .export import MAX_SHARD_SIZE, load_pretrained, save_model, write_folder
 from .interchange import to_transformers
-from .model import build_model
-from .processing import DualEncoderProcessor, build_processor
+from .restore import load_checkpoint
 from .server import SHARED
 
 
@@ -30,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("feddra", "transformers"),
+        choices=("feddra", "transformers", "adapter"),
         default="feddra",
-        help="feddra loads with feddra_ds.load_pretrained; transformers writes a VisionTextDualEncoderModel, "
-        "for linear heads without extra blocks (default: %(default)s)",
+        help="feddra loads with feddra_ds.load_pretrained, adapters merged; transformers writes a "
+        "VisionTextDualEncoderModel, for linear heads without extra blocks; adapter writes the LoRA factors of a run's "
+        "checkpoint in peft's format, and the alignment module (default: %(default)s)",
     )
     parser.add_argument("--max-shard-size", default=MAX_SHARD_SIZE, help="largest weights file (default: %(default)s)")
     parser.set_defaults(run=main)
@@ -42,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `feddra-ds export`. Raises ValueError."""
     run = args.source
+    if args.format == "adapter":
+        return _write_adapter(run, args)
     has_model = (run / "config.json").is_file() or (run / "model" / "config.json").is_file()
     own = run / "model" / args.client
     if args.checkpoint is None and args.client != SHARED and (own / "config.json").is_file():
@@ -60,37 +60,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_checkpoint(folder: Path, owner: str = SHARED) -> tuple[DualEncoder, DualEncoderProcessor]:
-    """The model (eval mode, fp32, CPU) that a checkpoint holds for `owner` (the global model, or a client's id).
-
-    Built from the config in the checkpoint. Raises CheckpointError, and ConfigError or ValueError where the config no
-    longer fits (a pretrained folder that has gone).
-    """
-    problem = checkpoint.check(folder)
-    if problem is not None:
-        raise checkpoint.CheckpointError(f"{folder}: {problem}")
-    config = from_dict(checkpoint.read_coordinator(folder)["config"])
-    owners = sorted(path.name for path in (folder / "weights").iterdir())
-    if owner not in owners:
-        raise checkpoint.CheckpointError(f"{folder} holds no model of {owner}; it holds {', '.join(owners)}: use --client")
-    text = config.model.text
-    tokenizer = load_tokenizer(text.tokenizer or text.pretrained or config.model.pretrained)
-    model = build_model(
-        config.model,
-        config.objective,
-        image_size=config.data.image_size,
-        vocab_size=len(tokenizer),
-        pad_token_id=int(tokenizer.pad_token_id or 0),
-        max_text_length=config.data.text_length,
-    )
-    saved = checkpoint.SavedModel(folder, owner)
-    state = saved.parameters() | saved.buffers()
-    lost = {name for name, p in model.named_parameters() if p.requires_grad} - state.keys()
-    unknown = state.keys() - model.state_dict().keys()
-    if lost or unknown:
-        raise checkpoint.CheckpointError(f"{folder} is of another model: {sorted(lost | unknown)[0]} is on one side only")
-    model.load_state_dict(state, strict=False)
-    return model.eval(), build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
+def _write_adapter(run: Path, args: argparse.Namespace) -> int:
+    folder = find_checkpoint(run, args.checkpoint)
+    model, _ = load_checkpoint(folder, args.client, merge_adapters=False)
+    config = from_dict(checkpoint.read_coordinator(folder)["config"]).model
+    base = {side: getattr(config, side).pretrained or config.pretrained for side in ("vision", "text")}
+    for path in adapters.save_adapter(model, args.out, base):
+        print(f"wrote {path}")
+    return 0
 
 
 def find_checkpoint(run: Path, name: str | None) -> Path:

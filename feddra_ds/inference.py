@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .checkpoint import find_newest
 from .config import AugmentConfig, DataConfig
 from .data.console import track
 from .data.pipeline import ClientData
 from .data.pool import DecodePool
 from .data.shards import Dataset, open_dataset
 from .dual_encoder import DualEncoder
-from .export import load_pretrained
+from .export import find_model, load_pretrained
+from .export_command import load_checkpoint
 from .processing import DualEncoderProcessor
 from .run_files import RunFiles, is_run, open_run
+from .server import SHARED
 from .topology import choose_device
 
 
@@ -31,7 +34,8 @@ from .topology import choose_device
 class Models:
     """The model of a run or an export; with strategy.name = local, a model per client.
 
-    folders: by client, or "" for the one that all share. run: the run directory, or None for an export.
+    folders: by client, or "" for the one that all share; exports, or the run's newest checkpoint. run: the run
+    directory, or None for an export.
     """
 
     path: Path
@@ -39,6 +43,11 @@ class Models:
     run: RunFiles | None
     device: torch.device
     _open: dict[str, tuple[DualEncoder, DualEncoderProcessor]] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Path:
+        """The folder that the model, or the first client's, is read from."""
+        return next(iter(self.folders.values()))
 
     @property
     def shared(self) -> bool:
@@ -55,7 +64,9 @@ class Models:
             raise ValueError(f"{self.path}: no model of client {client}; there are: {', '.join(sorted(self.folders))}")
         if key not in self._open:
             self._open.clear()
-            model, processor = load_pretrained(self.folders[key])
+            folder = self.folders[key]
+            is_checkpoint = (folder / "manifest.json").is_file()
+            model, processor = load_checkpoint(folder, key or SHARED) if is_checkpoint else load_pretrained(folder)
             self._open[key] = (model.to(self.device).eval(), processor)
         return self._open[key]
 
@@ -77,22 +88,25 @@ class Models:
 
 
 def open_models(path: str | Path, device: str = "auto") -> Models:
-    """The model(s) of a run directory, its model/, or an export. Raises ValueError, one line, where there is none."""
-    from .export import find_model
+    """The model(s) of a run directory, its model/, or an export; of a run that goes on, those of its newest checkpoint.
 
+    Raises ValueError, one line, where there is none.
+    """
     root = Path(path).expanduser()
     where = choose_device(device, 0)
-    if is_run(root):
-        run = open_run(root)
-        if run.models:
-            return Models(root, run.models, run, where)
-        raise ValueError(
-            f"{root} has no model/ yet: it is written when the last of its {run.num_rounds} rounds is done "
-            f"({run.rounds_done} are); see `feddra-ds status {root}`"
-        )
-    folder = find_model(root)
-    parent = folder.parent if folder.name == "model" else None
-    return Models(root, {"": folder}, open_run(parent) if parent is not None and is_run(parent) else None, where)
+    if not is_run(root):
+        folder = find_model(root)
+        above = folder.parent if folder.name == "model" else folder.parent.parent
+        return Models(root, {"": folder}, open_run(above) if is_run(above) else None, where)
+    run = open_run(root)
+    newest = find_newest(root)
+    written = max((folder.stat().st_mtime for folder in run.models.values()), default=0.0)
+    if newest is not None and (newest / "manifest.json").stat().st_mtime > written:
+        owners = sorted(p.name for p in (newest / "weights").iterdir())
+        return Models(root, {"" if owner == SHARED else owner: newest for owner in owners}, run, where)
+    if not run.models:
+        raise ValueError(f"{root} has neither a model/ nor a whole checkpoint yet; see `feddra-ds status {root}`")
+    return Models(root, run.models, run, where)
 
 
 @dataclass(frozen=True)
@@ -201,9 +215,7 @@ def _embed(
             keys += batch.keys
             ids.append(batch.text_ids.numpy())
             moved = batch.to(device)
-            out = model(
-                pixel_values=moved.pixel_values, input_ids=moved.input_ids, attention_mask=moved.attention_mask
-            )
+            out = model(pixel_values=moved.pixel_values, input_ids=moved.input_ids, attention_mask=moved.attention_mask)
             images.append(out.image_embeds.cpu().numpy())
             texts.append(out.text_embeds.cpu().numpy())
             if features:

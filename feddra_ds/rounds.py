@@ -245,14 +245,11 @@ class Run:
             return
         topology = self.topology
         folder = checkpoint.folder_of(self.run_dir, round_index)
-        writers = range(topology.plan.ranks_per_slot) if self.strategy.averages else topology.live_ranks
+        every_slot_writes = not self.strategy.averages or self.server.residuals is not None
+        writers = topology.live_ranks if every_slot_writes else range(topology.plan.ranks_per_slot)
         files: checkpoint.Files = {}
         if topology.rank in writers:
-            owners = {self.server.owner_of(client) for client in self.clients}
-            for owner in sorted(owners):
-                files |= checkpoint.write_model(
-                    checkpoint.partial_of(folder), owner, self.engine, self.server.states[owner]
-                )
+            files = checkpoint.write_server(checkpoint.partial_of(folder), self.server, self.clients, topology)
             topology.post(f"saved/{round_index}/{topology.rank}", files)
         if self.coordinator is not None:
             for rank in writers:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from .aggregate import WeightedSum
+from .aggregate import DeltaSum, WeightedSum
 from .client import Client
+from .compression import Codec
+from .config import Config
 from .engine import BUFFERS, PARTS, Engine, PartState
+from .logs import logger
 from .schedule import Stage
 from .topology import Topology
 
@@ -19,10 +23,22 @@ SHARED = "global"  # owner of the shared model in checkpoints
 class Server:
     """The shared model (φ_g, θ_g): clients start a stage from it, and their average becomes it."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    codec: Codec | None = None  # of the deltas that travel; None: fp32 weights travel
+    residuals: ModelState | None = None  # what rounding has kept of this slot's deltas so far (compression.py)
+
+    def __init__(self, engine: Engine, config: Config, topology: Topology):
+        self.engine, self._topology = engine, topology
         self.states: dict[str, ModelState] = {SHARED: snapshot(engine)}
         self.num_bytes = 0  # handed to collectives so far
+        if config.aggregate.precision != "fp32":
+            self.codec = Codec(config.aggregate.precision, config.aggregate.block_size)
+            self.residuals = {part: [torch.zeros_like(s) for s in self.states[SHARED][part]] for part in PARTS}
+        schedule = config.schedule
+        self._aligners_go_on = (
+            config.aggregate.after_stage1 and schedule.stage1_steps > 0 and schedule.stage2_start == "client"
+        )
+        self._live_slots = topology.live_slots
+        self._owed_at_start: PartState = []  # the aligner's residual before stage 1
 
     def owner_of(self, client: Client) -> str:
         """Whose model a client trains: a key of `states`."""
@@ -36,7 +52,20 @@ class Server:
         return {part: self.engine.slices(part) for part in (*stage.parts, BUFFERS)}
 
     def begin(self, stage: Stage) -> None:
-        self._sum = WeightedSum(self.engine, stage.parts)
+        base = self.states[SHARED]
+        if self.codec is None or self.residuals is None or (self._topology.peers is None and not self._owes()):
+            self._sum = WeightedSum(self.engine, stage.parts, base)
+            return
+        if self._aligners_go_on and not stage.trains_backbone:
+            self._owed_at_start = [owed.clone() for owed in self.residuals["aligner"]]
+        elif self._aligners_go_on and self._owed_at_start:
+            # the clients went on with their own θ_i, which still hold what rounding kept from stage 1's average
+            self.residuals["aligner"], self._owed_at_start = self._owed_at_start, []
+        self._sum = DeltaSum(self.engine, stage.parts, base, self.codec, self.residuals)
+
+    def _owes(self) -> bool:
+        assert self.residuals is not None
+        return any(bool(owed.any()) for state in self.residuals.values() for owed in state)
 
     def add(self, client: Client, weight: float, state: Mapping[str, Sequence[Tensor]]) -> None:
         """Take the weights of a client that may be averaged: live slices, or a host state."""
@@ -44,6 +73,11 @@ class Server:
 
     def finish(self, topology: Topology, total_weight: float) -> None:
         """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added. Collective over the peers."""
+        if self.residuals is not None and topology.live_slots != self._live_slots:
+            if topology.is_coordinator:
+                lost = sorted(set(self._live_slots) - set(topology.live_slots))
+                logger.warning("slots %s are gone, and with them what rounding kept from their deltas", lost)
+            self._live_slots = topology.live_slots
         self.states[SHARED].update(self._sum.average(topology, total_weight))
         self.num_bytes += self._sum.num_bytes
         del self._sum

@@ -126,22 +126,28 @@ class EvaluationOrder:
         """The samples to try in place of the bad entry `slot`: outside the list first, then outside its batch."""
         place = (self.seed, self.client, "evaluation")
         listed = set(self.samples.tolist())
-        outside = _others(self.num_samples, listed, slot, self.size, *place)
-        yield from (s for s in outside if s not in listed)
+        yield from (s for s in _others(self.num_samples, listed, slot, self.size, *place) if s not in listed)
         near = self.samples[max(0, slot - self.batch_size + 1) : slot + self.batch_size]
-        yield from _others(self.num_samples, set(near.tolist()), slot, self.size, *place)
+        window = 2 * self.batch_size
+        yield from _others(self.num_samples, set(near.tolist()), slot % window, window, *place)
 
 
 def _others(n: int, avoid: set[int], slot: int, stride: int, *place: object) -> Iterator[int]:
-    """Every sample once or more, in a seeded order: every `stride`-th one outside `avoid`, all those, then the rest.
+    """Every sample, in a seeded order: the slot's own share of those outside `avoid`, then all those, then the rest.
 
-    The order is an arithmetic walk modulo n, which costs nothing to start, unlike a permutation of a large client.
+    The shares of slots 0 … stride - 1 are disjoint. The order is an arithmetic walk modulo n, which costs nothing to
+    start, unlike a permutation of a large client.
     """
     words = np.frombuffer(seeded("substitutes", *place), dtype=np.uint64)
     start, step = int(words[0]) % n, 1 + int(words[1]) % n
     while math.gcd(step, n) != 1:
         step += 1
-    walk = lambda first, by: ((start + j * step) % n for j in range(first, n, by))
-    yield from (s for s in walk(slot, stride) if s not in avoid)
-    yield from (s for s in walk(0, 1) if s not in avoid)
-    yield from (s for s in walk(0, 1) if s in avoid)
+    walk = lambda indices: ((start + j * step) % n for j in indices)
+    if n <= 64 * len(avoid):  # then a share of the walk might lie wholly in `avoid`, so share out what is free
+        free = [s for s in walk(range(n)) if s not in avoid]
+        yield from free[slot::stride]
+        yield from free
+    else:
+        yield from (s for s in walk(range(slot, n, stride)) if s not in avoid)
+        yield from (s for s in walk(range(n)) if s not in avoid)
+    yield from (s for s in walk(range(n)) if s in avoid)

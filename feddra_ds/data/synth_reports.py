@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from feddra_ds.data.synth_scene import Finding, Study
 
-# Phrases of each kind. {sev}: severity or size word, {side}, {zone}, {mm}: millimetres.
+# Phrases of each kind. {sev}, {adv}: severity or size; {side}, {zone}, {zones}: the place; {mm}: millimetres.
 _PHRASES: dict[str, tuple[str, ...]] = {
     "consolidation": (
         "{sev} consolidation in the {side} {zone} zone",
         "{sev} airspace opacity in the {side} {zone} lung",
         "{sev} patchy infiltrate of the {side} {zone} zone",
-        "{side} {zone} zone pneumonia, {sev}",
+        "{sev} pneumonia of the {side} {zone} zone",
     ),
     "nodule": (
         "{mm} mm nodule in the {side} {zone} zone",
@@ -39,7 +40,7 @@ _PHRASES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (
         "{sev} cardiomegaly",
         "{sev} enlargement of the cardiac silhouette",
-        "the heart is enlarged, {sev}",
+        "the heart is {adv} enlarged",
     ),
     "edema": (
         "{sev} pulmonary edema",
@@ -47,8 +48,8 @@ _PHRASES: dict[str, tuple[str, ...]] = {
         "{sev} vascular congestion and interstitial edema",
     ),
     "fibrosis": (
-        "{sev} reticular fibrosis in {side} {zone} zones",
-        "{sev} fibrotic scarring of {side} {zone} zones",
+        "{sev} reticular fibrosis in {zones}",
+        "{sev} fibrotic scarring of {zones}",
     ),
     "pacemaker": (
         "left sided pacemaker with lead in the right ventricle",
@@ -90,6 +91,17 @@ _HISTORIES = (
 Choose = Callable[[tuple[str, ...]], str]
 
 
+@dataclass
+class _Notes:
+    """What a style writes from: the findings in words, the same in other words, two kinds that are absent."""
+
+    study: Study
+    findings: list[str]
+    again: list[str]
+    absent: list[str]
+    choose: Choose
+
+
 def write_report(study: Study, style: str, rng: np.random.Generator) -> str:
     """The report's text. style: structured, terse, narrative, measured, classic, or mixed (one of those at random).
 
@@ -98,20 +110,19 @@ def write_report(study: Study, style: str, rng: np.random.Generator) -> str:
     if style == "mixed":
         style = str(rng.choice(list(_STYLES)))
     choose: Choose = lambda options: options[int(rng.integers(len(options)))]
-    findings = [_phrase(finding, choose) for finding in study.findings]
-    return _STYLES[style](study, findings, _negations(study, rng), choose)
+    told, again = ([_phrase(finding, choose) for finding in study.findings] for _ in range(2))
+    return _STYLES[style](_Notes(study, told, again, _negations(study, rng), choose))
 
 
 def _phrase(finding: Finding, choose: Choose) -> str:
     fluid = finding.kind in ("effusion", "pneumothorax")
-    severity = _SIZES[finding.severity] if fluid else choose(_WORDS[finding.severity])
-    side = finding.side
-    if finding.kind == "fibrosis":
-        side = {"both": "both", "right": "the right", "left": "the left"}[side]
-    phrase = choose(_PHRASES[finding.kind])
-    text = phrase.format(sev=severity, side=side, zone=finding.zone, mm=finding.size_mm)
-    return text.replace("the right upper zones", "the right upper zone").replace(
-        "the left upper zones", "the left upper zone"
+    return choose(_PHRASES[finding.kind]).format(
+        sev=_SIZES[finding.severity] if fluid else choose(_WORDS[finding.severity]),
+        adv={"mild": "mildly", "moderate": "moderately", "severe": "severely"}[finding.severity],
+        side=finding.side,
+        zone=finding.zone,
+        zones=f"both {finding.zone} zones" if finding.side == "both" else f"the {finding.side} {finding.zone} zone",
+        mm=finding.size_mm,
     )
 
 
@@ -125,49 +136,43 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _ratio(study: Study) -> str:
-    return f"{study.heart_ratio:.2f}"
-
-
-def _structured(study: Study, findings: list[str], absent: list[str], choose: Choose) -> str:
-    body = [_sentence(f) for f in findings] or [_sentence(choose(_CLEAR))]
-    body.append(_sentence("no " + " or ".join(absent)))
-    closing = " ".join(_sentence(f"{n}. {f}") for n, f in enumerate(findings, 1)) if len(findings) > 1 else ""
-    impression = closing or _sentence(findings[0] if findings else choose(_NORMAL))
+def _structured(n: _Notes) -> str:
+    body = [_sentence(f) for f in n.findings] or [_sentence(n.choose(_CLEAR))]
+    body.append(_sentence("no " + " or ".join(n.absent)))
+    impression = " ".join(f"{i}. {_sentence(f)}" for i, f in enumerate(n.again, 1)) or _sentence(n.choose(_NORMAL))
     return f"FINDINGS: {' '.join(body)} IMPRESSION: {impression}"
 
 
-def _terse(study: Study, findings: list[str], absent: list[str], choose: Choose) -> str:
-    view = "Portable AP chest." if study.view == "AP" else "PA chest."
-    told = "; ".join(findings) if findings else choose(("nothing acute", "clear", "no acute findings"))
-    return f"{view} {_sentence(told)} {choose((f'No {absent[0]}.', ''))}".strip()
+def _terse(n: _Notes) -> str:
+    view = "Portable AP chest." if n.study.view == "AP" else "PA chest."
+    told = "; ".join(n.findings) or n.choose(("nothing acute", "clear", "no acute findings"))
+    return f"{view} {_sentence(told)} {n.choose((f'No {n.absent[0]}.', ''))}".strip()
 
 
-def _narrative(study: Study, findings: list[str], absent: list[str], choose: Choose) -> str:
-    who = f"{study.age}-year-old {'woman' if study.sex == 'F' else 'man'} with {choose(_HISTORIES)}."
+def _narrative(n: _Notes) -> str:
+    who = f"{n.study.age}-year-old {'woman' if n.study.sex == 'F' else 'man'} with {n.choose(_HISTORIES)}."
     told = (
-        f"The film shows {' and '.join(findings)}." if findings else f"{_sentence(choose(_CLEAR))} Normal heart size."
+        f"The film shows {' and '.join(n.findings)}."
+        if n.findings
+        else f"{_sentence(n.choose(_CLEAR))} Normal heart size."
     )
-    closing = choose(("Clinical correlation is recommended.", ""))
-    return f"{who} {told} There is no {absent[0]} and no {absent[1]}. {closing}".strip()
+    closing = n.choose(("Clinical correlation is recommended.", ""))
+    return f"{who} {told} There is no {n.absent[0]} and no {n.absent[1]}. {closing}".strip()
 
 
-def _measured(study: Study, findings: list[str], absent: list[str], choose: Choose) -> str:
-    size = choose((f"Cardiothoracic ratio {_ratio(study)}.", f"CT ratio of {_ratio(study)}."))
-    told = " ".join(_sentence(f) for f in findings) or _sentence(choose(_CLEAR))
-    return f"{size} {told} No {absent[0]}. Conclusion: {_sentence(findings[0] if findings else choose(_NORMAL))}"
+def _measured(n: _Notes) -> str:
+    size = f"{n.choose(('Cardiothoracic ratio', 'CT ratio of'))} {n.study.heart_ratio:.2f}."
+    told = " ".join(_sentence(f) for f in n.findings) or _sentence(n.choose(_CLEAR))
+    return f"{size} {told} No {n.absent[0]}. Conclusion: {_sentence(n.again[0] if n.again else n.choose(_NORMAL))}"
 
 
-def _classic(study: Study, findings: list[str], absent: list[str], choose: Choose) -> str:
-    told = ", ".join(findings) if findings else choose(_CLEAR)
-    return f"{choose(('Chest film:', 'Thorax PA:', 'Radiogram:'))} {told}, {absent[0]} absent, heart {_heart(study)}."
+def _classic(n: _Notes) -> str:
+    told = ", ".join(n.findings) or n.choose(_CLEAR)
+    heart = "of normal size" if n.study.heart_ratio < 0.5 else "enlarged"
+    return f"{n.choose(('Chest film:', 'Thorax:', 'Radiogram:'))} {told}, {n.absent[0]} absent, heart {heart}."
 
 
-def _heart(study: Study) -> str:
-    return "of normal size" if study.heart_ratio < 0.5 else "enlarged"
-
-
-_STYLES: dict[str, Callable[[Study, list[str], list[str], Choose], str]] = {
+_STYLES: dict[str, Callable[[_Notes], str]] = {
     "structured": _structured,
     "terse": _terse,
     "narrative": _narrative,

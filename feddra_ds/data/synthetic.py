@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import multiprocessing
 import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,8 +139,48 @@ def _draw(job: _Job) -> tuple[bytes, str]:
 
 
 def _draw_all(jobs: list[_Job], workers: int) -> Iterator[tuple[bytes, str]]:
+    """The jobs' results in order; from fresh interpreters where there is enough to do.
+
+    Not a multiprocessing pool: its children import the caller's main module, and one that fails is started for ever.
+    """
     if workers <= 1 or len(jobs) < _PARALLEL_FROM:
         yield from map(_draw, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(_draw, jobs, chunksize=16)
+    code = "from feddra_ds.data.synthetic import draw_part; draw_part()"
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    parts = []
+    try:
+        for part in range(workers):
+            child = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
+            )
+            parts.append(child)
+            assert child.stdin is not None
+            pickle.dump(jobs[part::workers], child.stdin)
+            child.stdin.close()
+        for number in range(len(jobs)):
+            pipe = parts[number % workers].stdout
+            assert pipe is not None
+            try:
+                yield pickle.load(pipe)
+            except EOFError:
+                status = parts[number % workers].wait(10)
+                raise DataError(
+                    f"--num-workers: a drawing process ended with status {status}; try --num-workers 1"
+                ) from None
+    finally:
+        for child in parts:
+            child.kill()
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
+
+
+def draw_part() -> None:
+    """A drawing process: a list of jobs on stdin, their results in order on stdout."""
+    jobs = pickle.load(sys.stdin.buffer)
+    for job in jobs:
+        pickle.dump(_draw(job), sys.stdout.buffer)
+        sys.stdout.buffer.flush()

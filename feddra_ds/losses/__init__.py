@@ -19,10 +19,10 @@ from feddra_ds.collectives import (
     require_equal_shapes,
     scale_gradient,
 )
-from feddra_ds.losses.core import Spec, check_weights
+from feddra_ds.losses.core import Local, Spec, check_weights
 from feddra_ds.losses.dispatch import resolve_impl
 from feddra_ds.losses.distributed import Gather, Ring
-from feddra_ds.losses.ops import GroupDroLoss, dro_loss
+from feddra_ds.losses.ops import DroLossFunction, dro_loss
 from feddra_ds.losses.reference import alignment_with_positives, reference_loss
 from feddra_ds.losses.types import DroLoss, Exchange, Impl, Kind, Reduction
 
@@ -88,8 +88,10 @@ def fused_dro_loss(
     if impl == "reference":
         return _reference(*tensors, anchor_weight, direction_reduction, kind)
     factor = _FACTORS[direction_reduction]
-    total, *reported = dro_loss(*tensors, anchor_weight, factor, kind, impl)[:4]
-    return DroLoss(total, *(x.detach() for x in reported))
+    if torch.compiler.is_compiling() or image.is_meta or type(image) not in (Tensor, torch.nn.Parameter):
+        total, *reported = dro_loss(*tensors, anchor_weight, factor, kind, impl)[:4]
+        return DroLoss(total, *(x.detach() for x in reported))
+    return DroLoss(*DroLossFunction.apply(Spec(kind, anchor_weight, factor, impl), Local(), *tensors))
 
 
 _FACTORS = {"sum": 1.0, "mean": 0.5}
@@ -118,7 +120,7 @@ def _over_group(
     if exchange == "auto":
         exchange = "ring" if image.nbytes * group_size(group) > RING_BYTES else "gather"
     spec = Spec(kind, anchor_weight, _FACTORS[direction_reduction], impl)
-    return DroLoss(*GroupDroLoss.apply(spec, (Ring if exchange == "ring" else Gather)(group), *tensors))
+    return DroLoss(*DroLossFunction.apply(spec, (Ring if exchange == "ring" else Gather)(group), *tensors))
 
 
 def _reference(

@@ -1,13 +1,15 @@
 """The tile loop in PyTorch: any device, O(B) memory beyond a constant tile, float32 or float64 arithmetic.
 
 A *block* is M rows x against N columns y; over a group the columns come from other ranks, and only the block of a
-rank's own columns has the diagonal. With u, v the normalised rows, S = scale · u vᵀ (scale = 1/τ), a block gives
+rank's own columns has the diagonal. With u, v the normalised rows, S = scale · u vᵀ (scale = 1/τ), a block gives, over
+its entries *off* the diagonal,
     ita      row_j = logsumexp_k S_jk,            col_k = logsumexp_j S_jk            merged by logaddexp
-    siglip   row_j = Σ_k softplus(−z(S_jk + b)),  col_k = Σ_j the same                merged by addition
-and, from the upstream coefficients r_j, c_k of row_j and col_k, with G_jk = ∂L/∂S_jk
-    ita      G_jk = r_j exp(S_jk − row_j) + c_k exp(S_jk − col_k) − δ_jk (r_j + c_j)
-    siglip   G_jk = (r_j + c_k)(σ(S_jk + b) − δ_jk)
-the sums du = G v, dv = Gᵀ u, Σ G S and Σ G.
+    siglip   row_j = Σ_k softplus(S_jk + b),      col_k = Σ_j the same                merged by addition
+and the diagonal S_jj apart: core.py joins them, so that a small loss is not the difference of two large numbers. From
+the upstream coefficients r_j, c_k of the losses of row j and column k, G_jk = ∂L/∂S_jk is, off the diagonal,
+    ita      r_j exp(S_jk − R_j) + c_k exp(S_jk − C_k)      with R, C the logsumexp over all entries
+    siglip   (r_j + c_k) σ(S_jk + b)
+and given on it. A block adds up du = G v, dv = Gᵀ u, Σ G S and Σ G.
 
 Shape letters: M rows, N columns, D embedding dimensions.
 """
@@ -23,7 +25,7 @@ from feddra_ds.losses.types import Kind
 
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
-MAX_EXPONENT = 80.0  # exp(±80) is a normal float32
+MAX_EXPONENT = 40.0  # sums and products of exp(±40) stay normal float32 numbers
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -47,25 +49,25 @@ def row_norms(x: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
 def block_stats(
     x: Tensor, y: Tensor, rx: Tensor, ry: Tensor, scale: Tensor, bias: Tensor, diagonal: bool, kind: Kind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(row (M,), col (N,), diag S_jj (M,)) of a block; `rx`, `ry` are reciprocal norms. diag is 0 without diagonal."""
+    """(row (M,), col (N,), S_jj (M,)) of a block; `rx`, `ry` are reciprocal norms. S_jj is 0 without `diagonal`."""
     row, col, diag = empty_stat(rx, kind), empty_stat(ry, kind), torch.zeros_like(rx)
-    shift = _common_shift(scale, rx)
+    plain = _exponentials_are_safe(scale, rx)
     for i in _slices(len(x), TILE_ROWS):
         u = _scaled(x, rx, i) * scale
         for k in _slices(len(y), TILE_COLUMNS):
             s = u @ _scaled(y, ry, k).T
             if diagonal:
-                _diagonal_of(diag, i, k).copy_(_tile_diagonal(s, i, k))
+                on_diagonal = _tile_diagonal(s, i, k)
+                _diagonal_of(diag, i, k).copy_(on_diagonal)
+                on_diagonal.fill_(-torch.inf)  # no entry, for either kind
             if kind == "siglip":
-                if diagonal:
-                    _tile_diagonal(s, i, k).neg_().sub_(2 * bias)  # −z(S + b) with z = 1, b added below
-                s = F.softplus(s.add_(bias))
+                s = F.softplus(s.add_(bias), threshold=60)  # its default of 20 drops digits of float64
                 row[i] += s.sum(1)
                 col[k] += s.sum(0)
-            elif shift is not None:
-                s.sub_(shift).exp_()
-                row[i] = torch.logaddexp(row[i], s.sum(1).log_().add_(shift))
-                col[k] = torch.logaddexp(col[k], s.sum(0).log_().add_(shift))
+            elif plain:
+                s.exp_()
+                row[i] = torch.logaddexp(row[i], s.sum(1).log_())
+                col[k] = torch.logaddexp(col[k], s.sum(0).log_())
             else:
                 row[i] = torch.logaddexp(row[i], s.logsumexp(1))
                 col[k] = torch.logaddexp(col[k], s.logsumexp(0))
@@ -83,38 +85,36 @@ def block_grads(
     col_coef: Tensor,
     scale: Tensor,
     bias: Tensor,
-    diagonal: bool,
+    diagonal: Tensor | None,
     kind: Kind,
     du: Tensor,
     dv: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Adds G v to `du` (M, D) and Gᵀ u to `dv` (N, D) of a block; gives (Σ G S, Σ G).
 
-    `row`, `col` are the statistics over *all* columns and rows of the batch, not only this block's.
+    `row` (M,), `col` (N,) are the logsumexps over *all* columns and rows of the batch, not only this block's (without
+    meaning for siglip); `diagonal` is G_jj (M,) where the block has the diagonal.
     """
     sum_gs, sum_g = torch.zeros_like(scale), torch.zeros_like(scale)
-    shift = _common_shift(scale, rx)
-    if kind == "ita" and shift is not None:
-        row_factor, col_factor = row_coef * (shift - row).exp(), col_coef * (shift - col).exp()
+    plain = _exponentials_are_safe(scale, rx)
+    if kind == "ita" and plain:
+        row_factor, col_factor = row_coef * (-row).exp(), col_coef * (-col).exp()
     for i in _slices(len(x), TILE_ROWS):
         u = _scaled(x, rx, i)
         for k in _slices(len(y), TILE_COLUMNS):
             v = _scaled(y, ry, k)
             s = (u @ v.T).mul_(scale)
             if kind == "siglip":
-                g = torch.sigmoid(s + bias)
-                if diagonal:
-                    _tile_diagonal(g, i, k).sub_(1)
-                g.mul_(row_coef[i, None] + col_coef[None, k])
-                sum_g += g.sum()
+                g = torch.sigmoid(s + bias).mul_(row_coef[i, None] + col_coef[None, k])
+            elif plain:
+                g = s.exp().mul_(row_factor[i, None] + col_factor[None, k])
             else:
-                if shift is not None:
-                    g = (s - shift).exp_().mul_(row_factor[i, None] + col_factor[None, k])
-                else:
-                    g = (s - row[i, None]).exp_().mul_(row_coef[i, None])
-                    g.add_((s - col[None, k]).exp_().mul_(col_coef[None, k]))
-                if diagonal:
-                    _tile_diagonal(g, i, k).sub_(_diagonal_of(row_coef, i, k) + _diagonal_of(col_coef, i, k))
+                g = (s - row[i, None]).exp_().mul_(row_coef[i, None])
+                g.add_((s - col[None, k]).exp_().mul_(col_coef[None, k]))
+            if diagonal is not None:
+                _tile_diagonal(g, i, k).copy_(_diagonal_of(diagonal, i, k))
+            if kind == "siglip":
+                sum_g += g.sum()
             sum_gs += torch.dot(g.view(-1), s.view(-1))
             du[i].addmm_(g, v)
             dv[k].addmm_(g.T, u)
@@ -147,13 +147,13 @@ def merge(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
     return torch.logaddexp(a, b) if kind == "ita" else a + b
 
 
-def _common_shift(scale: Tensor, like: Tensor) -> Tensor | None:
-    """|S| ≤ scale, so where exp(−2·scale) is a normal number one exponential serves rows and columns, with no maxima.
+def _exponentials_are_safe(scale: Tensor, like: Tensor) -> bool:
+    """|S| ≤ scale: where exp(±scale) is an ordinary number, one exp(S) serves rows and columns, with no maxima.
 
     Reads a number off the device; on a GPU the maxima are cheaper than that wait.
     """
     limit = MAX_EXPONENT if like.dtype == torch.float32 else 8 * MAX_EXPONENT
-    return scale if like.device.type == "cpu" and 2 * float(scale) <= limit else None
+    return like.device.type == "cpu" and float(scale) <= limit
 
 
 def _slices(length: int, step: int) -> list[slice]:

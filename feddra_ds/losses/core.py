@@ -46,7 +46,7 @@ class Exchange(Protocol):
     def stats(
         self, spec: Spec, x: Tensor, rx: Tensor, own: Columns, scale: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """(row, col, diag) of this rank's pairs against the whole group, and tensors kept for `grads`."""
+        """(row, col, S_jj) of this rank's pairs against the whole group (chunked.py), and tensors kept for `grads`."""
         ...
 
     def grads(
@@ -58,6 +58,7 @@ class Exchange(Protocol):
         row: Tensor,
         col: Tensor,
         coef: Tensor,
+        diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
         kept: tuple[Tensor, ...],
@@ -85,13 +86,14 @@ class Local:
         row: Tensor,
         col: Tensor,
         coef: Tensor,
+        diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
         kept: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         du, dv = (torch.zeros(x.shape, dtype=rx.dtype, device=x.device) for _ in range(2))
         sums = spec.tiles.block_grads(
-            x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, True, spec.kind, du, dv
+            x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, diagonal, spec.kind, du, dv
         )
         return du, dv, *sums
 
@@ -113,8 +115,9 @@ class Saved(NamedTuple):
 
     rx: Tensor
     ry: Tensor
-    row: Tensor
+    row: Tensor  # ita: the logsumexp of a row of S, diagonal and all
     col: Tensor
+    slope: Tensor  # −∂(row loss + column loss)/∂S_jj
     weight_sum: Tensor
 
 
@@ -127,7 +130,14 @@ def forward(
     ry, text_distance = tiles.row_norms(inputs.text, inputs.text_anchor)
     scale, bias = _scalars(inputs, rx)
     row, col, diag, kept = exchange.stats(spec, inputs.image, rx, Columns(inputs.text, ry), scale, bias)
-    alignment = row + col if spec.kind == "siglip" else (row - diag) + (col - diag)
+    zero = torch.zeros_like(diag)
+    if spec.kind == "siglip":
+        alignment = row + col + 2 * torch.logaddexp(zero, -(diag + bias))
+        slope = 2 * torch.sigmoid(-(diag + bias))
+    else:
+        slope = torch.sigmoid(row - diag) + torch.sigmoid(col - diag)
+        row_loss, col_loss = torch.logaddexp(zero, row - diag), torch.logaddexp(zero, col - diag)
+        alignment, row, col = row_loss + col_loss, diag + row_loss, diag + col_loss
     alignment = alignment * spec.direction_factor
     anchor = image_distance + text_distance
     per_sample = alignment + spec.anchor_weight * anchor
@@ -135,7 +145,7 @@ def forward(
     sums = all_sum(torch.stack([(w * per_sample).sum(), w.sum(), (w < 0).sum().to(w.dtype)]), exchange.group)
     if inputs.sample_weight is not None:
         check_weights(sums[1], sums[2])
-    return sums[0] / sums[1], per_sample, alignment, anchor, Saved(rx, ry, row, col, sums[1].clone()), kept
+    return sums[0] / sums[1], per_sample, alignment, anchor, Saved(rx, ry, row, col, slope, sums[1].clone()), kept
 
 
 def backward(
@@ -143,12 +153,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (image, text, temperature, bias): of the embeddings whole, of the scalars this rank's share."""
     tiles = spec.tiles
-    rx, ry, row, col, weight_sum = saved
+    rx, ry, row, col, slope, weight_sum = saved
     scale, bias = _scalars(inputs, rx)
     per_sample_grad = _weights(inputs, rx) * (grad_total.to(rx.dtype) / weight_sum)
     coef = per_sample_grad * spec.direction_factor
     own = Columns(inputs.text, ry)
-    du, dv, sum_gs, sum_g = exchange.grads(spec, inputs.image, rx, own, row, col, coef, scale, bias, kept)
+    du, dv, sum_gs, sum_g = exchange.grads(
+        spec, inputs.image, rx, own, row, col, coef, -coef * slope, scale, bias, kept
+    )
     anchor_coef = per_sample_grad * spec.anchor_weight
     image_grad = tiles.finish_grads(inputs.image, rx, inputs.image_anchor, du, scale, anchor_coef)
     text_grad = tiles.finish_grads(inputs.text, ry, inputs.text_anchor, dv, scale, anchor_coef)

@@ -76,7 +76,7 @@ def smoke_test(tiles: Any, device: str) -> None:
         rx, _ = t.row_norms(x, None)
         row, col, _ = t.block_stats(x, x, rx, rx, scale, bias, True, "ita")
         du, dv = torch.zeros_like(x), torch.zeros_like(x)
-        t.block_grads(x, x, rx, rx, row, col, rx, rx, scale, bias, True, "ita", du, dv)
+        t.block_grads(x, x, rx, rx, row, col, rx, rx, scale, bias, -rx, "ita", du, dv)
         gradients.append(t.finish_grads(x, rx, None, du, scale, rx))
     error = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
     if not error < 1e-2:

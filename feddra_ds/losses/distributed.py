@@ -36,6 +36,7 @@ def merge_over_ranks(stat: Tensor, kind: Kind, group: Group) -> Tensor:
     if kind == "siglip":
         return all_sum(stat, group)
     top = all_max(stat, group)
+    top = top.masked_fill(top == -torch.inf, 0)  # no entries at all
     return top + all_sum((stat - top).exp(), group).log()
 
 
@@ -66,7 +67,7 @@ class Gather:
             more, col_all[k], _ = spec.tiles.block_stats(x, y_all[k], rx, ry_all[k], scale, bias, False, spec.kind)
             row = merge(row, more, spec.kind)
         col_all = merge_over_ranks(col_all, spec.kind, self.group)
-        return row, col_all[mine].clone(), diag, (y_all, ry_all, col_all)
+        return row, col_all[mine].clone(), diag, (y_all, ry_all)
 
     def grads(
         self,
@@ -77,22 +78,24 @@ class Gather:
         row: Tensor,
         col: Tensor,
         coef: Tensor,
+        diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
         kept: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y_all, ry_all, col_all = kept
-        coef_all, work = start_gather(coef, self.group)
+        y_all, ry_all = kept
+        per_column, work = start_gather(torch.stack([col, coef], 1), self.group)
         work.wait()
+        col_all, coef_all = per_column.T.contiguous()
         du = torch.zeros(x.shape, dtype=rx.dtype, device=x.device)
         dv_all = torch.zeros(y_all.shape, dtype=rx.dtype, device=x.device)
         sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
         for k in self._others(len(x)):
-            block = (x, y_all[k], rx, ry_all[k], row, col_all[k], coef, coef_all[k], scale, bias, False, spec.kind)
+            block = (x, y_all[k], rx, ry_all[k], row, col_all[k], coef, coef_all[k], scale, bias, None, spec.kind)
             sums += torch.stack(spec.tiles.block_grads(*block, du, dv_all[k]))
         dv, work = start_reduce_scatter(dv_all, self.group)  # what the other ranks' rows give to these columns
         dv_own = torch.zeros_like(du)
-        block = (x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, True, spec.kind)
+        block = (x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, diagonal, spec.kind)
         sums += torch.stack(spec.tiles.block_grads(*block, du, dv_own))
         work.wait()
         return du, dv.add_(dv_own), sums[0], sums[1]
@@ -131,6 +134,7 @@ class Ring:
         row: Tensor,
         col: Tensor,
         coef: Tensor,
+        diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
         kept: tuple[Tensor, ...],
@@ -144,7 +148,8 @@ class Ring:
             ahead = RingShift([y, per_column], self.group) if step < size - 1 else None
             ry, col_k, coef_k = per_column
             dv = torch.zeros_like(du)
-            block = (x, y, rx, ry, row, col_k, coef, coef_k, scale, bias, step == 0, spec.kind)
+            on_diagonal = diagonal if step == 0 else None
+            block = (x, y, rx, ry, row, col_k, coef, coef_k, scale, bias, on_diagonal, spec.kind)
             sums += torch.stack(spec.tiles.block_grads(*block, du, dv))
             if arriving is not None:
                 dv += arriving.wait()[0]

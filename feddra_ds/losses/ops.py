@@ -1,4 +1,5 @@
-"""The loss as torch operators: custom ops with fakes (torch.compile, meta tensors), and the autograd of a group."""
+"""The loss as torch operators: an autograd function for eager code, with or without a group, and custom ops with fakes
+for torch.compile and meta tensors. (The first eager call of a custom op imports torch._dynamo, which takes seconds.)"""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def dro_loss(
     direction_factor: float,
     kind: str,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(total, per_sample, alignment, anchor, rx, ry, row, col, weight_sum) of one process; see core.forward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, per_sample, alignment, anchor, rx, ry, row, col, slope, weight_sum) of one process; see core.forward."""
     inputs = Inputs(image, text, image_anchor, text_anchor, sample_weight, temperature, bias)
     spec = Spec(kind, anchor_weight, direction_factor, impl)  # type: ignore[arg-type]
     with torch.autocast(image.device.type, enabled=False):
@@ -50,7 +51,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(image)
     scalars = [image.new_empty((), dtype=dtype) for _ in range(2)]
-    vectors = [image.new_empty(image.shape[0], dtype=dtype) for _ in range(7)]
+    vectors = [image.new_empty(image.shape[0], dtype=dtype) for _ in range(8)]
     return (scalars[0], *vectors, scalars[1])
 
 
@@ -68,6 +69,7 @@ def dro_loss_backward(
     ry: Tensor,
     row: Tensor,
     col: Tensor,
+    slope: Tensor,
     weight_sum: Tensor,
     anchor_weight: float,
     direction_factor: float,
@@ -78,7 +80,7 @@ def dro_loss_backward(
     inputs = Inputs(image, text, image_anchor, text_anchor, sample_weight, temperature, bias)
     spec = Spec(kind, anchor_weight, direction_factor, impl)  # type: ignore[arg-type]
     with torch.autocast(image.device.type, enabled=False):
-        return core.backward(grad_total, inputs, Saved(rx, ry, row, col, weight_sum), (), spec, core.Local())
+        return core.backward(grad_total, inputs, Saved(rx, ry, row, col, slope, weight_sum), (), spec, core.Local())
 
 
 @dro_loss_backward.register_fake
@@ -95,6 +97,7 @@ def _(
     ry: Tensor,
     row: Tensor,
     col: Tensor,
+    slope: Tensor,
     weight_sum: Tensor,
     anchor_weight: float,
     direction_factor: float,
@@ -122,8 +125,8 @@ def _autograd(ctx: Any, grad_total: Tensor, *unused: Tensor | None) -> tuple[Ten
 dro_loss.register_autograd(_autograd, setup_context=_setup_context)
 
 
-class GroupDroLoss(torch.autograd.Function):
-    """core.forward and core.backward over a group; their collectives are not for torch.compile."""
+class DroLossFunction(torch.autograd.Function):
+    """core.forward and core.backward in eager code."""
 
     @staticmethod
     def forward(ctx: Any, spec: Spec, exchange: Exchange, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -138,7 +141,7 @@ class GroupDroLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        inputs, saved, kept = Inputs(*tensors[:7]), Saved(*tensors[7:12]), tensors[12:]
+        inputs, saved, kept = Inputs(*tensors[:7]), Saved(*tensors[7:13]), tensors[13:]
         with torch.autocast(inputs.image.device.type, enabled=False):
             image, text, temperature, bias = core.backward(grads[0], inputs, saved, kept, ctx.spec, ctx.exchange)
         return None, None, image, text, None, None, None, temperature, bias

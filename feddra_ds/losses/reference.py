@@ -39,7 +39,7 @@ def reference_loss(
         row, col = logits.logsumexp(1) - diagonal, logits.logsumexp(0) - diagonal
     else:
         z = 2 * torch.eye(len(u), dtype=u.dtype, device=u.device) - 1
-        pair = F.softplus(-z * (logits + bias))
+        pair = -F.logsigmoid(z * (logits + bias))
         row, col = pair.sum(1), pair.sum(0)
     alignment = (row + col) * (0.5 if direction_reduction == "mean" else 1.0)
     anchor = torch.zeros_like(alignment)

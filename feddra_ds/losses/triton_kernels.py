@@ -4,8 +4,8 @@ Embeddings are read as they are (bfloat16, float16, float32) and multiplied with
 are scaled by 1/‖x‖, 1/‖y‖ and 1/τ afterwards, so normalising rounds nothing. Nothing is summed with atomics: for one
 configuration the bits are the same every time.
 
-|S| ≤ scale = 1/τ. Where exp(−2·scale) is a normal float32 (FAST), one exponential exp(S − scale) serves rows and
-columns and no maxima are kept; else each keeps its own. Both variants are launched, and the one that the temperature
+|S| ≤ scale = 1/τ. Where exp(±scale) is an ordinary float32 (FAST), one exponential exp(S) serves rows and columns and
+no maxima are kept; else each keeps its own. Both variants are launched, and the one that the temperature
 on the device does not call for returns at once: nobody waits for the device.
 
 EVEN: tiles divide D. FULL: tiles divide M (R) and N, so nothing is masked.
@@ -139,12 +139,12 @@ def stats_kernel(
             s = s * row_scale[:, None] * tl.load(ry + cols, mask=cols < N, other=0.0)[None, :]
             if DIAGONAL:
                 if (left < first + BM) & (first < left + BN):
-                    diag += tl.sum(tl.where(rows[:, None] == cols[None, :], s, 0.0), 1)
+                    on_diagonal = rows[:, None] == cols[None, :]
+                    diag += tl.sum(tl.where(on_diagonal, s, 0.0), 1)
+                    s = tl.where(on_diagonal, float("-inf"), s)  # no entry, for either kind
             carried = col_out + p.to(tl.int64) * N + cols
             if SIGLIP:
                 s += bias
-                if DIAGONAL:
-                    s = tl.where(rows[:, None] == cols[None, :], -s, s)
                 pair = tl.where(s > 0, s, 0.0) + _log1p(tl.exp(-tl.abs(s)))
                 pair = tl.where(s != s, s, pair)
                 if not FULL:
@@ -154,7 +154,7 @@ def stats_kernel(
                 if first >= step:
                     column += tl.load(carried, mask=cols < N, other=0.0)
             elif FAST:
-                e = tl.exp(s - scale)
+                e = tl.exp(s)
                 if not FULL:
                     e = tl.where(inside, e, 0.0)
                 total += tl.sum(e, 1)
@@ -162,7 +162,7 @@ def stats_kernel(
                 if first >= step:
                     column += tl.load(carried, mask=cols < N, other=1.0)
                 if first + step >= M:
-                    column = tl.log(tl.where(cols < N, column, 1.0)) + scale
+                    column = tl.log(column)
             else:
                 if not FULL:
                     s = tl.where(inside, s, float("-inf"))
@@ -170,20 +170,19 @@ def stats_kernel(
                 finite = tl.where(higher == float("-inf"), 0.0, higher)
                 total = total * tl.exp(top - finite) + tl.sum(tl.exp(s - finite[:, None]), 1)
                 top = higher
-                highest = tl.where(cols < N, tl.max(s, 0), 0.0)
-                column = tl.where(cols < N, tl.sum(tl.exp(s - highest[None, :]), 0), 1.0)
-                column = highest + tl.log(column)
+                highest = tl.max(s, 0)
+                finite_c = tl.where(highest == float("-inf"), 0.0, highest)
+                column = finite_c + tl.log(tl.sum(tl.exp(s - finite_c[None, :]), 0))
                 if first >= step:
                     before = tl.load(carried, mask=cols < N, other=0.0)
                     larger = tl.maximum(before, column)
-                    column = larger + tl.log(tl.exp(before - larger) + tl.exp(column - larger))
+                    finite_c = tl.where(larger == float("-inf"), 0.0, larger)
+                    column = finite_c + tl.log(tl.exp(before - finite_c) + tl.exp(column - finite_c))
             tl.store(carried, column, mask=cols < N)
         if not SIGLIP:
-            total = tl.log(tl.where(rows < M, total, 1.0))
-            if FAST:
-                total += scale
-            else:
-                total += top
+            total = tl.log(total)
+            if not FAST:
+                total += tl.where(top == float("-inf"), 0.0, top)
         tl.store(row_out + q.to(tl.int64) * M + rows, total, mask=rows < M)
         if DIAGONAL:
             tl.store(diag_out + q.to(tl.int64) * M + rows, diag, mask=rows < M)
@@ -201,7 +200,7 @@ def _tile_of(program, num_i, num_k, GROUP: tl.constexpr):
 
 @triton.jit
 def panel_kernel(
-    x, y, rx, ry, row, col, row_coef, col_coef, scale_ptr, bias_ptr, gain_ptr, panel, sum_gs, sum_g,
+    x, y, rx, ry, row, col, row_coef, col_coef, diagonal, scale_ptr, bias_ptr, gain_ptr, panel, sum_gs, sum_g,
     first_row, R, M, N, D,
     DIAGONAL: tl.constexpr, SIGLIP: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -221,21 +220,18 @@ def panel_kernel(
     s = s * tl.load(ry + cols, mask=col_ok, other=0.0)[None, :]
     rc = tl.load(row_coef + rows, mask=row_ok, other=0.0)
     cc = tl.load(col_coef + cols, mask=col_ok, other=0.0)
-    on_diagonal = rows[:, None] == cols[None, :]
     if SIGLIP:
-        g = 1.0 / (1.0 + tl.exp(-(s + tl.load(bias_ptr))))
-        if DIAGONAL:
-            g = tl.where(on_diagonal, g - 1.0, g)
-        g = g * (rc[:, None] + cc[None, :])
+        g = (rc[:, None] + cc[None, :]) / (1.0 + tl.exp(-(s + tl.load(bias_ptr))))
     else:
         row_stat = tl.load(row + rows, mask=row_ok, other=0.0)
         col_stat = tl.load(col + cols, mask=col_ok, other=0.0)
         if FAST:
-            g = tl.exp(s - scale) * ((rc * tl.exp(scale - row_stat))[:, None] + (cc * tl.exp(scale - col_stat))[None, :])
+            g = tl.exp(s) * ((rc * tl.exp(-row_stat))[:, None] + (cc * tl.exp(-col_stat))[None, :])
         else:
             g = rc[:, None] * tl.exp(s - row_stat[:, None]) + cc[None, :] * tl.exp(s - col_stat[None, :])
-        if DIAGONAL:
-            g = tl.where(on_diagonal, g - (rc[:, None] + cc[None, :]), g)
+    if DIAGONAL:
+        given = tl.load(diagonal + rows, mask=row_ok, other=0.0)
+        g = tl.where(rows[:, None] == cols[None, :], given[:, None], g)
     if not FULL:
         g = tl.where(row_ok[:, None] & col_ok[None, :], g, 0.0)
     tl.store(sum_gs + program, tl.sum(tl.sum(tl.where(g == 0.0, 0.0, g * s), 1), 0))

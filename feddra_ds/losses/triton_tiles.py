@@ -185,7 +185,7 @@ def block_grads(
     col_coef: Tensor,
     scale: Tensor,
     bias: Tensor,
-    diagonal: bool,
+    diagonal: Tensor | None,
     kind: Kind,
     du: Tensor,
     dv: Tensor,
@@ -194,6 +194,7 @@ def block_grads(
     x, y = x.contiguous(), y.contiguous()
     (m, d), n = x.shape, len(y)
     height = min(PANEL_ROWS, m)
+    given = row_coef if diagonal is None else diagonal
     panel = torch.empty((height, n), dtype=x.dtype, device=x.device)
     largest = torch.maximum(row_coef.abs().max(), col_coef.abs().max())
     gain = GAIN / torch.where(largest > 0, largest, GAIN)  # NaN goes on as NaN from the coefficients themselves
@@ -206,13 +207,13 @@ def block_grads(
         grid = (triton.cdiv(rows, config.rows) * triton.cdiv(n, config.columns),)
         sum_gs, sum_g = sums[:, first // height]
         kernels.panel_kernel[grid](
-            x, y, rx, ry, row, col, row_coef, col_coef, scale, bias, gain, panel, sum_gs, sum_g, first, rows, m, n, d,
-            DIAGONAL=diagonal, SIGLIP=kind == "siglip", FAST=fast, GROUP=GROUP,
+            x, y, rx, ry, row, col, row_coef, col_coef, given, scale, bias, gain, panel, sum_gs, sum_g, first, rows, m, n, d,
+            DIAGONAL=diagonal is not None, SIGLIP=kind == "siglip", FAST=fast, GROUP=GROUP,
             **_tile_options(x, rows, n, config),
         )  # fmt: skip
 
     with _on(x):
-        variants = _variants(("panel", kind, diagonal, d, *_bucket(height, n)), x, scale, kind, launch)
+        variants = _variants(("panel", kind, diagonal is not None, d, *_bucket(height, n)), x, scale, kind, launch)
         sums.zero_()
         for first in range(0, m, height):
             for config, fast in variants:

@@ -22,7 +22,14 @@ from spawn import RankPool, free_port
 NUM_PROCESSES = 4
 CLIENTS = {"north": 24, "south": 20, "west": 28}  # training pairs; none is a multiple of the batch of 8 but north's
 NUM_VAL = 6
-BODY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+# Initial weights 15 times larger than usual: embeddings that differ, losses away from chance, p away from uniform.
+BODY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "initializer_range": 0.3,
+}
 PLACES = ("left apex", "left base", "right apex", "right base")
 KINDS = ("opacity", "effusion", "nodule")
 
@@ -78,7 +85,7 @@ def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "objective": {"learnable_temperature": True, "impl": "chunked"},
         "dro": {"evaluation_pairs": 16, "evaluation_batch_size": 8},
         "schedule": {"rounds": 2, "stage1_steps": 2, "stage2_steps": 3},
-        "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 0.0},
+        "optimizer": {"name": "sgd", "lr": 0.01, "weight_decay": 0.0},
         "checkpoint": {"keep": 0},
         "evaluation": {"batch_size": 8},
     }
@@ -109,19 +116,27 @@ def on_ranks(case: Callable[..., Any], world_size: int, *args: Any, timeout: flo
     return _pool().run(_one_world, case, world_size, free_port(), args, timeout=timeout)[:world_size]
 
 
-def on_each(case: Callable[..., Any], arguments: Iterable[Sequence[Any]], timeout: float = 300.0) -> list[Any]:
-    """`case(*args)` in a world of one for each `args`, several at a time; its results in order."""
+def on_each(
+    case: Callable[..., Any], arguments: Iterable[Sequence[Any]], *, world_size: int = 1, timeout: float = 300.0
+) -> list[list[Any]]:
+    """`on_ranks(case, world_size, *args)` for each `args`, as many worlds at a time as there are processes for."""
     jobs = [(tuple(args), free_port()) for args in arguments]
-    by_process = _pool().run(_worlds_of_one, case, jobs, timeout=timeout)
-    return [by_process[index % NUM_PROCESSES][index // NUM_PROCESSES] for index in range(len(jobs))]
+    by_process = _pool().run(_many_worlds, case, world_size, jobs, timeout=timeout)
+    teams = NUM_PROCESSES // world_size
+    first = [(index % teams) * world_size for index in range(len(jobs))]
+    return [[by_process[first[j] + r][j // teams] for r in range(world_size)] for j in range(len(jobs))]
 
 
 def _one_world(process: int, _: int, case: Callable[..., Any], world_size: int, port: int, args: Sequence[Any]) -> Any:
     return _in_world(case, args, process, world_size, port) if process < world_size else None
 
 
-def _worlds_of_one(process: int, _: int, case: Callable[..., Any], jobs: Sequence[tuple[Sequence[Any], int]]) -> Any:
-    return [_in_world(case, args, 0, 1, port) for args, port in jobs[process::NUM_PROCESSES]]
+def _many_worlds(
+    process: int, _: int, case: Callable[..., Any], world_size: int, jobs: Sequence[tuple[Sequence[Any], int]]
+) -> Any:
+    team, rank = divmod(process, world_size)
+    teams = NUM_PROCESSES // world_size
+    return [_in_world(case, args, rank, world_size, port) for args, port in jobs[team::teams]]
 
 
 def _in_world(case: Callable[..., Any], args: Sequence[Any], rank: int, world_size: int, port: int) -> Any:
@@ -165,31 +180,66 @@ def _pool() -> RankPool:
     return _pools[0]
 
 
-# ---- whole runs, inside a rank
+# ---- inside a rank
 def run_all(config_tree: dict[str, Any]) -> dict[str, Any]:
     """Build and run all rounds, as `feddra-ds train` does; returns what a test may want to know of this rank."""
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
-
-    run = build(from_dict(config_tree))
+    run = build_run(config_tree)
     run.rounds()
     finish(run)
     return {"rank": run.topology.rank, "first_round": run.next_round}
 
 
+def build_run(config_tree: dict[str, Any]) -> Any:
+    """The `Run` of this rank."""
+    from feddra_ds.build import build
+    from feddra_ds.config import from_dict
+
+    return build(from_dict(config_tree))
+
+
 def finish(run: Any) -> None:
     """What ends a run: the ranks leave together."""
-    from deepspeed.comm import destroy_process_group
+    leave_topology(run.topology)
 
-    topology = run.topology
+
+def leave_topology(topology: Any) -> None:
+    """Close a topology and have DeepSpeed forget the groups that it keeps, which torch alone would not."""
+    import deepspeed.comm.comm as ds_comm
+
     topology.post(f"leaving/{topology.rank}", True)
     for rank in topology.live_ranks:
         topology.fetch(f"leaving/{rank}", sender=f"rank {rank}")
-    destroy_process_group()  # DeepSpeed's, which forgets the groups that it keeps; torch's alone would not
+    if ds_comm.cdb is not None:
+        ds_comm.destroy_process_group()
     topology.close()
 
 
+def pieces_of(engine: Any) -> list[tuple[str, int, Any]]:
+    """The fp32 masters of this rank without padding: (parameter name, first element, values)."""
+    return [
+        (fragment.name, fragment.start, view.clone().numpy())
+        for part in ("aligner", "backbone")
+        for fragment, view in engine.views(part)
+    ]
+
+
 # ---- results, in the test's own process
+def assemble(pieces_by_rank: Sequence[list[tuple[str, int, Any]]]) -> dict[str, np.ndarray]:
+    """Flat parameters by name from the pieces of a slot's ranks; where ranks hold the same elements they must agree."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for pieces in pieces_by_rank:
+        for name, start, values in pieces:
+            known = parts.setdefault(name, {}).setdefault(start, values)
+            assert known.tobytes() == values.tobytes(), f"ranks hold different values of {name}"
+    out = {}
+    for name, by_start in parts.items():
+        starts = sorted(by_start)
+        ends = [start + len(by_start[start]) for start in starts]
+        assert [0, *ends[:-1]] == starts, f"{name} is not covered exactly once: {starts}, {ends}"
+        out[name] = np.concatenate([by_start[start] for start in starts])
+    return out
+
+
 def metrics_of(out: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl without times and memory, which never count in "equal"."""
     from feddra_ds.logs import read_metrics
@@ -197,18 +247,25 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
     lines = read_metrics(out / "metrics.jsonl")
     for line in lines:
         for key in ("seconds", "stage_seconds", "peak_memory_bytes"):
-            del line[key]
+            line.pop(key, None)
     return lines
 
 
-def weights_of(out: Path, round_index: int, owner: str = "global") -> dict[str, Any]:
-    """The trained parameters of a checkpoint by name, fp32."""
+def weights_of(out: Path, round_index: int, owner: str = "global") -> dict[str, np.ndarray]:
+    """The trained parameters of a checkpoint by name, fp32, flat."""
     from feddra_ds.checkpoint import SavedModel, folder_of
 
-    return SavedModel(folder_of(out, round_index), owner).parameters()
+    saved = SavedModel(folder_of(out, round_index), owner).parameters()
+    return {name: tensor.flatten().numpy() for name, tensor in saved.items()}
 
 
-def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """Over all tensors of two models with the same names."""
+def largest_difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    """Over all parameters of two models with the same names."""
     assert a.keys() == b.keys()
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+    return max(float(np.abs(a[name].astype(np.float64) - b[name].astype(np.float64)).max()) for name in a)
+
+
+def same_bits(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    """Equal to the last bit, NaN included."""
+    assert a.keys() == b.keys()
+    return all(a[name].tobytes() == b[name].tobytes() for name in a)

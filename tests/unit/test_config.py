@@ -85,3 +85,10 @@ def test_unreadable_files(tmp_path: Path, text: str | None, word: str) -> None:
         path.write_text(text)
     with pytest.raises(c.ConfigError, match=word):
         c.load(path)
+
+
+def test_the_reference_is_up_to_date() -> None:
+    from feddra_ds.config_reference import reference
+
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    assert text == reference(), "run: python -m feddra_ds.config_reference > docs/configuration.md"

@@ -16,10 +16,10 @@ import pytest
 import torch
 from model_helpers import BODY, TEXT, VISION, build, config, save, scramble, tokenizer
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, VisionTextDualEncoderModel
 
-from feddra_ds import checkpoint, export, export_command
+from feddra_ds import adapters, checkpoint, export, export_command
 from feddra_ds.config import from_dict
 from feddra_ds.data.images import evaluation_pixels
 from feddra_ds.data.pipeline import Batch
@@ -276,10 +276,11 @@ def write_checkpoint(run: Path, model: DualEncoder, values: dict, number: int = 
     folder = checkpoint.folder_of(run, number)
     weights = checkpoint.partial_of(folder) / "weights" / owner
     weights.mkdir(parents=True)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
     for shard in (0, 1):
         tensors, starts = {}, {}
-        for name, p in model.named_parameters():
+        for name, p in trained.items():
             flat = p.detach().reshape(-1)
             half = (flat.numel() + 1) // 2
             if shard == 0 or half < flat.numel():
@@ -287,7 +288,7 @@ def write_checkpoint(run: Path, model: DualEncoder, values: dict, number: int = 
                 tensors[name] = (flat[half:] if shard else flat[:half]).clone()
         metadata = {"starts": json.dumps(starts), "shapes": json.dumps(shapes)}
         save_file(tensors, weights / f"shard-{shard:05d}-of-00002.safetensors", metadata=metadata)
-    buffers = {n: b for n, b in model.state_dict().items() if n not in shapes}
+    buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     save_file(buffers, weights / "buffers.safetensors")
     root = checkpoint.partial_of(folder)
     files = {
@@ -335,6 +336,29 @@ def test_exporting_checkpoints(run: tuple[DualEncoder, Path], tmp_path: Path, ca
     shutil.rmtree(folder / "checkpoints")  # model/ is enough
     assert run_command(folder, "--out", tmp_path / "again", "--max-shard-size", "50KB") == 0
     assert torch.equal(embed(load_pretrained(tmp_path / "again")[0], proc)[0], embed(model, proc)[0])
+
+
+def test_exporting_an_adapted_run(run: tuple[DualEncoder, Path], tmp_path: Path) -> None:
+    _, folder = run
+    values = checkpoint.read_coordinator(checkpoint.folder_of(folder, 1))["config"]
+    values["model"]["adapter"], values["run"]["seed"] = {"type": "lora", "r": 4, "aggregation": "freeze_a"}, 7
+    model = build(7, head={"kind": "linear"}, sizes={"vocab_size": len(load_tokenizer(None))}).eval()
+    adapters.apply(model, adapters.parse(values["model"]["adapter"]))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    write_checkpoint(folder, model, values, 2)
+    assert run_command(folder, "--out", tmp_path / "merged") == 0
+    loaded, proc = load_pretrained(tmp_path / "merged")
+    for one, two in zip(embed(loaded, proc), embed(model, proc), strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+    assert run_command(folder, "--out", tmp_path / "adapter", "--format", "adapter") == 0
+    factors = load_file(tmp_path / "adapter" / "text" / "adapter_model.safetensors")
+    name = "encoder.layer.0.attention.self.query.lora_B"
+    wanted = model.backbone.text.state_dict()[f"{name}.default.weight"]
+    assert torch.equal(factors[f"base_model.model.{name}.weight"], wanted)
+    with pytest.raises(ValueError, match="has no adapters"):
+        run_command(folder, "--out", tmp_path / "none", "--format", "adapter", "--checkpoint", "1")
 
 
 def test_exporting_one_clients_model(run: tuple[DualEncoder, Path], tmp_path: Path) -> None:

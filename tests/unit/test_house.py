@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "feddra_ds"
 LAYERS = """
     config_sections config logs dro schedule topology collectives losses data
     towers encoders heads dual_encoder interchange model adapters processing export
-    objectives masters engine aggregate steps client strategies server evaluate checkpoint
+    objectives masters engine compression aggregate steps client strategies server evaluate checkpoint
     coordinator progress rounds build train
     evaluate_command export_command probe report status doctor cli __main__
 """.split()

@@ -83,6 +83,15 @@ def test_gradient_reaches_the_backbone_and_its_position_bias() -> None:
     assert bias.grad.abs().sum() > 0
 
 
+def test_reading_order_of_an_unknown_type_is_looked_at() -> None:
+    causal, _ = make("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 60, "n_positions": 40})
+    causal.config.use_cache = False
+    assert encoders.pooling_of(causal, "text") == "last"
+    assert encoders.pooling_of(make("ernie", TEXT)[0], "text") == "cls"
+    decoder, _ = make("bert", {**TEXT, "is_decoder": True})
+    assert encoders.pooling_of(decoder, "text") == "last"
+
+
 @pytest.mark.parametrize("num_top", [-1, 4, 7])
 def test_too_many_top_blocks_are_refused_with_the_counts(num_top: int) -> None:
     encoder, _ = make("bert", TEXT)
