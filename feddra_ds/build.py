@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import checkpoint, logs, strategies
+from . import adapters, checkpoint, logs, strategies
 from .client import Client, LocalTrainer, frozen_twin
 from .config import Config, ConfigError, dump
 from .coordinator import Coordinator
@@ -21,39 +21,18 @@ from .data.pool import DecodePool
 from .data.shards import Dataset, open_dataset, preflight
 from .data.tokens import load_tokenizer
 from .engine import Engine, build_monitor
+from .export import find_model
 from .logs import logger
 from .model import DualEncoder, build_model
 from .objectives import build as build_objective
 from .processing import DualEncoderProcessor, build_processor
+from .resume import agree_on_checkpoint
 from .rounds import Run
 from .server import OwnModels, Server
 from .strategies import Strategy
 from .topology import Launch, Plan, Topology, choose_device, plan
 
 POOLED = "pooled"  # the one client of a strategy that pools the data
-
-# Keys that may differ between a checkpoint and the run that resumes it: they do not change the mathematics.
-FREE_ON_RESUME = (
-    "run.output_dir",
-    "run.resume",
-    "run.device",
-    "run.monitor",
-    "data.root",
-    "data.num_workers",
-    "data.prefetch",
-    "data.verify",
-    "data.max_bad_fraction",
-    "data.micro_batch_size",
-    "clients.timeout_s",
-    "clients.minimum",
-    "objective.impl",
-    "objective.anchors",
-    "schedule.rounds",
-    "topology",
-    "checkpoint",
-    "evaluation",
-    "deepspeed",
-)
 
 
 def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
@@ -82,6 +61,14 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
     weights = config.dro.fixed_weights
     if weights is not None and len(weights) != num_clients:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")
+    try:
+        adapter = adapters.parse(config.model.adapter)
+        if adapter is not None and adapter.aggregation == "product":
+            problems.append(
+                "model.adapter.aggregation: product is not averaged in training yet; use factors or freeze_a"
+            )
+    except ValueError as error:
+        problems += str(error).splitlines()
     layout = None
     try:
         choose_device(config.run.device, launch.local_rank)
@@ -105,7 +92,7 @@ def build(config: Config) -> Run:
     strategy = strategies.build(config.strategy)
     device = choose_device(config.run.device, launch.local_rank)
     tokenizer = tokenizer_of(config)
-    processor = build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
+    processor = processor_of(config, tokenizer)
     seed_everything(config.run.seed)
     model = model_of(config, tokenizer)
 
@@ -129,7 +116,6 @@ def build(config: Config) -> Run:
         )
     if topology.plan.ranks_per_slot > 1:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model_config = model.config
     engine = Engine(model, config, device=device, shard=topology.shard, num_shards=layout.ranks_per_slot)
     frozen_aligner.to(device=device, dtype=engine.dtype)
     if frozen_model is not None:
@@ -142,6 +128,7 @@ def build(config: Config) -> Run:
     server = Server(engine, config, topology) if strategy.averages else OwnModels(engine, clients)
     center = strategy.center(config, num_samples)
     weights, next_round = strategy.initial_weights(config, center), 0
+    positions: dict[str, dict[str, int]] = {}
     run_dir = Path(config.run.output_dir)
     coordinator = metrics = monitor = None
     if resumed is not None:
@@ -151,14 +138,16 @@ def build(config: Config) -> Run:
             checkpoint.SavedModel(resumed, owner).load_into(engine)
             server.states[owner] = server.read_engine()
         checkpoint.read_residuals(resumed, server, topology)
+        positions = state["positions"]
         for client in clients:
-            client.position = Position(**state["positions"][client.id])
+            if client.id in positions:  # a client that was never heard of starts at its beginning
+                client.position = Position(**positions[client.id])
     if topology.is_coordinator:
         run_dir.mkdir(parents=True, exist_ok=True)
         logs.write_atomic(run_dir / "config.yaml", dump(config))
         last = checkpoint.read_coordinator(resumed)["metrics"] if resumed is not None else None
         metrics = logs.MetricsFile(run_dir / "metrics.jsonl", next_round, last)
-        coordinator = Coordinator(config, topology, strategy, client_ids, center, weights)
+        coordinator = Coordinator(config, topology, strategy, client_ids, center, weights, positions)
         if config.run.monitor:
             monitor = build_monitor(config.run.monitor, str(run_dir), "events")
     return Run(
@@ -177,8 +166,6 @@ def build(config: Config) -> Run:
         coordinator=coordinator,
         metrics=metrics,
         monitor=monitor,
-        model_config=model_config,
-        processor=processor,
     )
 
 
@@ -218,17 +205,27 @@ def build_clients(
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """model.text.tokenizer, else the one beside the pretrained weights, else the shipped vocabulary. Raises ConfigError."""
-    text = config.model.text
+    text, whole = config.model.text, config.model.pretrained
     try:
-        return load_tokenizer(text.tokenizer or text.pretrained or config.model.pretrained)
+        if whole is not None and (Path(whole) / "model" / "config.json").is_file():  # a run's folder
+            whole = str(find_model(whole))
+        return load_tokenizer(text.tokenizer or text.pretrained or whole)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def processor_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoderProcessor:
+    """Image and text preprocessing of the model. Raises ConfigError."""
+    try:
+        return build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 
 
 def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoder:
-    """The dual encoder, fp32 on the host. Raises ConfigError."""
+    """The dual encoder with its adapters, fp32 on the host. Raises ConfigError."""
     try:
-        return build_model(
+        model = build_model(
             config.model,
             config.objective,
             image_size=config.data.image_size,
@@ -236,65 +233,10 @@ def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoder:
             pad_token_id=int(tokenizer.pad_token_id or 0),
             max_text_length=config.data.text_length,
         )
+        adapters.apply(model, adapters.parse(config.model.adapter))
+        return model
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-
-
-def agree_on_checkpoint(config: Config, topology: Topology) -> Path | None:
-    """The checkpoint that all ranks resume from, chosen by the coordinator, or None. Raises ConfigError on every rank."""
-    message: dict[str, Any] = {}
-    if topology.is_coordinator:
-        try:
-            folder = choose_checkpoint(config)
-            message = {"folder": None if folder is None else str(folder), "problems": []}
-        except ConfigError as error:
-            message = {"folder": None, "problems": error.problems}
-        topology.post("resume", message)
-    message = topology.fetch("resume", sender="the coordinator (rank 0)")
-    if message["problems"]:
-        raise ConfigError(message["problems"])
-    if topology.is_coordinator and message["folder"]:
-        logger.info("resuming from %s", message["folder"])
-    return Path(message["folder"]) if message["folder"] else None
-
-
-def choose_checkpoint(config: Config) -> Path | None:
-    """run.resume: the newest whole checkpoint (auto), none (never), or the one named. Raises ConfigError."""
-    run_dir, wanted = Path(config.run.output_dir), config.run.resume
-    if wanted == "never":
-        if any((run_dir / "checkpoints").glob("round-*")):
-            raise ConfigError(
-                [f"run.resume: never, but {run_dir} holds checkpoints; choose another run.output_dir, or auto"]
-            )
-        return None
-    if wanted == "auto":
-        folder = checkpoint.find_newest(run_dir)
-    else:
-        folder = Path(wanted)
-        problem = checkpoint.check(folder)
-        if problem is not None:
-            raise ConfigError([f"run.resume: {wanted} is not a whole checkpoint: {problem}"])
-    if folder is not None:
-        saved = checkpoint.read_coordinator(folder)["config"]
-        conflicts = differences(saved, config.model_dump(mode="json"))
-        if conflicts:
-            raise ConfigError([f"{line}; keep it, or start anew in another run.output_dir" for line in conflicts])
-    return folder
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """A line per key whose value in a checkpoint's config differs and matters, the key first."""
-    out = []
-    for key in sorted(saved.keys() | now.keys()):
-        path = prefix + key
-        if path in FREE_ON_RESUME:
-            continue
-        a, b = saved.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and path not in ("model.adapter",):
-            out += differences(a, b, f"{path}.")
-        elif a != b:
-            out.append(f"{path}: is {b!r}, but the checkpoint was trained with {a!r}")
-    return out
 
 
 def seed_everything(seed: int) -> None:

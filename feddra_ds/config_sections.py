@@ -32,6 +32,8 @@ class EncoderConfig(Section):
     """A Hugging Face id or a local folder with weights; null builds `config` with random weights."""
     config: dict[str, Any] | None = None
     """Keys of the transformers config when pretrained is null, e.g. {model_type: vit, hidden_size: 192, …}."""
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    """One vector of the tokens: auto is the encoder's own habit; mean leaves the start faster from random weights."""
 
 
 class TextEncoderConfig(EncoderConfig):

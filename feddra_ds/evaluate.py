@@ -1,6 +1,6 @@
 """Losses that move the weights (ALGORITHM 4) and retrieval: embeddings of fixed samples, without augmentation.
 
-n: pairs of the sample · D: embedding size · k: rank cut-off.
+n: pairs of the sample · D: embedding size.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +17,9 @@ from .config import Config
 from .data.pipeline import ClientData
 from .engine import Engine
 from .losses import alignment_with_positives
+from .ranking import ranks, recall_table
 from .steps import model_inputs
 from .topology import Topology
-
-RECALL_AT = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -105,33 +103,5 @@ def client_loss(engine: Engine, client: Client, num_pairs: int, config: Config, 
 
 
 def retrieval(sample: Embedded) -> dict[str, float]:
-    """Recall@k both ways with its chance level, identical reports counted as positives.
-
-    Keys: i2t_recall@k, t2i_recall@k, chance@k for k in RECALL_AT (those below n), pairs. A tie counts against the match.
-    """
-    image, text, ids = (x.numpy() for x in (sample.image.double(), sample.text.double(), sample.text_ids))
-    n = len(ids)
-    same = ids[:, None] == ids[None, :]
-    num_positives = same.sum(1)
-    similarity = image @ text.T
-    out: dict[str, float] = {}
-    for name, scores in (("i2t", similarity), ("t2i", similarity.T)):
-        best = np.where(same, scores, -np.inf).max(1)
-        rank = np.where(same, -np.inf, scores) >= best[:, None]
-        better = rank.sum(1)
-        for k in RECALL_AT:
-            if k < n:
-                out[f"{name}_recall@{k}"] = float((better < k).mean())
-    for k in RECALL_AT:
-        if k < n:
-            out[f"chance@{k}"] = float(np.mean([1 - _miss(n, m, k) for m in num_positives]))
-    out["pairs"] = n
-    return out
-
-
-def _miss(n: int, positives: int, k: int) -> float:
-    """Probability that k draws of n without return hit none of the positives."""
-    miss = 1.0
-    for j in range(k):
-        miss *= max(0, n - positives - j) / (n - j)
-    return miss
+    """Recall@k both ways beside its chance level, identical reports counted as positives: `ranking.recall_table`."""
+    return recall_table(ranks(sample.image.numpy(), sample.text.numpy(), sample.text_ids.numpy()))

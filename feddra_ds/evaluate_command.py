@@ -119,8 +119,7 @@ def _client_table(models: Models, result: dict[str, Any]) -> None:
     lines = models.run.lines if models.run is not None else []
     rows: list[list[object]] = []
     for client, about in result["clients"].items():
-        name = f"{client} (held out)" if about["held_out"] else client
-        rows.append([name, about["pairs"], *_weights(lines, client), *_recalls(about)])
+        rows.append([_name(client, about, result["split"]), about["pairs"], *_weights(lines, client), *_recalls(about)])
     for name in ("mean", "worst", "spread"):
         rows.append([name, "", "", _number(_across_losses(lines, name)), *_recalls(result[name])])
     if result[POOLED]:
@@ -131,6 +130,11 @@ def _client_table(models: Models, result: dict[str, Any]) -> None:
         rows = [[row[0], row[1], *row[4:]] for row in rows]
         columns = columns[:2] + columns[4:]
     print_table(f"{models.source} on {result['split']} of {result['data']}", columns, rows)
+
+
+def _name(client: str, about: dict[str, Any], split: str) -> str:
+    other = f", {about['split']}" if about.get("split", split) != split else ""
+    return f"{client} (held out{other})" if about.get("held_out") else client
 
 
 def _weights(lines: list[dict[str, Any]], client: str) -> tuple[str, str]:
@@ -171,7 +175,7 @@ def _interval_table(result: dict[str, Any]) -> None:
             )
             rows.append(
                 [
-                    name + (" (held out)" if about.get("held_out") else ""),
+                    _name(name, about, result["split"]),
                     key,
                     percent(e["recall"]),
                     f"{percent(e['low'])} to {percent(e['high'])}",

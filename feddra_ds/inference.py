@@ -23,7 +23,7 @@ from .data.pool import DecodePool
 from .data.shards import Dataset, open_dataset
 from .dual_encoder import DualEncoder
 from .export import find_model, load_pretrained
-from .export_command import load_checkpoint
+from .restore import load_checkpoint
 from .processing import DualEncoderProcessor
 from .run_files import RunFiles, is_run, open_run
 from .server import SHARED
@@ -118,6 +118,7 @@ class Gallery:
     """
 
     client: str
+    split: str
     image: NDArray[np.float32]
     text: NDArray[np.float32]
     text_ids: NDArray[np.int64]
@@ -147,10 +148,16 @@ def open_split(root: str, split: str, clients: Sequence[str] | None, trained: Se
     if clients is None:
         first = list(trained) if trained is not None else dataset.client_ids
         dataset.client_ids = first + [c for c in dataset.held_out if c not in first]
-    if not any(dataset.num_samples(client, split) for client in dataset.client_ids):
+    if all(split_of(dataset, client, split) is None for client in dataset.client_ids):
         have = sorted({name for client in dataset.client_ids for name in dataset.splits(client)})
         raise ValueError(f"--split: no client under {root} has a {split} split; there are: {', '.join(have) or 'none'}")
     return dataset
+
+
+def split_of(dataset: Dataset, client: str, split: str) -> str | None:
+    """`split` where the client has it; a held-out client has nothing to keep apart, and may have `test` instead."""
+    names = [split, "test"] if client in dataset.held_out and split == "val" else [split]
+    return next((name for name in names if dataset.num_samples(client, name)), None)
 
 
 def embed_clients(
@@ -166,11 +173,11 @@ def embed_clients(
     max_bad_fraction: float = 0.05,
     features: bool = False,
 ) -> dict[str, Gallery]:
-    """Embed the split of every client that has it; a bar on a terminal. Raises DataError for unreadable data."""
-    present = [c for c in clients if dataset.num_samples(c, split)]
+    """Embed the split (see split_of) of every client that has it; a bar on a terminal. Raises DataError."""
+    present = {c: name for c in clients if (name := split_of(dataset, c, split)) is not None}
     out = {}
     with DecodePool(num_workers) as pool:
-        for client in track(present, len(present), f"embedding {split}"):
+        for client, part in track(present.items(), len(present), f"embedding {split}"):
             model, processor = models.of(client)
             settings = DataConfig(
                 root=str(dataset.root),
@@ -184,7 +191,7 @@ def embed_clients(
             data = ClientData(
                 dataset,
                 [client],
-                split,
+                part,
                 config=settings,
                 seed=seed,
                 tokenizer=processor.tokenizer,
@@ -192,7 +199,7 @@ def embed_clients(
                 image_std=processor.image_std,
                 pool=pool,
             )
-            out[client] = _embed(model, data, dataset, client, split, max_pairs, batch_size, features)
+            out[client] = _embed(model, data, dataset, client, part, max_pairs, batch_size, features)
     return out
 
 
@@ -232,6 +239,7 @@ def _embed(
     image = np.concatenate(images)[first]
     return Gallery(
         client=client,
+        split=split,
         image=image,
         text=np.concatenate(texts)[first],
         text_ids=np.concatenate(ids)[first],

@@ -9,6 +9,7 @@ identity, which tanh leaves alone to 1e-8, and embeddings do not depend on the f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,14 +18,13 @@ from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTex
 
 from .dual_encoder import POOLED_WITHOUT_POOLER, SIDES, DualEncoder
 from .encoders import new_encoder, probe_inputs
-from .processing import DualEncoderProcessor
 
 _POOLER_SCALE = 1e-4
 _POOLINGS = {"clip_text_model": "last"}
 
 
 @torch.no_grad()
-def to_transformers(model: DualEncoder, processor: DualEncoderProcessor) -> VisionTextDualEncoderModel:
+def to_transformers(model: DualEncoder, processor: Callable[..., Any]) -> VisionTextDualEncoderModel:
     """A VisionTextDualEncoderModel with the same embeddings of what `processor` makes; its logit scale is 1/τ.
 
     Raises ValueError, saying why, where there is none.
@@ -67,7 +67,7 @@ def _whole_with_pooler(model: DualEncoder, side: str) -> PreTrainedModel:
     return fresh
 
 
-def _check_equal(model: DualEncoder, whole: VisionTextDualEncoderModel, processor: DualEncoderProcessor) -> None:
+def _check_equal(model: DualEncoder, whole: VisionTextDualEncoderModel, processor: Callable[..., Any]) -> None:
     # The processor's own texts: CLIP's pooling looks for the end token that its tokenizer writes.
     texts = processor(text=["no finding", "a", "small effusion at the left base"], return_tensors="pt")
     inputs = {**probe_inputs(model.config.vision_config, "vision"), **texts}

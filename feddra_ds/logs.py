@@ -49,12 +49,6 @@ class MetricsFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def amend_last(self, **values: Any) -> None:
-        """Fill in values of the newest line that were not known when it was written."""
-        lines = read_metrics(self.path)
-        lines[-1].update(values)
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off mid-write is left out."""

@@ -51,6 +51,7 @@ def evaluate(
     for name, gallery in galleries.items():
         clients[name] = {
             "held_out": name in held_out,
+            "split": gallery.split,
             **recall_table(found[name]),
             "skipped": gallery.skipped,
             "intervals": _intervals(estimates[name]),
@@ -92,6 +93,7 @@ def join(galleries: Sequence[Gallery]) -> Gallery:
     """One gallery of several clients' pairs."""
     return Gallery(
         client=POOLED,
+        split=galleries[0].split,
         **{name: np.concatenate([getattr(g, name) for g in galleries]) for name in ("image", "text", "text_ids")},
         features=np.concatenate([g.features for g in galleries]),
         keys=[f"{g.client}/{key}" for g in galleries for key in g.keys],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import encoders
-from .config import ModelConfig, ObjectiveConfig
+from .config import EncoderConfig, ModelConfig, ObjectiveConfig
 from .dual_encoder import SIDES, DualEncoder, DualEncoderConfig, DualEncoderOutput, Hidden, register
 
 __all__ = ["SIDES", "DualEncoder", "DualEncoderConfig", "DualEncoderOutput", "Hidden", "build_model", "register"]
@@ -45,8 +45,8 @@ def build_model(
         head_kind=config.head.kind,
         head_hidden_dim=config.head.hidden_dim,
         head_norm=config.head.norm,
-        vision_pooling=encoders.pooling_of(vision, "vision"),
-        text_pooling=encoders.pooling_of(text, "text"),
+        vision_pooling=_pooling(config.vision, vision, "vision"),
+        text_pooling=_pooling(config.text, text, "text"),
         temperature=objective.temperature,
         learnable_temperature=objective.learnable_temperature,
         image_size=image_size,
@@ -54,6 +54,10 @@ def build_model(
     )
     full._attn_implementation = "sdpa"  # a new composite config sets its encoders' to None
     return DualEncoder(full, vision, text)
+
+
+def _pooling(section: EncoderConfig, encoder: Any, side: str) -> str:
+    return encoders.pooling_of(encoder, side) if section.pooling == "auto" else section.pooling
 
 
 def _from_whole(

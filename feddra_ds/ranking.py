@@ -22,8 +22,9 @@ Ints = NDArray[np.int64]
 class Ranks:
     """How each query of a gallery fared. Arrays are (n,).
 
-    i2t[j]: texts that are no positive of image j and at least as similar to it as its best positive (a tie counts
-    against the match); t2i likewise. positives[j]: pairs whose text is that of pair j, itself included.
+    i2t[j]: distinct texts, other than its own, at least as similar to image j as its own (a tie counts against the
+    match): copies of a text share an embedding, so they are one entry of the gallery. t2i[j]: images of other texts, at
+    least as similar to text j as the best of its own. positives[j]: pairs whose text is that of pair j, itself included.
     """
 
     i2t: Ints
@@ -34,9 +35,14 @@ class Ranks:
         return len(self.positives)
 
     @property
+    def num_texts(self) -> int:
+        """Distinct texts."""
+        return round(float((1 / self.positives).sum()))
+
+    @property
     def cutoffs(self) -> list[int]:
-        """The k for which recall says something: those below n."""
-        return [k for k in RECALL_AT if k < len(self)]
+        """The k for which recall says something: those below the number of distinct texts."""
+        return [k for k in RECALL_AT if k < self.num_texts]
 
     def hits(self, direction: str, k: int) -> NDArray[np.float64]:
         """(n,) 1.0 where a positive is among the k best. direction: i2t, t2i or mean (of both)."""
@@ -44,17 +50,19 @@ class Ranks:
         return np.mean([rank < k for rank in both], axis=0, dtype=np.float64)
 
     def chance(self, k: int) -> NDArray[np.float64]:
-        """(n,) probability that a random order puts a positive among the first k."""
-        return np.array([1 - _miss(len(self), int(m), k) for m in self.positives])
+        """(n,) probability that a random order puts a positive among the first k, the mean of both directions."""
+        t2i = np.array([1 - _miss(len(self), int(m), k) for m in self.positives])
+        return (min(1.0, k / self.num_texts) + t2i) / 2
 
 
 def ranks(image: NDArray[np.floating], text: NDArray[np.floating], text_ids: Ints) -> Ranks:
     """Rank a gallery of pairs: image and text (n, D), unit norm; text_ids (n,), equal for identical texts."""
     image, text = image.astype(np.float64), text.astype(np.float64)
     sides = []
-    for queries, gallery in ((image, text), (text, image)):
+    _, first = np.unique(text_ids, return_index=True)  # one entry per distinct text
+    for queries, gallery, ids in ((image, text[first], text_ids[first]), (text, image, text_ids)):
         better = [
-            _better(queries[i : i + _ROWS] @ gallery.T, text_ids[i : i + _ROWS, None] == text_ids[None])
+            _better(queries[i : i + _ROWS] @ gallery.T, text_ids[i : i + _ROWS, None] == ids[None])
             for i in range(0, len(text_ids), _ROWS)
         ]
         sides.append(np.concatenate(better) if better else np.zeros(0, dtype=np.int64))
@@ -63,7 +71,7 @@ def ranks(image: NDArray[np.floating], text: NDArray[np.floating], text_ids: Int
 
 
 def recall_table(found: Ranks) -> dict[str, float]:
-    """i2t_recall@k, t2i_recall@k and chance@k for k in RECALL_AT below n, and pairs: the keys of metrics.jsonl's val."""
+    """i2t_recall@k, t2i_recall@k, chance@k for k below the number of texts, and pairs: the keys of metrics.jsonl's val."""
     out: dict[str, float] = {}
     for direction in ("i2t", "t2i"):
         out |= {f"{direction}_recall@{k}": float(found.hits(direction, k).mean()) for k in found.cutoffs}

@@ -22,6 +22,7 @@ from .engine import Engine
 from .evaluate import Embedded, client_loss, embed, evaluation_size, retrieval
 from .export import save_model
 from .progress import Progress
+from .restore import load_checkpoint
 from .schedule import Stage, stages_of_round, steps_per_round
 from .server import SHARED, Server
 from .strategies import Strategy
@@ -53,10 +54,6 @@ class Run:
     coordinator: Coordinator | None
     metrics: logs.MetricsFile | None
     monitor: Any
-
-    # what the exported model is made of beside its weights
-    model_config: Any
-    processor: Any
 
     def __init__(self, **pieces: Any):
         self.__dict__.update(pieces)
@@ -282,11 +279,10 @@ class Run:
         if self.coordinator is None:
             return
         newest = checkpoint.folder_of(self.run_dir, self.config.schedule.rounds - 1)
-        owners = [SHARED] if self.strategy.averages else self.client_ids
-        for owner in owners:
-            saved = checkpoint.SavedModel(newest, owner)
+        for owner in [SHARED] if self.strategy.averages else self.client_ids:
+            model, processor = load_checkpoint(newest, owner)
             out = self.run_dir / "model" if owner == SHARED else self.run_dir / "model" / owner
-            save_model(saved.parameters() | saved.buffers(), self.model_config, self.processor, out)
+            save_model(model.state_dict(), model.config, processor, out)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -35,6 +35,7 @@ class Source:
     tokenizer: str
     pad_id: int
     text_length: int
+    by_shard: bool = False  # evaluation samples come from few shards (streaming)
     uid: int = field(default_factory=itertools.count().__next__)
     _decoder: Decoder | None = field(default=None, repr=False, compare=False)
 
@@ -57,6 +58,19 @@ class Source:
                 return part, sample
             sample -= len(part)
         raise IndexError(sample)
+
+    def shard_of(self) -> np.ndarray:
+        """(n,) int64: each sample's shard, numbered over all parts."""
+        first = np.cumsum([0] + [len(part.paths) for part in self.parts[:-1]])
+        return np.concatenate([part.shard.astype(np.int64) + f for part, f in zip(self.parts, first, strict=True)])
+
+    def shard_path(self, shard: int) -> tuple[Samples, str]:
+        """The part and path (or address) of a shard, numbered as in `shard_of`."""
+        for part in self.parts:
+            if shard < len(part.paths):
+                return part, part.paths[shard]
+            shard -= len(part.paths)
+        raise IndexError(shard)
 
     def key(self, sample: int) -> str:
         """The sample's key; with the client before it where several are pooled."""
@@ -135,8 +149,9 @@ class Decoder:
             assert task.evaluate is not None
             if task.evaluate not in self._evaluations:
                 pairs, batch_size = task.evaluate
+                shards = self.source.shard_of() if self.source.by_shard else None
                 self._evaluations[task.evaluate] = EvaluationOrder(
-                    self.source.seed, self.source.name, len(self.source), pairs, batch_size
+                    self.source.seed, self.source.name, len(self.source), pairs, batch_size, shards
                 )
             evaluation = self._evaluations[task.evaluate]
             for slot in slots:

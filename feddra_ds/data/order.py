@@ -68,11 +68,15 @@ class Order:
     def advance(self, position: Position, steps: int) -> Position:
         """The position `steps` batches further on; always one at which a batch starts."""
         n, b = self.num_samples, self.batch_size
-        taken = position.epoch * n // b + position.step + steps  # batches before the new position
+        taken = self.taken(position) + steps
         epoch = max(0, taken * b // n - 1)
         while (epoch + 1) * n // b <= taken:
             epoch += 1
         return Position(epoch, taken - epoch * n // b)
+
+    def taken(self, position: Position) -> int:
+        """Batches before `position`, counted from the beginning."""
+        return position.epoch * self.num_samples // self.batch_size + position.step
 
     def substitutes(self, position: Position, slot: int) -> Iterator[int]:
         """The samples to try, in turn, in place of the bad entry `slot` of a batch: a function of the position alone.
@@ -100,8 +104,12 @@ class Order:
         self._cached = (epoch, entries)
         return entries
 
+    def _samples_of(self, epoch: int) -> np.ndarray:
+        """The epoch's samples in order, (n,) int64."""
+        return permutation(self.num_samples, "epoch", self.seed, self.client, epoch)
+
     def _extend(self, tail: np.ndarray, epoch: int) -> np.ndarray:
-        samples = permutation(self.num_samples, "epoch", self.seed, self.client, epoch)
+        samples = self._samples_of(epoch)
         if len(tail):
             fresh = ~np.isin(samples, tail[:, 1])
             head = np.flatnonzero(fresh)[: self.batch_size - len(tail)]
@@ -117,10 +125,26 @@ class EvaluationOrder:
     Not in the order of the shards, where one patient's images are neighbours and make their batches harder.
     """
 
-    def __init__(self, seed: int, client: str, num_samples: int, num_pairs: int | None, batch_size: int):
+    def __init__(
+        self,
+        seed: int,
+        client: str,
+        num_samples: int,
+        num_pairs: int | None,
+        batch_size: int,
+        shard_of: np.ndarray | None = None,
+    ):
+        """shard_of: (n,) each sample's shard; the sample then comes from as few shards as have twice its pairs."""
         self.seed, self.client, self.num_samples, self.batch_size = seed, client, num_samples, batch_size
         self.size = num_samples if num_pairs is None else min(num_pairs, num_samples)
-        self.samples = permutation(num_samples, "evaluation", seed, client)[: self.size]
+        drawn = permutation(num_samples, "evaluation", seed, client)
+        if shard_of is not None and num_pairs is not None:
+            counts = np.bincount(shard_of)
+            shards = permutation(len(counts), "evaluation shards", seed, client)
+            enough = int(np.searchsorted(np.cumsum(counts[shards]), 2 * num_pairs)) + 1
+            near = np.isin(shard_of[drawn], shards[:enough])
+            drawn = np.concatenate([drawn[near], drawn[~near]])
+        self.samples = drawn[: self.size]
 
     def substitutes(self, slot: int) -> Iterator[int]:
         """The samples to try in place of the bad entry `slot`: outside the list first, then outside its batch."""

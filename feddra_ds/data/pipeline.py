@@ -110,9 +110,10 @@ class ClientData:
         )
         self.num_samples, self.split = total, split
         self.shard, self.num_shards = shard, num_shards
+        self._part = slice(shard * (config.batch_size // num_shards), (shard + 1) * (config.batch_size // num_shards))
         self.pool = pool or DecodePool(config.num_workers, config.prefetch)
         self._mean, self._std = (torch.tensor(list(v)).reshape(3, 1, 1) for v in (image_mean, image_std))
-        self._batch_size, self._root = config.batch_size, dataset.root
+        self._root = dataset.address
         self._max_bad_fraction = config.max_bad_fraction
         self._ahead: dict[Position, Future[Decoded]] = {}
         self._lock = threading.Lock()
@@ -175,8 +176,7 @@ class ClientData:
         return self.source.order
 
     def _training_task(self, position: Position) -> Task:
-        part = self._batch_size // self.num_shards
-        return Task(self.shard * part, (self.shard + 1) * part, position=position)
+        return Task(self._part.start, self._part.stop, position=position)
 
     def _take_ahead(self, task: Task) -> Future[Decoded] | None:
         assert task.position is not None

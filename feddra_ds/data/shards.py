@@ -11,113 +11,43 @@ ever decoded: there is no pickle, and no member name chooses code.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-import os
-from collections import OrderedDict
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from feddra_ds.data.remote import RemoteOptions, Store, is_remote
+from feddra_ds.data.samples import DataError, Samples, sha256_of, text_id
+
+__all__ = ["DataError", "Dataset", "Samples", "open_dataset", "preflight", "sha256_of", "text_id"]
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
-_MAX_OPEN_SHARDS = 64
-
-
-class DataError(ValueError):
-    """One or more problems of a dataset, each a line that names the config key, file or client."""
-
-    def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
-
-
-def text_id(text: str) -> int:
-    """A 63-bit hash of the whitespace-normalised text: equal for identical reports, everywhere and for ever."""
-    digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-@dataclass
-class Samples:
-    """Where one client's samples of one split lie. Arrays are (n,); an offset of -1 says that the member is missing."""
-
-    client: str
-    split: str
-    paths: list[str]
-    keys: list[str]
-    shard: np.ndarray
-    image: np.ndarray
-    text: np.ndarray
-    info: np.ndarray
-    text_ids: np.ndarray
-    _files: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # descriptors belong to one process
-
-    def read_image(self, index: int) -> bytes | None:
-        """The encoded image, or None where the sample has none. Raises EOFError when the shard ends too early."""
-        return self._read(index, self.image)
-
-    def read_text(self, index: int) -> bytes | None:
-        """The text as UTF-8 bytes, or None where the sample has none. Raises EOFError when the shard ends too early."""
-        return self._read(index, self.text)
-
-    def read_info(self, index: int) -> dict[str, Any]:
-        """The sample's json member ({} where there is none): labels, site, patient, …"""
-        raw = self._read(index, self.info)
-        return {} if raw is None else json.loads(raw)
-
-    def _read(self, index: int, member: np.ndarray) -> bytes | None:
-        offset, length = int(member[index, 0]), int(member[index, 1])
-        if offset < 0:
-            return None
-        data = os.pread(self._descriptor(int(self.shard[index])), length, offset)
-        if len(data) != length:
-            raise EOFError(f"{self.paths[int(self.shard[index])]} ends before sample {self.keys[index]}")
-        return data
-
-    def _descriptor(self, shard: int) -> int:
-        # Threads may race here: at worst a shard is opened twice, and close() below never hits a descriptor in use,
-        # because each process reads from one thread per Samples.
-        found = self._files.get(shard)
-        if found is None:
-            found = self._files[shard] = os.open(self.paths[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            if len(self._files) > _MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(shard)
-        return found
-
-    def close(self) -> None:
-        """Close the shards; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)  # an index is data: it must not name files elsewhere
 
 
 class Dataset:
-    """A folder of clients. `client_ids` are those to train on, `held_out` those kept for testing transfer."""
+    """A folder, or an address, with one folder of shards per client.
 
-    def __init__(self, root: str | Path, ids: Sequence[str] | None = None):
-        self.root = Path(root)
-        problems, self.info, self.clients = _scan(self.root)
+    client_ids: those to train on. held_out: those kept for testing transfer. clients: all. info: dataset.json.
+    """
+
+    def __init__(self, root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None):
+        self.options = options or RemoteOptions()
+        self.store = Store(str(root), self.options) if is_remote(root) else None
+        self.root = Path(root) if self.store is None else self.store.folder
+        self.address = str(root)
+        problems, self.info, self.clients = _scan(self.root) if self.store is None else _scan_remote(self.store)
         if problems:
             raise DataError(problems)
         held_out = set(self.info.get("held_out", []))
         self.held_out = [c for c in self.clients if c in held_out]
         self.client_ids = list(ids) if ids is not None else [c for c in self.clients if c not in held_out]
-        missing = _missing_clients(self.root, self.client_ids, self.clients)
+        missing = _missing_clients(self.address, self.client_ids, self.clients)
         if missing:
             raise DataError(missing)
         self._indexes: dict[str, dict[str, Any]] = {}
@@ -125,6 +55,8 @@ class Dataset:
     def index(self, client: str) -> dict[str, Any]:
         """The client's index.json. Raises DataError when it is missing or broken."""
         if client not in self._indexes:
+            if self.store is not None:
+                self.store.text(f"{client}/{INDEX_NAME}")
             self._indexes[client] = _read_json(self.root / client / INDEX_NAME)
         return self._indexes[client]
 
@@ -142,15 +74,18 @@ class Dataset:
         part = self.index(client)["splits"].get(split)
         if not part or not part["samples"]:
             have = ", ".join(self.splits(client)) or "nothing"
-            raise DataError(f"{self.root / client / INDEX_NAME}: client {client} has no {split} split; it has {have}")
+            raise DataError(
+                f"{self.address}/{client}/{INDEX_NAME}: client {client} has no {split} split; it has {have}"
+            )
         rows = part["samples"]
         place = lambda *names: np.array(
             [next((row[n] for n in names if n in row), (-1, 0)) for row in rows], dtype=np.int64
         ).reshape(len(rows), 2)
         return Samples(
+            store=self.store,
             client=client,
             split=split,
-            paths=[str(self.root / client / shard["file"]) for shard in part["shards"]],
+            paths=[self._place(client, shard) for shard in part["shards"]],
             keys=[row["key"] for row in rows],
             shard=np.array([row["shard"] for row in rows], dtype=np.int32),
             image=place(*IMAGE_SUFFIXES),
@@ -158,6 +93,11 @@ class Dataset:
             info=place("json"),
             text_ids=np.array([int(row.get("text_id", "0"), 16) for row in rows], dtype=np.int64),
         )
+
+    def _place(self, client: str, shard: dict[str, Any]) -> str:
+        if self.store is None:
+            return str(self.root / client / shard["file"])
+        return self.store.expect(f"{client}/{shard['file']}", shard["bytes"], shard["sha256"])
 
     def shards(self, client: str) -> list[tuple[Path, dict[str, Any]]]:
         """(path, {file, bytes, sha256, samples}) of every shard of the client, over its splits."""
@@ -172,9 +112,12 @@ class Dataset:
                 if progress is not None:
                     progress(f"{client}/{shard['file']}")
                 try:
-                    found = sha256_of(path)
+                    found = sha256_of(path if self.store is None else self.store.local(self._place(client, shard)))
                 except OSError as error:
                     problems.append(f"{path}: cannot be read: {error.strerror}")
+                    continue
+                except DataError as error:  # a remote shard is checked as it arrives
+                    problems += error.problems
                     continue
                 if found != shard["sha256"]:
                     problems.append(f"{path}: sha256 differs from {INDEX_NAME}: the shard was changed or damaged; "
@@ -182,21 +125,13 @@ class Dataset:
         return problems
 
 
-def open_dataset(root: str | Path, ids: Sequence[str] | None = None) -> Dataset:
+def open_dataset(root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None) -> Dataset:
     """Open the dataset under `root`; `ids` chooses and orders the clients (null: all but the held-out, sorted).
 
+    root: a folder, or an address (https://, s3://, …), whose files are fetched as `options` say.
     Raises DataError for a missing root, a client that is not there, an index that cannot be read.
     """
-    return Dataset(root, ids)
-
-
-def sha256_of(path: Path) -> str:
-    """The file's sha256 in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return Dataset(root, ids, options)
 
 
 def preflight(
@@ -209,6 +144,7 @@ def preflight(
     verify: bool,
     pooled: bool = False,
     progress: Callable[[str], None] | None = None,
+    options: RemoteOptions | None = None,
 ) -> list[str]:
     """Everything that training would trip over, a line each, beginning with the config key or the file.
 
@@ -218,20 +154,21 @@ def preflight(
     """
     if root is None:
         return ["data.root: is needed; a folder that `feddra-ds data convert` or `feddra-ds data synth` wrote"]
-    root = Path(root)
-    problems, info, clients = _scan(root)
-    if problems:
-        return problems
-    wanted = list(ids) if ids is not None else [c for c in clients if c not in set(info.get("held_out", []))]
-    problems = _missing_clients(root, wanted, clients)
+    try:
+        whole = Dataset(root, [], options)
+    except DataError as error:
+        return error.problems
+    clients = whole.clients
+    wanted = list(ids) if ids is not None else [c for c in clients if c not in whole.held_out]
+    problems = _missing_clients(str(root), wanted, clients)
     if not wanted:
         problems.append(f"clients.ids: {root} has no client to train on")
     counts: dict[str, int] = {}
     without_split = []
     for client in (c for c in wanted if c in clients):
         try:
-            dataset = Dataset(root, [client])
-            problems += _shard_problems(dataset, client)
+            dataset = Dataset(root, [client], options)
+            problems += _shard_problems(dataset, client) if dataset.store is None else []
             counts[client] = dataset.num_samples(client, "train")
             if eval_split is not None and not dataset.num_samples(client, eval_split):
                 without_split.append(client)
@@ -282,7 +219,21 @@ def _folders(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _missing_clients(root: Path, wanted: Sequence[str], clients: list[str]) -> list[str]:
+def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
+    """The same of an address, by its dataset.json."""
+    try:
+        store.text(DATASET_NAME)
+        info = _read_json(store.folder / DATASET_NAME)
+    except DataError as error:
+        return [f"data.root: {problem}" for problem in error.problems], {}, []
+    clients = sorted({*info.get("clients", []), *info.get("held_out", [])})
+    unsafe = [c for c in clients if not isinstance(c, str) or not re.fullmatch(r"[\w-]+", c, re.ASCII)]
+    if unsafe or not clients:
+        return [f"data.root: {store.address(DATASET_NAME)}: names no clients, or bad ones: {unsafe}"], {}, []
+    return [], info, clients
+
+
+def _missing_clients(root: str, wanted: Sequence[str], clients: list[str]) -> list[str]:
     problems = []
     for client in wanted:
         if client not in clients:
@@ -322,6 +273,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _is_index(content: dict[str, Any]) -> bool:
     splits = content.get("splits")
-    return content.get("version") == VERSION and isinstance(splits, dict) and all(
-        isinstance(part, dict) and {"shards", "samples"} <= set(part) for part in splits.values()
-    )  # fmt: skip
+    if content.get("version") != VERSION or not isinstance(splits, dict):
+        return False
+    if not all(isinstance(part, dict) and {"shards", "samples"} <= set(part) for part in splits.values()):
+        return False
+    return all(_SHARD_NAME.fullmatch(shard["file"]) for part in splits.values() for shard in part["shards"])

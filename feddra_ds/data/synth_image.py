@@ -38,7 +38,9 @@ def render(
     study: Study, scanner: Scanner, size: int, body: np.random.Generator, film: np.random.Generator
 ) -> np.ndarray:
     """(S, S) uint8. `body` draws the patient (the same for every film of a patient), `film` the exposure and noise."""
-    anatomy = _anatomy(study, size, body, film)
+    # Findings draw from a generator of their own, so that the exposure does not depend on what is found.
+    play = np.random.Generator(np.random.Philox(key=int(film.integers(2**62))))
+    anatomy = _anatomy(study, size, body, film, play)
     for finding in study.findings:
         _FINDINGS[finding.kind](anatomy, finding)
     return _expose(anatomy.image, scanner, film)
@@ -64,7 +66,9 @@ def _noise(rng: np.random.Generator, size: int, cells: int) -> Field:
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _anatomy(study: Study, size: int, body: np.random.Generator, film: np.random.Generator) -> Anatomy:
+def _anatomy(
+    study: Study, size: int, body: np.random.Generator, film: np.random.Generator, play: np.random.Generator
+) -> Anatomy:
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = np.meshgrid(axis, axis)
     tilt, dx, dy = film.normal(0, 0.02), film.normal(0, 0.03), film.normal(0, 0.03)
@@ -155,7 +159,7 @@ def _anatomy(study: Study, size: int, body: np.random.Generator, film: np.random
     if study.sex == "F":
         image += 0.055 * _soft(1 - _blob(side, y, 0.42, base - 0.12, 0.30, 0.26), 0.4) * torso
     image += 0.012 * _noise(body, size, 24) * torso
-    return Anatomy(x, y, lungs, outer, top, base, width, image, film)
+    return Anatomy(x, y, lungs, outer, top, base, width, image, play)
 
 
 def _place(a: Anatomy, finding: Finding) -> tuple[float, float]:

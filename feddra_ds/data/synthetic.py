@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import pickle
@@ -158,8 +159,9 @@ def _draw_all(jobs: list[_Job], workers: int) -> Iterator[tuple[bytes, str]]:
             )
             parts.append(child)
             assert child.stdin is not None
-            pickle.dump(jobs[part::workers], child.stdin)
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has died: said below, where its first result is missing
+                pickle.dump(jobs[part::workers], child.stdin)
+                child.stdin.close()
         for number in range(len(jobs)):
             pipe = parts[number % workers].stdout
             assert pipe is not None

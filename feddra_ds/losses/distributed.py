@@ -91,12 +91,12 @@ class Gather:
         dv_all = torch.zeros(y_all.shape, dtype=rx.dtype, device=x.device)
         sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
         for k in self._others(len(x)):
-            block = (x, y_all[k], rx, ry_all[k], row, col_all[k], coef, coef_all[k], scale, bias, None, spec.kind)
-            sums += torch.stack(spec.tiles.block_grads(*block, du, dv_all[k]))
+            columns = (y_all[k], rx, ry_all[k], row, col_all[k], coef, coef_all[k])
+            sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, None, spec.kind, du, dv_all[k]))
         dv, work = start_reduce_scatter(dv_all, self.group)  # what the other ranks' rows give to these columns
         dv_own = torch.zeros_like(du)
-        block = (x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, diagonal, spec.kind)
-        sums += torch.stack(spec.tiles.block_grads(*block, du, dv_own))
+        columns = (own.y, rx, own.ry, row, col, coef, coef)
+        sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, diagonal, spec.kind, du, dv_own))
         work.wait()
         return du, dv.add_(dv_own), sums[0], sums[1]
 

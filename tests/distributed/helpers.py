@@ -11,7 +11,9 @@ import gc
 import io
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,104 @@ def build_run(config_tree: dict[str, Any]) -> Any:
     return build(from_dict(config_tree))
 
 
+def watched(config_tree: dict[str, Any], faults: Sequence[Fault] = ()) -> dict[str, Any]:
+    """All rounds of a run, seen from inside, with faults put in where they are asked for.
+
+    stages: per client and stage its masters before the first step and after the last one, its buffers and its result;
+    error: the message of TooFewClients where the run ended with it, else None.
+    """
+    from feddra_ds.coordinator import TooFewClients
+
+    run = build_run(config_tree)
+    stages: list[dict[str, Any]] = []
+    reset, run_stage, all_clients = run.engine.reset_optimizer, run.trainer.run_stage, run.run_stage
+    before: list[Any] = []
+    now = {"round": -1}
+
+    def first_step_is_next() -> None:  # the last thing that a stage does before its steps
+        reset()
+        before[:] = [pieces_of(run.engine)]
+
+    def watch(client: Any, stage: Any, *args: Any, **kwargs: Any) -> Any:
+        active = [f for f in faults if (f.client, f.round, f.stage) == (client.id, now["round"], stage.name)]
+        with inject(active, run, client):
+            result = run_stage(client, stage, *args, **kwargs)
+        stages.append(
+            {
+                "client": client.id,
+                "round": now["round"],
+                "stage": stage.name,
+                "before": before[0],
+                "after": pieces_of(run.engine),
+                "buffers": {name: buffer.clone().numpy() for name, buffer in run.engine.buffers().items()},
+                "loss": result.mean_loss,
+                "pairs": result.num_pairs,
+                "problem": result.problem,
+            }
+        )
+        return result
+
+    def count(round_index: int, stage: Any) -> Any:
+        now["round"] = round_index
+        return all_clients(round_index, stage)
+
+    run.engine.reset_optimizer, run.trainer.run_stage, run.run_stage = first_step_is_next, watch, count
+    error = None
+    try:
+        run.rounds()
+        finish(run)
+    except TooFewClients as stopped:
+        error = str(stopped)
+        vanish(run)
+    return {"stages": stages, "error": error, "seconds": run.seconds}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong for one client in one stage: `weights` or `buffers` get a NaN at its end, `batch` at `steps`.
+
+    Only the rank of index `shard` in the client's slot meets it.
+    """
+
+    client: str
+    kind: str
+    round: int = 0
+    stage: str = "stage2"
+    steps: tuple[int, ...] = ()
+    shard: int = 0
+
+
+@contextmanager
+def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
+    """Put the faults of this client's stage in place, and take them out again."""
+    import torch
+
+    from feddra_ds import client as client_module
+
+    validate, batches = client_module.validate_update, client.data.batches
+    mine = [fault for fault in faults if fault.shard == run.topology.shard]
+
+    def poison(engine: Any, *args: Any) -> Any:
+        for fault in mine:
+            if fault.kind == "weights":
+                next(iter(engine.views("aligner")))[1][0] = float("nan")
+            elif fault.kind == "buffers":
+                next(b for b in engine.buffers().values() if b.is_floating_point())[0] = float("inf")
+        return validate(engine, *args)
+
+    def spoil(*args: Any) -> Iterator[Any]:
+        bad = {step for fault in mine if fault.kind == "batch" for step in fault.steps}
+        for step, batch in enumerate(batches(*args)):
+            yield replace(batch, mean=torch.full_like(batch.mean, float("nan"))) if step in bad else batch
+
+    client_module.validate_update, client.data.batches = poison, spoil
+    try:
+        yield
+    finally:
+        client_module.validate_update = validate
+        del client.data.batches
+
+
 def finish(run: Any) -> None:
     """What ends a run: the ranks leave together."""
     leave_topology(run.topology)
@@ -212,6 +312,16 @@ def leave_topology(topology: Any) -> None:
     if ds_comm.cdb is not None:
         ds_comm.destroy_process_group()
     topology.close()
+
+
+def vanish(run: Any) -> None:
+    """What the end of its process does to a run: its groups go away, and with rank 0 the store, whoever still reads."""
+    import deepspeed.comm.comm as ds_comm
+
+    topology = run.topology
+    topology.peers = topology._messages = topology.store = None
+    ds_comm.destroy_process_group()
+    gc.collect()
 
 
 def pieces_of(engine: Any) -> list[tuple[str, int, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import finish, largest_difference, metrics_of, on_each, on_ranks, run_all, tree, weights_of, zero
@@ -12,36 +13,33 @@ from helpers import finish, largest_difference, metrics_of, on_each, on_ranks, r
 from feddra_ds.checkpoint import SavedFragments, folder_of
 from feddra_ds.masters import Fragment
 
-ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 1e-3}
+ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 3e-4}  # at 1e-3 such small runs are chaotic: any rounding moves them
 
 
 def compressed(dataset: Path, out: Path, precision: str, **changes: Any) -> dict[str, Any]:
     return tree(dataset, out, aggregate__precision=precision, aggregate__block_size=64, **changes)
 
 
-def owed_of(out: Path, round_index: int) -> dict[str, torch.Tensor]:
+def owed_of(out: Path, round_index: int) -> dict[str, np.ndarray]:
     """What all slots together owed in a checkpoint, by parameter."""
     folder = folder_of(out, round_index)
     slots = sorted(path.name for path in (folder / "residuals").iterdir())
     saved = [SavedFragments(folder, f"residuals/{slot}").parameters() for slot in slots]
-    return {name: torch.stack([s[name] for s in saved]).double().sum(0) for name in saved[0]}
+    return {name: torch.stack([s[name] for s in saved]).double().sum(0).flatten().numpy() for name in saved[0]}
 
 
 @pytest.fixture(scope="module")
 def losses(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Ten rounds at each precision."""
-    found = {}
-    for precision in ("fp32", "bf16", "int8", "int4"):
-        out = tmp_path_factory.mktemp("runs") / precision
-        config = compressed(dataset, out, precision, schedule__rounds=10, evaluation__every=0, **ADAMW)
-        on_ranks(run_all, 3, config | {"topology": {"ranks_per_slot": 1}})
-        found[precision] = metrics_of(out)
-    return found
+    changes = {"schedule__rounds": 10, "evaluation__every": 0, "checkpoint__every": 10} | ADAMW
+    outs = [tmp_path_factory.mktemp("runs") / precision for precision in ("fp32", "bf16", "int8", "int4")]
+    on_each(run_all, [(compressed(dataset, out, out.name, **changes),) for out in outs], world_size=2)
+    return {out.name: metrics_of(out) for out in outs}
 
 
 def test_after_ten_rounds_the_loss_is_that_of_fp32(losses: dict[str, list[dict[str, Any]]]) -> None:
     exact = losses["fp32"][-1]["mean_loss"]
-    assert exact < 0.9 * losses["fp32"][0]["mean_loss"]  # it learned something to lose
+    assert exact < 0.8 * losses["fp32"][0]["mean_loss"]  # it learned something to lose
     for precision in ("bf16", "int8", "int4"):
         assert losses[precision][-1]["mean_loss"] == pytest.approx(exact, rel=0.01)
         assert losses[precision][-1]["mean_loss"] != exact
@@ -54,14 +52,14 @@ def test_bytes_in_the_metrics(losses: dict[str, list[dict[str, Any]]]) -> None:
         assert 0 < losses[precision][-1]["bytes_sent_per_rank"] <= share * exact
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_resume_continues_to_the_bit(dataset: Path, tmp_path: Path, stage: int) -> None:
-    changes = {"schedule__rounds": 3, "deepspeed": zero(stage), "topology__ranks_per_slot": 2, **ADAMW}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    on_ranks(run_all, 4, compressed(dataset, whole, "int4", **changes))
-    on_ranks(run_all, 4, compressed(dataset, cut, "int4", **(changes | {"schedule__rounds": 1})))
+@pytest.mark.parametrize(("ranks_per_slot", "stage"), [(1, 0), (2, 3)])
+def test_resume_continues_to_the_bit(dataset: Path, tmp_path: Path, ranks_per_slot: int, stage: int) -> None:
+    changes = {"schedule__rounds": 3, "deepspeed": zero(stage), "topology__ranks_per_slot": ranks_per_slot} | ADAMW
+    whole, cut, ranks = tmp_path / "whole", tmp_path / "cut", 2 * ranks_per_slot
+    on_ranks(run_all, ranks, compressed(dataset, whole, "int4", **changes))
+    on_ranks(run_all, ranks, compressed(dataset, cut, "int4", **(changes | {"schedule__rounds": 1})))
     assert any(owed.any() for owed in owed_of(cut, 0).values())
-    on_ranks(run_all, 4, compressed(dataset, cut, "int4", **changes))
+    on_ranks(run_all, ranks, compressed(dataset, cut, "int4", **changes))
     assert largest_difference(weights_of(whole, 2), weights_of(cut, 2)) == 0
     assert largest_difference(owed_of(whole, 2), owed_of(cut, 2)) == 0
 
@@ -76,7 +74,7 @@ def owed_when_resumed(config: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for part, state in run.server.residuals.items():
         for fragment, owed in run.engine.views_of(part, state):
-            out.setdefault(fragment.name, []).append((fragment.start, owed.clone()))
+            out.setdefault(fragment.name, []).append((fragment.start, owed.double().numpy()))
     finish(run)
     return out
 
@@ -88,12 +86,12 @@ def test_another_layout_owes_the_same(dataset: Path, tmp_path: Path) -> None:
     owed = owed_of(tmp_path, 0)
     for ranks, layout in ((1, {}), (4, {"topology__ranks_per_slot": 2, "deepspeed": zero(3)})):
         by_rank = on_ranks(owed_when_resumed, ranks, compressed(dataset, tmp_path, "int4", **layout))
-        found = {name: torch.zeros(values.numel(), dtype=torch.float64) for name, values in owed.items()}
+        found = {name: np.zeros(values.size) for name, values in owed.items()}
         for told in by_rank:
             for name, pieces in told.items():
                 for start, values in pieces:
-                    found[name][start : start + values.numel()] += values
-        assert largest_difference({n: v.view(-1) for n, v in owed.items()}, found) < 1e-9
+                    found[name][start : start + values.size] += values
+        assert largest_difference(owed, found) < 1e-9
 
 
 def test_one_slot_sends_nothing_and_rounds_nothing(dataset: Path, tmp_path: Path) -> None:
@@ -110,9 +108,8 @@ def test_model_and_residuals_together_are_the_exact_model(dataset: Path, tmp_pat
     In stage 2 the clients go on with their own aligners, which must not count stage 1's rounding twice.
     """
     outs = [tmp_path / precision for precision in ("fp32", "int4")]
-    for out in outs:
-        changes = {"schedule__rounds": 1, "objective__anchor_weight": 0.0, "aggregate__after_stage1": after_stage1}
-        on_ranks(run_all, 2, compressed(dataset, out, out.name, **changes))
+    changes = {"schedule__rounds": 1, "objective__anchor_weight": 0.0, "aggregate__after_stage1": after_stage1}
+    on_each(run_all, [(compressed(dataset, out, out.name, **changes),) for out in outs], world_size=2)
     exact, rounded = (weights_of(out, 0) for out in outs)
     owed = owed_of(outs[1], 0)
     assert largest_difference(exact, rounded) > 1e-5
@@ -150,7 +147,7 @@ def settle(config: dict[str, Any]) -> dict[str, float]:
 
 
 def test_what_was_owed_is_paid_once_a_round(dataset: Path, tmp_path: Path) -> None:
-    (found,) = on_each(settle, [(compressed(dataset, tmp_path, "int8"),)])
+    ((found,),) = on_each(settle, [(compressed(dataset, tmp_path, "int8"),)])
     assert found["aligner"] < 1e-6
     assert found["backbone"] < 1e-6
     assert found["owed"] == 0

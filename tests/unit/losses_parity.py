@@ -160,7 +160,7 @@ def train(steps: int, impl: str, device: str = "cpu", dtype: torch.dtype = torch
     pairs = [torch.randn(24, n.in_features).to(device) for n in encoders]
     anchors = [n(x).detach() for n, x in zip(encoders, pairs, strict=True)]
     parameters = [log_tau, *(p for n in encoders for p in n.parameters())]
-    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
     for _ in range(steps):
         image, text = (n(x).to(dtype) for n, x in zip(encoders, pairs, strict=True))
         loss = fused_dro_loss(image, text, *anchors, temperature=log_tau.exp(), anchor_weight=2.0, impl=impl)

@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parents[2] / "feddra_ds"
 
 # A module imports only from modules above it; a folder is one line, its files import each other freely but acyclically.
 LAYERS = """
-    config_sections config logs dro schedule topology collectives losses data
+    config_sections config config_reference logs dro schedule topology collectives losses data
     towers encoders heads dual_encoder interchange model adapters processing export
-    objectives masters engine compression aggregate steps client strategies server evaluate checkpoint
-    coordinator progress rounds build train
+    objectives masters engine compression aggregate steps client strategies server ranking evaluate checkpoint restore
+    coordinator progress rounds resume build train
+    labels inference measures run_files charts examples
     evaluate_command export_command probe report status doctor cli __main__
 """.split()
 

@@ -74,6 +74,15 @@ def test_arguments_reach_the_configs() -> None:
     assert kept.config.text_config.vocab_size == 100
 
 
+def test_pooling_can_be_set() -> None:
+    model = build(vision={"config": VISION, "pooling": "mean"}, head={"kind": "linear"}).eval()
+    assert (model.config.vision_pooling, model.config.text_pooling) == ("mean", "cls")
+    images = batch()["pixel_values"]
+    states = model.whole_encoder("vision")(images).last_hidden_state.mean(1)
+    expected = torch.nn.functional.normalize(model.aligner.vision.head(states), dim=-1)
+    assert torch.allclose(model(pixel_values=images).image_embeds, expected, atol=1e-6)
+
+
 def test_roberta_has_room_behind_its_padding_id() -> None:
     model = build(text={"config": TEXT | {"model_type": "roberta"}}, sizes={"pad_token_id": 1})
     assert model.config.text_config.max_position_embeddings == 12 + 2

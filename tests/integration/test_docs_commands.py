@@ -1,0 +1,92 @@
+"""Every command in README and docs runs: the blocks are taken from the files and run in order on a small data set.
+
+`feddra-ds train` and `deepspeed` get quick settings appended; `make` targets are checked to exist, since `make test` is what
+runs this, and the quickstart has a test of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from spawn import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+QUICK = "--schedule.rounds 1 --schedule.stage1_steps 1 --schedule.stage2_steps 1 --data.image_size 32 --run.monitor []"
+NEEDS_A_NETWORK = ("--hostfile", "--no_ssh", "pip install", "mimic_cxr", "https://", "s3://")
+
+pytestmark = pytest.mark.slow
+
+
+def commands(path: Path, language: str) -> list[str]:
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```", path.read_text(), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README expects it: configs/, launch/, metadata.csv with images of three hospitals."""
+    work = tmp_path_factory.mktemp("work")
+    for name in ("configs", "launch", "hostfile.example", "benchmarks", "Makefile"):
+        (work / name).symlink_to(REPOSITORY / name)
+    (work / "images").mkdir()
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(120):
+        image = f"images/{number}.png"
+        Image.fromarray(draw.integers(0, 255, (48, 48), dtype=np.uint8)).save(work / image)
+        hospital = ("north", "south", "west")[number % 3]
+        rows.append((image, f"finding {number} of {draw.integers(1, 99)} mm", hospital, f"p{number // 2}", "opacity"))
+    for name, column in (("metadata.csv", "hospital"),):
+        with open(work / name, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("image", "text", column, "patient", "finding"))
+            writer.writerows(rows)
+    return work
+
+
+def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
+    if "feddra-ds train" in command or "launch/train.py" in command:
+        command += f" {QUICK} --data.root data/mine"
+    if command.startswith("deepspeed"):
+        command = command.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=work, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def test_every_bash_command_of_the_readme_and_docs(workplace: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    ran = 0
+    for document in DOCUMENTS:
+        for command in commands(document, "bash"):
+            if command.startswith("make "):
+                assert command.split()[1] in targets, f"{document.name}: {command}"
+                continue
+            if any(word in command for word in NEEDS_A_NETWORK):
+                continue
+            done = run(command, workplace)
+            assert done.returncode == 0, f"{document.name}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            ran += 1
+    assert ran >= 6, "the README lost its commands, or this test lost them"
+
+
+def test_the_python_of_the_readme(workplace: Path) -> None:
+    assert (workplace / "runs" / "mine" / "model").is_dir(), "the commands above train it"
+    code = "\n".join(line for block in [commands(REPOSITORY / "README.md", "python")] for line in block)
+    setup = "from PIL import Image; image = Image.new('L', (64, 64))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", setup + code + "\nassert similarity.shape == (1, 1)"],
+        cwd=workplace, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

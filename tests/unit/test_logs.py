@@ -1,0 +1,32 @@
+"""metrics.jsonl: a resumed run repeats no round and loses none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from feddra_ds.logs import MetricsFile, read_metrics
+
+
+def test_resume_drops_the_rounds_that_will_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for number in range(4):
+        first.append({"round": number})
+    MetricsFile(path, 2).append({"round": 2, "again": True})
+    assert read_metrics(path) == [{"round": 0}, {"round": 1}, {"round": 2, "again": True}]
+
+
+def test_a_line_that_a_kill_kept_from_the_file_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, 0).append({"round": 0})
+    with open(path, "a") as file:
+        file.write('{"round": 1, "cli')  # cut off mid-write
+    MetricsFile(path, 2, last={"round": 1, "x": 1})
+    assert read_metrics(path) == [{"round": 0}, {"round": 1, "x": 1}]
+    MetricsFile(path, 2, last={"round": 1, "x": 2})  # already there: not written twice
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"round": 0}, {"round": 1, "x": 1}]
+
+
+def test_no_file_is_no_lines(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
