@@ -81,11 +81,12 @@ def client_data(
     shard: int = 0,
     num_shards: int = 1,
     seed: int = 7,
+    kind: type[ClientData] = ClientData,
     **config: Any,
 ) -> ClientData:
     """A ClientData with small pictures."""
     settings = {"batch_size": 4, "image_size": 16, "text_length": 12, **config}
-    return ClientData(
+    return kind(
         dataset,
         clients,
         split,

@@ -210,7 +210,7 @@ def test_wrong_bytes_are_never_used(server: Server, options: RemoteOptions) -> N
     server.behave = lambda h, n: (
         h.path.endswith(".tar") and (h.send_response(200), h.end_headers(), h.wfile.write(b"xy")) is not None
     )
-    with pytest.raises(DataError, match="2 bytes came, index.json says"):
+    with pytest.raises(DataError, match=r"2 bytes came, index.json says"):
         dataset.samples("a", "train").read_image(0)
     assert short is not server.behave
     store = dataset.store
@@ -295,10 +295,11 @@ def test_two_readers_fetch_a_shard_once(server: Server, options: RemoteOptions) 
 def test_waiting_for_another_reader_has_a_bound(server: Server, options: RemoteOptions, tmp_path: Path) -> None:
     import fcntl
 
-    dataset = open_dataset(server.address, ["a"], dataclasses.replace(options, timeout_s=0.02, retries=0))
+    dataset = open_dataset(server.address, ["a"], options)
     part = dataset.samples("a", "train")
     store = dataset.store
     assert store is not None
+    store.options = dataclasses.replace(options, timeout_s=0.02, retries=0)
     path = store.copy_of(part.paths[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
