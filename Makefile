@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: help quickstart test test-all lint bench clean
@@ -22,6 +21,7 @@ quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, eva
 	$(BIN)/feddra-ds evaluate $(QUICKSTART)/run
 	$(BIN)/feddra-ds report $(QUICKSTART)/run
 
+test test-all: export OMP_NUM_THREADS ?= 1   # many ranks share the cores
 test: $(VENV)/.installed         ## unit, distributed and short integration tests (≤ 15 minutes on 2 cores)
 	$(BIN)/pytest -q -m "not slow and not gpu"
 

@@ -6,7 +6,9 @@ then all-reduced over its peers. A client that is left out contributes nothing a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from .engine import BUFFERS, Engine, PartState
 from .topology import Topology
 
 BUCKET_ELEMENTS = 1 << 24  # fp32 elements of one collective where slices go through the device (64 MiB)
+MAX_UNDER_WAY = 4  # collectives at a time
 
 
 def validate_update(engine: Engine, topology: Topology, parts: Sequence[str]) -> str | None:
@@ -75,8 +78,8 @@ class WeightedSum:
             self._reduce(part, topology, total_weight)
 
     def _reduce(self, part: str, topology: Topology, total_weight: float) -> None:
+        self.num_bytes += reduce_over_peers(self.sums[part], topology)
         for total in self.sums[part]:
-            self.num_bytes += reduce_over_peers(total, topology)
             if total.is_floating_point() and total_weight != 1:
                 total.div_(total_weight)
 
@@ -132,19 +135,30 @@ class DeltaSum(WeightedSum):
             yield tuple(values for _, values in views)
 
 
-def reduce_over_peers(tensor: Tensor, topology: Topology) -> int:
-    """Sum a flat host tensor over the peers, in place; returns the bytes handed to the collective."""
+def reduce_over_peers(tensors: Sequence[Tensor], topology: Topology) -> int:
+    """Sum flat host tensors over the peers, in place; returns the bytes handed to collectives.
+
+    Each is a sum of its own, so that its bits do not depend on its neighbours; several are under way at a time.
+    """
     peers = topology.peers
     if peers is None:
         return 0
-    if topology.device.type == "cpu":
-        peers.allreduce([tensor]).wait()
-    else:
-        for bucket in tensor.split(BUCKET_ELEMENTS):
-            on_device = bucket.to(topology.device)
-            peers.allreduce([on_device]).wait()
-            bucket.copy_(on_device)
-    return tensor.numel() * tensor.element_size()
+    under_way: deque[tuple[Any, Tensor, Tensor]] = deque()
+    for tensor in tensors:
+        for bucket in [tensor] if topology.device.type == "cpu" else tensor.split(BUCKET_ELEMENTS):
+            sent = bucket.to(topology.device)
+            under_way.append((peers.allreduce([sent]), bucket, sent))
+            if len(under_way) == MAX_UNDER_WAY:
+                _land(*under_way.popleft())
+    while under_way:
+        _land(*under_way.popleft())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _land(work: Any, bucket: Tensor, sent: Tensor) -> None:
+    work.wait()
+    if sent is not bucket:
+        bucket.copy_(sent)
 
 
 def gather_over_peers(tensor: Tensor, topology: Topology) -> list[Tensor]:

@@ -19,6 +19,7 @@ from .data.order import Position
 from .data.pipeline import ClientData
 from .data.pool import DecodePool
 from .data.shards import Dataset, open_dataset, preflight
+from .data.streaming import build_data, options_of
 from .data.tokens import load_tokenizer
 from .engine import Engine, build_monitor
 from .export import find_model
@@ -50,10 +51,11 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
         eval_split=config.evaluation.split if config.evaluation.every > 0 else None,
         verify=config.data.verify and launch.rank == 0,
         pooled=strategy.pools_data,
+        options=options_of(config.data),
     )
     if problems:
         raise ConfigError(problems)
-    dataset = open_dataset(str(config.data.root), config.clients.ids)
+    dataset = open_dataset(str(config.data.root), config.clients.ids, options_of(config.data))
     ids = list(dataset.client_ids)
     num_clients = 1 if strategy.pools_data else len(ids)
     if config.clients.minimum > num_clients:
@@ -196,10 +198,10 @@ def build_clients(
     clients, validation = [], {}
     for index in topology.plan.clients_of(topology.slot):
         name = client_ids[index]
-        clients.append(Client(index, name, ClientData(dataset, members[name], "train", **common)))
+        clients.append(Client(index, name, build_data(dataset, members[name], "train", **common)))
         if config.evaluation.every > 0:
             for member in members[name]:
-                validation[member] = ClientData(dataset, [member], config.evaluation.split, **common)
+                validation[member] = build_data(dataset, [member], config.evaluation.split, **common)
     return clients, validation, client_ids, num_samples
 
 

@@ -19,7 +19,7 @@ _MAX_POINTS = 160
 _MAX_TIPS = 700
 _WIDE, _NARROW = 540, 340
 _NAMES, _MAX_NAME = 168, 23  # pixels right of the lines for their names, and letters that fit there
-_ROUND = '<text class="tick" x="{x}" y="{y}" text-anchor="end">round</text>'
+_ROUND = '<text class="tick" x="0" y="{y}">round</text>'
 
 Number = float | None
 
@@ -114,7 +114,7 @@ def _lines(
         )
     for r in _x_marks(x, 7 if wide else 5):
         out.append(f'<text class="tick" x="{across(r):.1f}" y="{height - 10}" text-anchor="middle">{r}</text>')
-    out.append(_ROUND.format(x=left - 6, y=height - 10))
+    out.append(_ROUND.format(y=height - 10))
     names: list[tuple[float, str, str]] = []
     for name, value in references:
         out.append(f'<path class="line muted dot" d="M{left} {up(value):.1f}H{width - right}"/>')
@@ -156,7 +156,7 @@ def _stack(
     scale = (height - top - bottom) / marks[-1]
     base, slot = height - bottom, (width - left - right) / len(labels)
     bar = min(48.0, slot * 0.8)
-    out = [_open(width, height, title), _ROUND.format(x=left - 6, y=height - 10)]
+    out = [_open(width, height, title), _ROUND.format(y=height - 10)]
     for mark in marks:
         y = base - mark * scale
         out.append(f'<path class="grid" d="M{left} {y:.1f}H{width - right}"/>')

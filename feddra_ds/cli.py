@@ -122,9 +122,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         ("inspect", "inspect", "show what a folder of shards holds"),
     ):
         module = import_module(f".data.{module_name}", __package__)
-        sub = commands.add_parser(
-            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
 

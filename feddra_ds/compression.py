@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_ELEMENTS = 1 << 22  # fp32 elements on their way at a time (16 MiB); two buckets overlap
+# fp32 elements on their way at a time; two buckets overlap. A CPU's stay in its cache, a GPU's keep it busy.
+BUCKET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 _LEVELS = {"int8": 127, "int4": 7}
 _SMALLEST_SCALE = 1e-38  # below it 1/scale overflows; such a block is sent as zeros and stays in the residual
 
@@ -59,8 +60,7 @@ class Codec:
             return x.to(torch.bfloat16).view(torch.uint8)
         rows, c = x.shape
         blocks = x.view(rows, -1, self.block_size)
-        low, high = blocks.aminmax(dim=-1)
-        scale = torch.maximum(high, -low).div_(_LEVELS[self.precision])
+        scale = blocks.abs().amax(dim=-1).div_(_LEVELS[self.precision])  # aminmax is ten times slower on a CPU
         scale.masked_fill_(scale < _SMALLEST_SCALE, 0.0)
         inverse = scale.reciprocal().masked_fill_(scale == 0, 0.0)
         whole = (blocks * inverse.unsqueeze(-1)).round_().to(torch.int8).view(rows, c)
@@ -137,11 +137,11 @@ class CompressedSum:
         rank: int,
         num_peers: int,
         device: torch.device,
-        bucket_elements: int = BUCKET_ELEMENTS,
+        bucket_elements: int | None = None,
     ):
         """rank: among the peers; device: where the group communicates (the host for gloo, the GPU for NCCL)."""
         self.codec, self.peers, self.rank, self.num_peers, self.device = codec, peers, rank, num_peers, device
-        self.bucket_elements = bucket_elements
+        self.bucket_elements = bucket_elements or BUCKET_ELEMENTS[device.type]
         self.num_bytes = 0  # handed to collectives so far
         self._others = [s for s in range(num_peers) if s != rank]
 
@@ -168,8 +168,10 @@ class CompressedSum:
         delta.add_to(owed[:n], start)
         residual.add_to(owed[:n], start)
         owed = owed.view(self.num_peers, c)
-        sent = self.codec.encode(owed[self._others])
-        owed[self._others] -= self.codec.decode(sent, c)
+        sent = torch.empty((len(self._others), self.codec.num_bytes(c)), dtype=torch.uint8, device=self.device)
+        for row, s in zip(sent.split(1), self._others, strict=True):
+            row.copy_(self.codec.encode(owed[s : s + 1]))
+            owed[s : s + 1] -= self.codec.decode(row, c)
         received = torch.empty_like(sent)
         sizes = [0 if s == self.rank else sent.shape[1] for s in range(self.num_peers)]
         work = self.peers.alltoall_base(received.view(-1), sent.view(-1), sizes, sizes)
@@ -180,10 +182,10 @@ class CompressedSum:
         bucket.work.wait()
         c = bucket.owed.shape[1]
         mine = bucket.owed[self.rank]
-        parts = iter(self.codec.decode(bucket.received, c))
+        parts = iter(bucket.received.split(1))
         total = torch.zeros_like(mine)
         for s in range(self.num_peers):  # in slot order, whoever sums
-            total += mine if s == self.rank else next(parts)
+            total += mine if s == self.rank else self.codec.decode(next(parts), c)[0]
         encoded = self.codec.encode(total.unsqueeze(0))
         mine.copy_(total - self.codec.decode(encoded, c)[0])
         everything = encoded.new_empty((self.num_peers, encoded.shape[1]))

@@ -32,6 +32,7 @@ from .config_sections import (
     ScheduleConfig,
     Section,
     StrategyConfig,
+    StreamingConfig,
     TextEncoderConfig,
     TopologyConfig,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "StrategyConfig",
+    "StreamingConfig",
     "TextEncoderConfig",
     "TopologyConfig",
     "contradictions",

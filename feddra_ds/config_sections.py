@@ -75,9 +75,24 @@ class AugmentConfig(Section):
     """Largest relative change of brightness and of contrast."""
 
 
+class StreamingConfig(Section):
+    shuffle_buffer: int = Field(1000, ge=1)
+    """Samples that data.order=streaming mixes at a time, per reader."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Longest time in seconds without a byte from a remote data.root before an attempt is given up."""
+    retries: int = Field(5, ge=0)
+    """Further attempts at a remote file, with doubling pauses."""
+    cache_dir: str | None = None
+    """Where copies of remote shards are kept; null: ~/.cache/feddra_ds."""
+    cache_bytes: int = Field(50 << 30, ge=0)
+    """Most bytes of that cache, per dataset."""
+    allow_pipe: bool = False
+    """Let a `pipe:` data.root run programs on this machine."""
+
+
 class DataConfig(Section):
     root: str | None = None
-    """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it)."""
+    """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it), or its address."""
     batch_size: int = Field(72, ge=1)
     """Pairs in one optimizer step of one client, over all its ranks."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -92,6 +107,7 @@ class DataConfig(Section):
     """Worker processes that decode, per rank; 0 decodes in a background thread."""
     prefetch: int = Field(2, ge=1)
     """Batches decoded ahead, per worker."""
+    streaming: StreamingConfig = StreamingConfig()
     replay_cache_bytes: int = Field(2 << 30, ge=0)
     """Host bytes per rank for stage 2's decoded batches, so that the replay decodes once; beyond it, twice."""
     augment: AugmentConfig = AugmentConfig()

@@ -82,19 +82,22 @@ class Coordinator:
             for index, told in message.items():
                 problems[int(index)], losses[int(index)] = told["problem"], told["loss"]
         everyone = range(len(self.client_ids))
+        told = {item["id"] for item in self.excluded}  # why, at an earlier stage of this round
+        silent = set()
         for index in everyone:
             if index not in problems:
                 slot = index % topology.plan.num_slots
-                problems[index] = (
-                    f"slot {slot} did not report within clients.timeout_s = {self.config.clients.timeout_s:g} s"
-                    if slot in lost
-                    else f"slot {slot} was dropped in an earlier round"
-                )
+                if slot in lost:
+                    limit = self.config.clients.timeout_s
+                    problems[index] = f"slot {slot} did not report within clients.timeout_s = {limit:g} s"
+                else:
+                    problems[index] = f"slot {slot} was dropped in an earlier round"
+                    silent |= {self.client_ids[index]} & told
         included = [index for index in everyone if problems[index] is None]
         excluded = [{"id": self.client_ids[i], "reason": str(problems[i])} for i in everyone if problems[i] is not None]
         for item in excluded:
             logger.warning("round %d, %s: client %s is excluded: %s", round_index, stage, item["id"], item["reason"])
-        self.excluded += [item for item in excluded if item not in self.excluded]
+        self.excluded += [item for item in excluded if item not in self.excluded and item["id"] not in silent]
         if any(loss is not None for loss in losses) and round_index > 0:
             self.weights = self.next_weights(losses)  # of the model that the last round ended with (dro.evaluate_on)
         weights = self.aggregation_weights()

@@ -23,8 +23,8 @@ from .data.pool import DecodePool
 from .data.shards import Dataset, open_dataset
 from .dual_encoder import DualEncoder
 from .export import find_model, load_pretrained
-from .restore import load_checkpoint
 from .processing import DualEncoderProcessor
+from .restore import load_checkpoint
 from .run_files import RunFiles, is_run, open_run
 from .server import SHARED
 from .topology import choose_device

@@ -92,6 +92,8 @@ class RunFiles:
             if age <= max(_SILENCE_S, 3 * self.seconds_per_round()):
                 return "running", f"on {host}, as its files say"
             return "silent", f"nothing was written for {age:.0f} s; look on {host}"
+        if complete:
+            return "unfinished", "all rounds are done, but model/ was not written"
         if not self.lines and age < 600:
             return "starting", "no round has ended yet"
         return "unfinished", f"{self.rounds_done} of {self.num_rounds} rounds are done and nothing says that it runs"

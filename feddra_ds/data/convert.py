@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="F",
-        help="share of each client's pairs for val (default 0.1)",
+        help="share of each client's pairs for val (default %(default)s)",
     )
     add(
         "--image-size", type=int, metavar="N", help="shrink images to N pixels on the shorter side (default: keep them)"
@@ -63,7 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let a text that several groups share be on both sides; by default they stay together, so that "
         "val holds no report seen in training",
     )
-    add("--seed", type=int, default=0, metavar="S", help="seed of the split and of the order in the shards (default 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of the split and of the order in the shards (default %(default)s)",
+    )
     add("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N", help="bytes per shard (default 256 MiB)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
     add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")

@@ -23,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("root", type=Path, metavar="ROOT", help="folder of the dataset")
     add("--verify", action="store_true", help="also compare every shard's sha256 with its index.json")
-    add("--samples", type=int, default=200, metavar="N", help="pairs per client that are read for sizes (default 200)")
+    add(
+        "--samples",
+        type=int,
+        default=200,
+        metavar="N",
+        help="pairs per client that are read for sizes (default %(default)s)",
+    )
     add("--write-index", action="store_true", help="make index.json for folders of WebDataset tars that have none")
 
 

@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("root", type=Path, metavar="ROOT", help="folder of the dataset to deal out; its splits stay as they are")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
-    add("--num-clients", type=int, default=5, metavar="N", help="clients to make, client0 … (default 5)")
+    add("--num-clients", type=int, default=5, metavar="N", help="clients to make, client0 … (default %(default)s)")
     add("--label", metavar="NAME", help="label to deal by, or `site` (default: the only label, or the labels together)")
     add("--alpha", type=float, default=0.5, metavar="A", help="Dirichlet concentration: small = very different clients, "
-        "large = alike (default 0.5)")  # fmt: skip
+        "large = alike (default %(default)s)")  # fmt: skip
     add(
         "--min-pairs",
         type=int,
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-clients", action="store_true", help="leave the clients as they are (with --shuffle-texts)")
     add("--shuffle-texts", action="store_true", help="a control: deal each client's train texts to its images at random; "
         "what is learned from this must be chance")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="S", help="seed of the draw (default 0)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the draw (default %(default)s)")
     add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
 
 

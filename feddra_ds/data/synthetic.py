@@ -34,10 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
     add("--num-pairs", type=int, default=2000, metavar="N", help="pairs over the five sites; the held-out site has "
-        f"{HELD_OUT.share:.0%} more (default 2000)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="S", help="seed; the same seed gives the same bytes (default 0)")
-    add("--image-size", type=int, default=128, metavar="N", help="side of the pictures in pixels (default 128)")
-    add("--val-fraction", type=float, default=0.2, metavar="F", help="share of each site's pairs for val (default 0.2)")
+        f"{HELD_OUT.share:.0%}% more (default %(default)s)")  # fmt: skip
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed; the same seed gives the same bytes (default %(default)s)",
+    )
+    add("--image-size", type=int, default=128, metavar="N", help="side of the pictures in pixels (default %(default)s)")
+    add(
+        "--val-fraction",
+        type=float,
+        default=0.2,
+        metavar="F",
+        help="share of each site's pairs for val (default %(default)s)",
+    )
     add("--num-workers", type=int, metavar="N", help="processes that draw (default: one per core)")
     add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
 
@@ -75,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             "label_names": list(KINDS),
             "image_size": args.image_size,
         }
-        plan = [(job, site, split) for site in (*SITES, HELD_OUT) for job, split in _plan(site, args)]
+        plan = [(job, site, split) for site, total in _sizes(args.num_pairs) for job, split in _plan(site, total, args)]
         workers = (os.cpu_count() or 1) if args.num_workers is None else args.num_workers
         drawn = _draw_all([job for job, _, _ in plan], workers)
         counts: dict[str, dict[str, int]] = {}
@@ -101,9 +113,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(site: Site, args: argparse.Namespace) -> Iterator[tuple[_Job, str]]:
+def _sizes(num_pairs: int) -> list[tuple[Site, int]]:
+    """Pairs of each site: `num_pairs` over the five by their shares, rounded so that the sum holds; the held-out on top."""
+    exact = [site.share * num_pairs for site in SITES]
+    sizes = [int(size) for size in exact]
+    for i in sorted(range(len(SITES)), key=lambda i: sizes[i] - exact[i])[: num_pairs - sum(sizes)]:
+        sizes[i] += 1
+    return [*zip(SITES, sizes, strict=True), (HELD_OUT, max(2, round(HELD_OUT.share * num_pairs)))]
+
+
+def _plan(site: Site, total: int, args: argparse.Namespace) -> Iterator[tuple[_Job, str]]:
     """The site's studies in the order of its shards, each with its split: test throughout for the held-out site."""
-    total = max(2, round(site.share * args.num_pairs))
     patients: list[str] = []
     studies: list[Study] = []
     rng = generator("site", args.seed, site.name)

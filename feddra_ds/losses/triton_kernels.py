@@ -26,51 +26,61 @@ FAST_LIMIT = tl.constexpr(40.0)
 
 
 @triton.jit
-def row_norms_kernel(x, anchor, inverse, distance, D, EPS: tl.constexpr, HAS_ANCHOR: tl.constexpr, BD: tl.constexpr):
-    """One row a program: 1/‖x‖, and mean_d (u − u_anchor)² where there are anchors."""
-    row = tl.program_id(0).to(tl.int64)
+def _rows_of(M, D, BR: tl.constexpr, BD: tl.constexpr):
+    """Of a program with BR rows: their numbers, those that exist, offsets (BR, BD) of their entries, which exist."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
     d = tl.arange(0, BD)
-    value = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    scale = 1.0 / _at_least(tl.sqrt(tl.sum(value * value, 0)), EPS)
-    tl.store(inverse + row, scale)
-    if HAS_ANCHOR:
-        other = tl.load(anchor + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        other = other / _at_least(tl.sqrt(tl.sum(other * other, 0)), EPS)
-        difference = value * scale - other
-        tl.store(distance + row, tl.sum(difference * difference, 0) / D)
+    return rows, rows < M, rows.to(tl.int64)[:, None] * D + d[None, :], (rows < M)[:, None] & (d < D)[None, :]
 
 
 @triton.jit
-def normalize_kernel(x, inverse, out, D, BD: tl.constexpr):
-    """One row a program: x/‖x‖ in the dtype of x, an operand of the gradients' products."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BD)
-    value = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32) * tl.load(inverse + row)
-    tl.store(out + row * D + d, value.to(out.dtype.element_ty), mask=d < D)
+def _unit_rows(x, EPS: tl.constexpr):
+    """1/‖x‖ of the rows of x (BR, BD)."""
+    norm = tl.sqrt(tl.sum(x * x, 1))
+    return 1.0 / tl.where(norm < EPS, EPS, norm)  # not tl.maximum: that one drops a NaN
+
+
+@triton.jit
+def row_norms_kernel(
+    x, anchor, inverse, distance, M, D,
+    EPS: tl.constexpr, HAS_ANCHOR: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """1/‖x‖, and mean_d (u − u_anchor)² where there are anchors."""
+    rows, row_ok, at, ok = _rows_of(M, D, BR, BD)
+    value = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    scale = _unit_rows(value, EPS)
+    tl.store(inverse + rows, scale, mask=row_ok)
+    if HAS_ANCHOR:
+        other = tl.load(anchor + at, mask=ok, other=0.0).to(tl.float32)
+        difference = value * scale[:, None] - other * _unit_rows(other, EPS)[:, None]
+        tl.store(distance + rows, tl.sum(difference * difference, 1) / D, mask=row_ok)
+
+
+@triton.jit
+def normalize_kernel(x, inverse, out, M, D, BR: tl.constexpr, BD: tl.constexpr):
+    """x/‖x‖ in the dtype of x, an operand of the gradients' products."""
+    rows, row_ok, at, ok = _rows_of(M, D, BR, BD)
+    value = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    value = value * tl.load(inverse + rows, mask=row_ok, other=0.0)[:, None]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def finish_kernel(
-    x, inverse, anchor, grad, coef, scale_ptr, out, D, EPS: tl.constexpr, HAS_ANCHOR: tl.constexpr, BD: tl.constexpr
-):
-    """One row a program: the gradient of the normalisation, applied to scale · Σ G v and the anchor term's gradient."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BD)
-    scale = tl.load(inverse + row)
-    u = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
-    g = tl.load(grad + row * D + d, mask=d < D, other=0.0) * tl.load(scale_ptr)
+    x, inverse, anchor, grad, coef, scale_ptr, out, M, D,
+    EPS: tl.constexpr, HAS_ANCHOR: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the normalisation, applied to scale · Σ G v and the anchor term's gradient."""
+    rows, row_ok, at, ok = _rows_of(M, D, BR, BD)
+    scale = tl.load(inverse + rows, mask=row_ok, other=0.0)
+    u = tl.load(x + at, mask=ok, other=0.0).to(tl.float32) * scale[:, None]
+    g = tl.load(grad + at, mask=ok, other=0.0) * tl.load(scale_ptr)
     if HAS_ANCHOR:
-        other = tl.load(anchor + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        other = other / _at_least(tl.sqrt(tl.sum(other * other, 0)), EPS)
-        g += (u - other) * (tl.load(coef + row) * 2.0 / D)
-    g = (g - u * tl.sum(g * u, 0)) * scale
-    tl.store(out + row * D + d, g.to(out.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _at_least(value, least):
-    # not tl.maximum: that one drops a NaN
-    return tl.where(value < least, least, value)
+        other = tl.load(anchor + at, mask=ok, other=0.0).to(tl.float32)
+        other = other * _unit_rows(other, EPS)[:, None]
+        g += (u - other) * (tl.load(coef + rows, mask=row_ok, other=0.0) * 2.0 / D)[:, None]
+    g = (g - u * tl.sum(g * u, 1)[:, None]) * scale[:, None]
+    tl.store(out + at, g.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit

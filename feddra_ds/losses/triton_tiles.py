@@ -109,9 +109,11 @@ def _bucket(*sizes: int) -> tuple[int, ...]:
     return tuple(triton.next_power_of_2(size) for size in sizes)
 
 
-def _row_options(x: Tensor) -> dict[str, int]:
+def _row_launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and options of the kernels that take whole rows."""
     width = max(16, triton.next_power_of_2(x.shape[1]))
-    return {"BD": width, "num_warps": 1 if width <= 256 else 4}
+    height = max(1, (2**16 if INTERPRETED else 2**11) // width)
+    return (triton.cdiv(len(x), height),), {"BR": height, "BD": width, "num_warps": 4}
 
 
 def row_norms(x: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,9 +122,10 @@ def row_norms(x: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
     inverse = torch.empty(len(x), dtype=torch.float32, device=x.device)
     distance = torch.zeros_like(inverse)
     other = x if anchor is None else anchor.contiguous()
+    grid, options = _row_launch(x)
     with _on(x):
-        kernels.row_norms_kernel[(len(x),)](
-            x, other, inverse, distance, x.shape[1], EPS=EPS, HAS_ANCHOR=anchor is not None, **_row_options(x)
+        kernels.row_norms_kernel[grid](
+            x, other, inverse, distance, *x.shape, EPS=EPS, HAS_ANCHOR=anchor is not None, **options
         )
     return inverse, distance
 
@@ -134,11 +137,11 @@ def finish_grads(
     x = x.contiguous()
     out = torch.empty_like(x)
     other = x if anchor is None else anchor.contiguous()
+    grid, options = _row_launch(x)
     with _on(x):
-        kernels.finish_kernel[(len(x),)](
-            x, rx, other, du, anchor_coef, scale, out, x.shape[1],
-            EPS=EPS, HAS_ANCHOR=anchor is not None, **_row_options(x),
-        )  # fmt: skip
+        kernels.finish_kernel[grid](
+            x, rx, other, du, anchor_coef, scale, out, *x.shape, EPS=EPS, HAS_ANCHOR=anchor is not None, **options
+        )
     return out
 
 
@@ -246,8 +249,9 @@ def _tile_options(x: Tensor, rows: int, columns: int, config: Config) -> dict[st
 
 def _normalized(x: Tensor, inverse: Tensor) -> Tensor:
     out = torch.empty_like(x)
+    grid, options = _row_launch(x)
     with _on(x):
-        kernels.normalize_kernel[(len(x),)](x, inverse, out, x.shape[1], **_row_options(x))
+        kernels.normalize_kernel[grid](x, inverse, out, *x.shape, **options)
     return out
 
 

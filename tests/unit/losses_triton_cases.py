@@ -27,9 +27,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(8, 16), (41, 33)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_combination_equals_float64(dtype: torch.dtype, shape: tuple[int, int], kind: str) -> None:
+def test_small_shapes_equal_float64(dtype: torch.dtype, shape: tuple[int, int], kind: str) -> None:
     embeddings = draw(shape, dtype)
-    for case in all_cases(kind):
+    for case in all_cases(kind) if shape[0] == 8 else some_cases(kind):
         assert_parity(embeddings, case, "triton")
 
 
@@ -44,9 +44,10 @@ def test_many_odd_tiles_equal_float64(dtype: torch.dtype, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(41, 33), (257, 130)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_odd_tiles_in_every_combination(dtype: torch.dtype, kind: str) -> None:
-    embeddings = draw((257, 130), dtype)
+def test_odd_shapes_in_every_combination(dtype: torch.dtype, shape: tuple[int, int], kind: str) -> None:
+    embeddings = draw(shape, dtype)
     for case in all_cases(kind):
         assert_parity(embeddings, case, "triton")
 

@@ -32,9 +32,13 @@ def test_train_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> No
         assert f"--{key} " in text
 
 
-@pytest.mark.parametrize("command", ["data", "evaluate", "probe", "export", "report", "status", "doctor"])
+COMMANDS = ["data", "evaluate", "probe", "export", "report", "status", "doctor"]
+COMMANDS += [f"data {name}" for name in ("synth", "convert", "partition", "inspect")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stopped.value.code == 0
     assert "usage" in capsys.readouterr().out

@@ -18,14 +18,8 @@ from feddra_ds.data.pipeline import ClientData
 from feddra_ds.data.pool import DecodePool
 from feddra_ds.data.remote import RemoteOptions
 from feddra_ds.data.shards import DataError, Dataset
-from feddra_ds.data.streaming import (
-    StreamingData,
-    StreamOrder,
-    build_data,
-    options_of,
-    shuffle_through_buffer,
-    split_shards,
-)
+from feddra_ds.data.stream_order import StreamOrder, shuffle_through_buffer, split_shards
+from feddra_ds.data.streaming import StreamingData, build_data, options_of
 
 
 @given(counts=st.lists(st.integers(1, 50), min_size=1, max_size=20), readers=st.integers(1, 8))

@@ -59,6 +59,13 @@ def test_five_sites_of_different_size_and_a_held_out_sixth(dataset: Dataset) -> 
     assert dataset.num_samples(HELD_OUT.name, "test") == 90
 
 
+@pytest.mark.parametrize("num_pairs", [20, 61, 100, 1999])
+def test_the_number_of_pairs_is_what_was_asked_for(num_pairs: int) -> None:
+    sizes = [size for site, size in synthetic._sizes(num_pairs) if site is not HELD_OUT]
+    assert sum(sizes) == num_pairs
+    assert min(sizes) >= 1
+
+
 def test_patients_are_on_one_side(dataset: Dataset) -> None:
     for client in dataset.client_ids:
         train, val = ({dataset.samples(client, s).read_info(i)["patient"] for i in range(dataset.num_samples(client, s))}

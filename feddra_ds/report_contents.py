@@ -1,0 +1,323 @@
+"""What the report says: numbers, sentences, charts and tables of a run, from its files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from . import __version__, dro
+from .charts import NUM_COLOURS, Series, line_chart, stacked_bars
+from .data.shards import DataError, Dataset, open_dataset
+from .progress import duration
+from .run_files import RunFiles
+
+STAGES = {
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "aggregate": "averaging",
+    "evaluate": "evaluation",
+    "checkpoint": "checkpoint",
+}
+_MAX_BARS = 12
+KEY_FACTS = {
+    "strategy.name": "strategy",
+    "schedule.rounds": "rounds",
+    "schedule.stage1_steps": "steps of stage 1",
+    "schedule.stage2_steps": "steps of stage 2",
+    "data.batch_size": "pairs in a batch",
+    "optimizer.name": "optimizer",
+    "optimizer.lr": "learning rate",
+    "objective.anchor_weight": "anchor weight λ₂",
+    "objective.temperature": "temperature τ",
+    "dro.radius": "radius ρ",
+    "dro.step_size": "step size η",
+    "dro.apply": "weights act on",
+    "data.image_size": "image side",
+    "data.text_length": "tokens of a text",
+    "run.seed": "seed",
+}
+
+
+def context(files: RunFiles) -> dict[str, Any]:
+    """What the template shows, but for the examples."""
+    lines, ids = files.lines, files.client_ids
+    state, reason = files.state()
+    val = last_val(lines)
+    return {
+        "name": files.path.resolve().name,
+        "path": str(files.path),
+        "state": state,
+        "reason": reason,
+        "version": __version__,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "rounds_done": files.rounds_done,
+        "num_rounds": files.num_rounds,
+        "strategy": files.get("strategy.name"),
+        "lines": lines,
+        "client_ids": ids,
+        "tiles": tiles(files, val),
+        "sentences": sentences(files, val),
+        "charts": charts(files) if lines else {},
+        "clients": client_rows(files, val),
+        "bars": recall_bars(files, val),
+        "pooled": val.get("all"),
+        "val_round": val_round(lines),
+        "split": files.get("evaluation.split"),
+        "excluded": [{"round": x["round"], **item} for x in lines for item in x["excluded_clients"]],
+        "skipped": skipped_rows(lines),
+        "facts": [
+            (label, shown(files.get(key)), key) for key, label in KEY_FACTS.items() if files.get(key) is not None
+        ],
+        "config": yaml.safe_dump(files.config, sort_keys=False, allow_unicode=True),
+        "resume": files.resume_command(),
+    }
+
+
+def last_val(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest retrieval results; rounds without an evaluation have none."""
+    return next((line["val"] for line in reversed(lines) if line.get("val")), {})
+
+
+def val_round(lines: list[dict[str, Any]]) -> int | None:
+    """The round of last_val."""
+    return next((line["round"] for line in reversed(lines) if line.get("val")), None)
+
+
+def both_ways(about: dict[str, float], k: int) -> float | None:
+    """Recall@k, the mean of both directions; None where the gallery is too small."""
+    if f"i2t_recall@{k}" not in about:
+        return None
+    return (about[f"i2t_recall@{k}"] + about[f"t2i_recall@{k}"]) / 2
+
+
+def tiles(files: RunFiles, val: dict[str, Any]) -> list[dict[str, str]]:
+    """The few numbers on top: value, what it is, and what to hold it against."""
+    lines = files.lines
+    if not lines:
+        return []
+    first, last = lines[0], lines[-1]
+    out = []
+    for key, label in (("mean_loss", "mean loss"), ("worst_loss", "worst client's loss")):
+        if last[key] is not None:
+            against = f"from {number(first[key])}" if len(lines) > 1 and first[key] is not None else "after one round"
+            out.append(
+                {
+                    "value": number(last[key]),
+                    "label": label,
+                    "against": f"{against}; chance {number(chance_loss(files))}",
+                }
+            )
+    known = [x for x in last["client_losses"] if x is not None]
+    if len(known) > 1:
+        spread = max(known) - min(known)
+        out.append({"value": number(spread), "label": "spread of the losses", "against": "worst − best client"})
+    pooled = val.get("all") or (next(iter(val.values())) if len(val) == 1 else None)
+    recall = both_ways(pooled, 5) if pooled else None
+    if pooled and recall is not None:
+        times = recall / pooled["chance@5"]
+        out.append(
+            {
+                "value": f"{percent(recall)} %",
+                "label": "recall@5, one gallery",
+                "against": f"chance {percent(pooled['chance@5'])} % (× {times:.1f}), {pooled['pairs']:g} pairs",
+            }
+        )
+    seconds = sum(line["seconds"] for line in lines)
+    pairs = sum(line["samples"] for line in lines)
+    out.append({"value": duration(seconds), "label": "in all rounds", "against": f"{pairs:,} pairs trained on"})
+    return out
+
+
+def chance_loss(files: RunFiles) -> float:
+    """L_i of a model that knows nothing: 2 log B, or log B where the directions are averaged."""
+    batch = int(files.get("dro.evaluation_batch_size") or 1)
+    return (1.0 if files.get("objective.direction_reduction") == "mean" else 2.0) * math.log(batch)
+
+
+def sentences(files: RunFiles, val: dict[str, Any]) -> list[str]:
+    """What happened, in words."""
+    lines, ids = files.lines, files.client_ids
+    if not lines:
+        return ["No round has ended yet, so there is nothing to show but the config."]
+    last, out = lines[-1], []
+    known = {c: x for c, x in zip(ids, last["client_losses"], strict=True) if x is not None}
+    if len(known) > 1:
+        worst, best = max(known, key=lambda c: known[c]), min(known, key=lambda c: known[c])
+        out.append(f"{worst} has the highest loss ({number(known[worst])}), {best} the lowest ({number(known[best])}).")
+        p = last.get("next_client_weights") or last["client_weights"]
+        heavy, light = (ids[f(range(len(ids)), key=lambda i: p[i])] for f in (max, min))
+        if max(p) - min(p) > 1e-6:
+            out.append(
+                f"The weights p now range from {min(p):.3f} ({light}) to {max(p):.3f} ({heavy}); "
+                f"their distance from uniform is {dro.chi2_divergence(p):.3f}"
+                + (f", of at most ρ = {files.get('dro.radius'):g}." if files.get("dro.center") == "uniform" else ".")
+            )
+        else:
+            out.append("All clients have the same weight.")
+    gained = {}
+    for client, about in val.items():
+        recall = both_ways(about, 5)
+        if client != "all" and recall is not None:
+            gained[client] = recall - about["chance@5"]
+    if len(gained) > 1:
+        least = min(gained, key=lambda c: gained[c])
+        above = sum(g > 0 for g in gained.values())
+        out.append(
+            f"Recall@5 is above its chance level for {above} of {len(gained)} clients with a large enough gallery; "
+            f"it is lowest against it for {least}."
+        )
+    excluded = sorted({item["id"] for line in lines for item in line["excluded_clients"]})
+    if excluded:
+        out.append(f"Left out of the average in some round: {', '.join(excluded)} (reasons below).")
+    return out
+
+
+def charts(files: RunFiles) -> dict[str, Markup]:
+    """The page's charts by name; those that would say nothing are left out."""
+    lines, ids = files.lines, files.client_ids
+    x = [line["round"] for line in lines]
+    style = styles(files)
+    column: Callable[[str, int], list[float | None]] = lambda key, i: [line[key][i] for line in lines]
+    losses = [
+        Series(client, column("client_losses", i), style[client], labelled=style[client] != "muted")
+        for i, client in enumerate(ids)
+    ]
+    if len(ids) > 1:
+        losses.append(Series("worst", [line["worst_loss"] for line in lines], "ink", dash=True))
+        losses.append(Series("mean", [line["mean_loss"] for line in lines], "ink"))
+    out = {
+        "loss": line_chart(
+            losses, x, title="Loss per client over rounds", show=number, references=[("chance", chance_loss(files))]
+        )
+    }
+    if len(ids) > 1:
+        weights = [line["client_weights"] for line in lines]
+        after = lines[-1].get("next_client_weights")
+        px = [*x, x[-1] + 1] if after else x
+        weights = [*weights, after] if after else weights
+        p = [
+            Series(client, [w[i] for w in weights], style[client], labelled=style[client] != "muted")
+            for i, client in enumerate(ids)
+        ]
+        even = [("uniform", 1 / len(ids))]
+        out["weights"] = line_chart(
+            p, px, title="Weights p over rounds", show=lambda v: f"{v:.2f}", from_zero=True, references=even
+        )
+    pooled = [(line["round"], line["val"]["all"]) for line in lines if (line.get("val") or {}).get("all")]
+    if pooled:
+        cuts = [k for k in (1, 5, 10) if f"chance@{k}" in pooled[-1][1]]
+        recall = [Series(f"recall@{k}", [both_ways(v, k) for _, v in pooled], f"t{j}") for j, k in enumerate(cuts)]
+        chance = [
+            Series(f"chance@{k}", [v.get(f"chance@{k}") for _, v in pooled], f"t{j}", dash=True)
+            for j, k in enumerate(cuts)
+        ]
+        out["recall"] = line_chart(
+            [*recall, *chance],
+            [r for r, _ in pooled],
+            title="Recall in the pooled gallery over rounds",
+            show=lambda v: f"{percent(v)} %",
+            from_zero=True,
+        )
+    stages = [(label, [float(line["stage_seconds"].get(key, 0.0)) for line in lines]) for key, label in STAGES.items()]
+    out["seconds"] = stacked_bars(stages, x, title="Seconds per stage of each round", unit="s")
+    return out
+
+
+def styles(files: RunFiles) -> dict[str, str]:
+    """A colour per client; with more clients than colours, those whose weights moved furthest have one."""
+    ids, last = files.client_ids, files.lines[-1]
+    p = last.get("next_client_weights") or last["client_weights"]
+    ranked = sorted(range(len(ids)), key=lambda i: -abs(p[i] - 1 / len(ids)))
+    coloured = sorted(ranked[:NUM_COLOURS]) if len(ids) > NUM_COLOURS else list(range(len(ids)))
+    return {client: f"c{coloured.index(i)}" if i in coloured else "muted" for i, client in enumerate(ids)}
+
+
+def client_rows(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per client and per other gallery that was evaluated."""
+    lines, ids = files.lines, files.client_ids
+    pairs = training_pairs(files)
+    style = styles(files) if lines else {}
+    out = []
+    for name in [*ids, *(c for c in val if c not in ids and c != "all")]:
+        i = ids.index(name) if name in ids else None
+        last = lines[-1] if lines else {}
+        after = (last.get("next_client_weights") or last.get("client_weights")) if last else None
+        out.append(
+            {
+                "id": name,
+                "style": style.get(name, "muted"),
+                "pairs": pairs.get(name),
+                "p_first": lines[0]["client_weights"][i] if i is not None and lines else None,
+                "p_last": after[i] if i is not None and after else None,
+                "loss": last["client_losses"][i] if i is not None and last else None,
+                "val": val.get(name),
+                "recall": {k: both_ways(val[name], k) for k in (1, 5, 10)} if name in val else {},
+            }
+        )
+    return out
+
+
+def recall_bars(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the chart of recall@5 per client; of many clients, those that are lowest against their chance."""
+    rows = [row for row in client_rows(files, val) if row["val"]]
+    if len(rows) <= _MAX_BARS:
+        return rows
+    rows = [row for row in rows if row["recall"][5] is not None]
+    return sorted(rows, key=lambda row: row["recall"][5] - row["val"]["chance@5"])[:_MAX_BARS]
+
+
+def training_pairs(files: RunFiles) -> dict[str, int]:
+    """Training pairs by client, from the dataset where it is at hand."""
+    try:
+        dataset: Dataset = open_dataset(str(files.get("data.root")))
+        counts = {client: dataset.num_samples(client, "train") for client in dataset.clients}
+    except (DataError, OSError):
+        return {}
+    if len(files.client_ids) == 1 and files.client_ids[0] not in counts:  # the centralised strategy
+        wanted = files.get("clients.ids") or dataset.client_ids
+        counts[files.client_ids[0]] = sum(counts.get(c, 0) for c in wanted)
+    return counts
+
+
+def skipped_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """(client, reason, samples) over all rounds."""
+    totals: Counter[tuple[str, str]] = Counter()
+    for line in lines:
+        for client, counts in line["skipped_samples"].items():
+            for reason, count in counts.items():
+                totals[client, reason] += count
+    return [(client, reason, count) for (client, reason), count in sorted(totals.items())]
+
+
+def shown(value: Any) -> str:
+    """A config value for reading."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def number(value: float | None) -> str:
+    """Three figures after the point, fewer for large numbers; – for none."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in %: one decimal below 10, none above; – for none."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if 0 < abs(value) < 0.0995 else f"{100 * value:.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for reading."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
