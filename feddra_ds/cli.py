@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command not in TAKE_CONFIG_KEYS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        args.overrides = parse_overrides(rest)
         return int(args.run(args, rest) if args.command == "train" else args.run(args))
     except ConfigError as error:
         for problem in error.problems:

@@ -94,8 +94,8 @@ def show(models: Models, result: dict[str, Any]) -> None:
     worst = result["worst_client"]
     if worst is not None:
         print(
-            f"recall@5 beyond chance (0 = chance, 1 = perfect): mean {worst['mean_skill@5']:.3f}, "
-            f"worst {worst['skill@5']:.3f} ({worst['id']}), spread {worst['spread_skill@5']:.3f}"
+            f"recall@5 beyond chance (0 = chance, 1 = perfect): mean {worst['mean_skill@5']:+.3f}, "
+            f"worst {worst['skill@5']:+.3f} ({worst['id']}), spread {worst['spread_skill@5']:.3f}"
         )
     print()
     _interval_table(result)
@@ -191,7 +191,7 @@ def _interval_table(result: dict[str, Any]) -> None:
 def _zero_shot_table(result: dict[str, Any]) -> None:
     rows = []
     for label, about in result["zero_shot"].items():
-        measured = {c: m for c, m in about["clients"].items() if m is not None}
+        measured = {c: m for c, m in about["clients"].items() if m is not None and _is_enough(m)}
         worst = min(measured, key=lambda c: measured[c]["auroc"]) if measured else None
         pooled = about[POOLED]
         rows.append(
@@ -211,6 +211,13 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
         print("Zero-shot classification: the samples have no labels that could be told apart")
     for label, reason in result["labels_left_out"].items():
         print(f"  {label}: left out, {reason}")
+
+
+def _is_enough(measured: dict[str, float]) -> bool:
+    """Whether a client's AUROC says something: from five pairs of each side, or twenty of several classes."""
+    if "positives" not in measured:
+        return measured["n"] >= 20
+    return min(measured["positives"], measured["n"] - measured["positives"]) >= 5
 
 
 def _advice(models: Models, result: dict[str, Any]) -> list[str]:

@@ -84,7 +84,9 @@ class Models:
         if self.run is None:
             return None
         ids = self.run.get("clients.ids")
-        return [c for c in (ids if ids is not None else dataset.client_ids) if c in dataset.clients]
+        if ids is None:
+            ids = [c for c in dataset.clients if c not in dataset.held_out]
+        return [c for c in ids if c in dataset.clients]
 
 
 def open_models(path: str | Path, device: str = "auto") -> Models:

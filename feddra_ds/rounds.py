@@ -82,7 +82,7 @@ class Run:
                     samples += self.run_stage(round_index, stage)
                 report = self.evaluate(round_index)
                 report |= {
-                    "samples": samples,
+                    "samples": samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
                     "bytes": self.server.num_bytes - bytes_before,
                     "memory": peak_memory(self.engine),
                 }

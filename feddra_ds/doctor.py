@@ -1,0 +1,102 @@
+"""`feddra-ds doctor`: whether this machine can run a training, and with --config whether this one can start."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from .data.console import next_step
+from .doctor_system import (
+    Finding,
+    check_deepspeed,
+    check_disk,
+    check_gloo,
+    check_hardware,
+    check_network,
+    check_software,
+)
+
+_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `doctor`."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="check this config too: data, topology, parameters, disk; --section.key value come on top, as in `train`",
+    )
+    parser.add_argument(
+        "--num-ranks", type=int, default=1, metavar="N", help="ranks that will be launched, over all hosts (default: 1)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="bound of each test that is run (default: 120)"
+    )
+    parser.add_argument("--no-self-test", action="store_true", help="do not import DeepSpeed nor start two gloo ranks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0, or 1 where there is a problem. Raises ValueError for bad options."""
+    if args.num_ranks < 1:
+        raise ValueError(f"--num-ranks: must be at least 1, got {args.num_ranks}")
+    if args.timeout <= 0:
+        raise ValueError(f"--timeout: must be more than 0 seconds, got {args.timeout:g}")
+    if args.rest and args.config is None:
+        raise ValueError(f"{args.rest[0]}: config keys need --config FILE beside them")
+    findings: list[Finding] = []
+    console = Console(soft_wrap=True)
+
+    def tell(found: Iterator[Finding]) -> None:
+        for finding in found:
+            findings.append(finding)
+            if not args.json:
+                console.print(_line(finding))
+
+    tell(check_software())
+    tell(check_hardware())
+    tell(check_network())
+    if not args.no_self_test:
+        tell(check_deepspeed(args.timeout))
+        tell(check_gloo(args.timeout))
+    if args.config is None:
+        tell(check_disk(Path.cwd(), None))
+    else:
+        from .doctor_config import check_config
+
+        tell(check_config(args.config, args.overrides, args.num_ranks))
+    problems = sum(f.level == "problem" for f in findings)
+    if args.json:
+        print(json.dumps({"problems": problems, "findings": [asdict(f) for f in findings]}))
+    else:
+        warnings = sum(f.level == "warning" for f in findings)
+        print(f"{problems} problems, {warnings} warnings")
+        next_step(*_advice(args, problems))
+    return 1 if problems else 0
+
+
+def _line(finding: Finding) -> Text:
+    line = Text(f"{finding.level:<8}", style=_STYLES[finding.level])
+    line.append(f" {finding.what}: ", style="bold")
+    line.append(finding.found, style="default")
+    if finding.todo:
+        line.append(f"\n         → {finding.todo}", style="default")
+    return line
+
+
+def _advice(args: argparse.Namespace, problems: int) -> list[str]:
+    again = "feddra-ds doctor" + (f" --config {args.config}" if args.config else "")
+    if problems:
+        return [f"mend the problems above, then again: {again}"]
+    if args.config is None:
+        return ["feddra-ds doctor --config FILE   # checks data, topology and parameters of a run"]
+    keys = " ".join(args.rest)
+    if args.num_ranks > 1:
+        return [f"deepspeed --num_accelerators {args.num_ranks} launch/train.py --config {args.config} {keys}".rstrip()]
+    return [f"feddra-ds train --config {args.config} {keys}".rstrip()]

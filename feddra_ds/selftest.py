@@ -1,0 +1,82 @@
+"""Two processes, two slots, one sum: `python -m feddra_ds.selftest RANK PORT TIMEOUT`, started by `feddra-ds doctor`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+NUM_RANKS = 2
+EXPECTED = 3.0  # 1 + 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """problem: why it failed, or None; seconds: how long it took, start-up of the interpreters included."""
+
+    problem: str | None
+    seconds: float
+
+
+def run(timeout_s: float) -> Outcome:
+    """Start the two ranks over gloo on this host and wait, at most `timeout_s` seconds, for their sum."""
+    began = time.monotonic()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in launcher} | {"OMP_NUM_THREADS": "1"}
+    logs = [tempfile.TemporaryFile() for _ in range(NUM_RANKS)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "feddra_ds.selftest", str(rank), str(port), str(timeout_s)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        problem = None
+        for rank, process in enumerate(ranks):
+            try:
+                code = process.wait(max(0.1, timeout_s - (time.monotonic() - began)))
+            except subprocess.TimeoutExpired:
+                problem = problem or f"rank {rank} did not end within {timeout_s:.0f} s"
+                continue
+            if code != 0:
+                logs[rank].seek(0)
+                said = logs[rank].read().decode(errors="replace").strip().splitlines()
+                problem = problem or f"rank {rank} ended with {code}: {said[-1] if said else 'it said nothing'}"
+        return Outcome(problem, time.monotonic() - began)
+    finally:
+        for process, log in zip(ranks, logs, strict=True):
+            if process.poll() is None:
+                process.kill()
+                process.wait(10)
+            log.close()
+
+
+def main(rank: int, port: int, timeout_s: float) -> None:
+    """One rank: join the store, its slot and its peers as a run does, add the ranks up, and leave."""
+    import torch
+
+    from .topology import Launch, Topology, plan
+
+    topology = Topology(
+        plan(NUM_RANKS, NUM_RANKS, 1), Launch(rank, NUM_RANKS, rank, "127.0.0.1", port), torch.device("cpu"), timeout_s
+    )
+    value = torch.tensor([float(rank + 1)])
+    assert topology.peers is not None
+    topology.peers.allreduce([value]).wait()
+    if float(value) != EXPECTED:
+        raise SystemExit(f"the sum over {NUM_RANKS} ranks is {float(value)}, not {EXPECTED}")
+    topology.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
