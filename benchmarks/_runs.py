@@ -121,9 +121,7 @@ def launch(script: str, world_size: int, argument: Mapping[str, Any], timeout: f
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
             log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below)
             logs.append(log)
-            ranks.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-            )
+            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True))
         results = []
         for rank, process in enumerate(ranks):
             printed, _ = process.communicate(timeout=timeout)
@@ -154,7 +152,8 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     cells = [[f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
     for line in [columns, *cells]:
-        print("  ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))))
+        padded = [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *padded]))
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:

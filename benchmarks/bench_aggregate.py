@@ -178,7 +178,9 @@ def main() -> None:
                 argument = {"root": str(root), "sizes": vars(sizes), "zero": zero, "repeats": repeats}
                 ranks = launch(__file__, slots, argument)
             first = ranks[0]
-            slowest = {c: [max(turn) for turn in zip(*(r["seconds"][c] for r in ranks), strict=True)] for c in first["seconds"]}
+            slowest = {
+                c: [max(turn) for turn in zip(*(r["seconds"][c] for r in ranks), strict=True)] for c in first["seconds"]
+            }
             rows = []
             for case, seconds in slowest.items():
                 sent = max(r["bytes"].get(case, 0) for r in ranks)

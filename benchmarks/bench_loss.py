@@ -51,9 +51,11 @@ def losses(names: list[str], anchors: tuple[Tensor | None, Tensor | None]) -> di
     weight = 0.0 if anchors[0] is None else 1.0
 
     def ours(impl: Any) -> Loss:
-        return lambda u, v, t: fused_dro_loss(
-            u, v, *anchors, temperature=t, anchor_weight=weight, direction_reduction="mean", impl=impl
-        ).total
+        return lambda u, v, t: (
+            fused_dro_loss(
+                u, v, *anchors, temperature=t, anchor_weight=weight, direction_reduction="mean", impl=impl
+            ).total
+        )
 
     def reference(u: Tensor, v: Tensor, t: Tensor) -> Tensor:
         return reference_loss(u, v, *anchors, None, t, anchor_weight=weight, direction_reduction="mean").total

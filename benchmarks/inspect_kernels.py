@@ -22,7 +22,20 @@ from triton.compiler import ASTSource
 from feddra_ds.losses import triton_kernels as kernels
 from feddra_ds.losses import triton_tiles as tiles
 
-FLOATS = {"rx", "ry", "scale_ptr", "bias_ptr", "row_out", "col_out", "diag_out", "row", "col", "row_coef", "col_coef", "diagonal"}
+FLOATS = {
+    "rx",
+    "ry",
+    "scale_ptr",
+    "bias_ptr",
+    "row_out",
+    "col_out",
+    "diag_out",
+    "row",
+    "col",
+    "row_coef",
+    "col_coef",
+    "diagonal",
+}
 FLOATS |= {"gain_ptr", "sum_gs", "sum_g", "out"}
 EMBEDDINGS = {"x", "y", "a", "b", "panel"}
 UNIT = {"product_kernel": {"a_k", "b_n"}}  # strides that are 1, which Triton specialises on

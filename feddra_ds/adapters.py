@@ -97,7 +97,9 @@ def apply(model: DualEncoder, options: LoraOptions | None) -> None:
         raise ValueError(f"model.adapter.target_modules: {options.target_modules} name no layer; there are {layers}")
     for side, names in found.items():
         if names:
-            config = LoraConfig(r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=names)  # type: ignore[arg-type]
+            config = LoraConfig(
+                r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=names
+            )  # type: ignore[arg-type]
             inject_adapter_in_model(config, getattr(model.backbone, side), _ADAPTER)
     for name, parameter in model.backbone.named_parameters():
         if name.endswith(_A):
@@ -217,9 +219,14 @@ def save_adapter(model: DualEncoder, out: str | Path, base: Mapping[str, str | N
             continue
         folder.mkdir(parents=True, exist_ok=True)
         factors = {n: p for n, p in encoder.named_parameters() if n.endswith((_A, _B))}
-        tensors = {f"base_model.model.{n.replace(f'.{_ADAPTER}', '')}": p.detach().contiguous() for n, p in factors.items()}
+        tensors = {
+            f"base_model.model.{n.replace(f'.{_ADAPTER}', '')}": p.detach().contiguous() for n, p in factors.items()
+        }
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = encoder.peft_config[_ADAPTER].to_dict() | {"base_model_name_or_path": base.get(side), "inference_mode": True}
+        config = encoder.peft_config[_ADAPTER].to_dict() | {
+            "base_model_name_or_path": base.get(side),
+            "inference_mode": True,
+        }
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
         files += [folder / "adapter_model.safetensors", folder / "adapter_config.json"]

@@ -25,9 +25,22 @@ def reference() -> str:
             out += ["", f"## {section}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         default = info.get_default(call_default_factory=True)
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        cells = (f"`{key}`", _type(info.annotation) + _bounds(info), f"`{shown}`", " ".join((info.description or "").split()))
+        cells = (
+            f"`{key}`",
+            _type(info.annotation) + _bounds(info),
+            f"`{shown}`",
+            " ".join((info.description or "").split()),
+        )
         out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    out += ["", "## What a strategy presets", "", "Keys that you give override these.", "", "| strategy | presets |", "|---|---|"]
+    out += [
+        "",
+        "## What a strategy presets",
+        "",
+        "Keys that you give override these.",
+        "",
+        "| strategy | presets |",
+        "|---|---|",
+    ]
     for name, tree in STRATEGY_DEFAULTS.items():
         presets = ", ".join(f"`{s}.{k} = {v}`" for s, keys in tree.items() for k, v in keys.items())
         out.append(f"| {name} | {presets or 'the defaults above'} |")

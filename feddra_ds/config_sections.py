@@ -102,7 +102,7 @@ class DataConfig(Section):
     text_length: int = Field(112, ge=4)
     """Tokens per text; longer texts are cut."""
     order: Literal["exact", "streaming"] = "exact"
-    """exact: a seeded order that knows no ranks, read by offset. streaming: webdataset's pipeline, rank-dependent."""
+    """exact: a seeded order that knows no ranks, read by offset. streaming: whole shards through a buffer, rank-dependent."""
     num_workers: int = Field(0, ge=0)
     """Worker processes that decode, per rank; 0 decodes in a background thread."""
     prefetch: int = Field(2, ge=1)

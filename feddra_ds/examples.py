@@ -32,7 +32,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Example:
-    """A query with its best results. rank: from 1, where the first match stands among `gallery` pairs."""
+    """A query with its best results. rank: from 1, where the match stands among the `gallery` different texts, or pictures."""
 
     client: str
     image: str | None
@@ -128,7 +128,8 @@ def _example(shelf: _Shelf, place: int, reader: _Reader, *, by_image: bool) -> E
     owner, index = shelf.places[place]
     text, image = reader.read(owner, index, picture=True)
     better = int((shelf.ranks.i2t if by_image else shelf.ranks.t2i)[place])
-    return Example(owner.client, image, text, better + 1, len(gallery), found)
+    searched = shelf.ranks.num_texts if by_image else len(gallery)
+    return Example(owner.client, image, text, better + 1, searched, found)
 
 
 def thumbnail(data: bytes) -> str | None:

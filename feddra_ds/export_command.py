@@ -53,7 +53,9 @@ def main(args: argparse.Namespace) -> int:
     if args.format == "transformers":
         whole = to_transformers(model, processor)
         write_folder(whole.state_dict(), whole.config, processor, args.out, args.max_shard_size)
-        print(f"wrote {args.out}. Load it with transformers.VisionTextDualEncoderModel.from_pretrained({str(args.out)!r})")
+        print(
+            f"wrote {args.out}. Load it with transformers.VisionTextDualEncoderModel.from_pretrained({str(args.out)!r})"
+        )
     else:
         save_model(model.state_dict(), model.config, processor, args.out, max_shard_size=args.max_shard_size)
         print(f"wrote {args.out}. Load it with feddra_ds.load_pretrained({str(args.out)!r})")

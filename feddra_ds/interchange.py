@@ -31,7 +31,9 @@ def to_transformers(model: DualEncoder, processor: Callable[..., Any]) -> Vision
     """
     config = model.config
     if config.head_kind != "linear":
-        raise ValueError("--format transformers: needs model.head.kind = linear; a VisionTextDualEncoderModel has no mlp head")
+        raise ValueError(
+            "--format transformers: needs model.head.kind = linear; a VisionTextDualEncoderModel has no mlp head"
+        )
     if config.num_extra_blocks:
         raise ValueError("--format transformers: needs model.num_extra_blocks = 0; there is no place for extra blocks")
     towers = {side: _whole_with_pooler(model, side) for side in SIDES}
@@ -74,4 +76,6 @@ def _check_equal(model: DualEncoder, whole: VisionTextDualEncoderModel, processo
     ours, theirs = model.eval()(**inputs), whole(**inputs)
     for side in ("image_embeds", "text_embeds"):
         if not torch.allclose(getattr(ours, side), getattr(theirs, side), atol=1e-4):
-            raise ValueError(f"--format transformers: the {side} of a VisionTextDualEncoderModel would differ; use feddra")
+            raise ValueError(
+                f"--format transformers: the {side} of a VisionTextDualEncoderModel would differ; use feddra"
+            )

@@ -95,9 +95,7 @@ def build_processor(
     if source is not None:
         mean, std = image_statistics(source, key)
     size = {"height": image_size, "width": image_size}
-    image_processor = ViTImageProcessorPil(
-        size=size, do_convert_rgb=True, image_mean=list(mean), image_std=list(std)
-    )
+    image_processor = ViTImageProcessorPil(size=size, do_convert_rgb=True, image_mean=list(mean), image_std=list(std))
     return DualEncoderProcessor(image_processor, tokenizer, text_length)
 
 

@@ -7,24 +7,22 @@ in step with it. Rounds count from 0, as in metrics.jsonl and checkpoints/; the 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .display import Display
 from .logs import logger
 from .schedule import Stage
 
@@ -87,15 +85,13 @@ class Progress:
         self.now = Standing(stage_began=clock(), round_began=clock())
         self._began = clock()
         self._written = float("-inf")
-        self._live: Live | None = None
-        self._redirected: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
+        self.display = Display(self.console, self.render)
         self._process_began = psutil.Process().create_time()
 
     # ---- the run's beginning and end
     def __enter__(self) -> Progress:
         if self.enabled:
-            if self.console.is_terminal and self.console.is_interactive:
-                self._start_display()
+            self.display.start()
             self._write("running", force=True)
         return self
 
@@ -104,7 +100,7 @@ class Progress:
     ) -> None:
         if not self.enabled:
             return
-        self._stop_display()
+        self.display.stop()
         if error is None:
             self._write("finished", force=True)
         elif isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -198,38 +194,9 @@ class Progress:
     def _round(self) -> str:
         return f"round {self.now.round_index} ({self.now.round_index + 1}/{self.num_rounds})"
 
-    def _start_display(self) -> None:
-        # A pipe keeps what is written to it: only a terminal's stream is drawn around the display.
-        to_stdout = sys.stdout.isatty()
-        self._live = Live(
-            get_renderable=self.render,
-            console=self.console,
-            refresh_per_second=4,
-            transient=True,
-            redirect_stdout=to_stdout,
-            redirect_stderr=True,
-        )
-        before = {sys.stderr: "stderr"} | ({sys.stdout: "stdout"} if to_stdout else {})
-        self._live.start()
-        # Handlers hold the stream they were made with; written to directly, it would tear the display.
-        for handler in _stream_handlers():
-            name = before.get(handler.stream)
-            if name is not None:
-                self._redirected.append((handler, handler.stream))
-                handler.setStream(getattr(sys, name))
-
-    def _stop_display(self) -> None:
-        if self._live is None:
-            return
-        for handler, stream in self._redirected:
-            handler.setStream(stream)
-        self._redirected.clear()
-        self._live.stop()
-        self._live = None
-
     def render(self) -> RenderableType:
         """The live display: what runs, the client's steps, the run. Fits any width; long names are cut."""
-        now, width = self.now, max(10, min(40, self.console.width - 44))
+        now = self.now
         head = Text(f"{self.strategy} · {self._round()} · ", no_wrap=True, overflow="ellipsis")
         if now.phase in _PHASES or now.client is None:
             head.append(_PHASES.get(now.phase, now.phase))
@@ -237,24 +204,20 @@ class Progress:
             head.append(f"{now.phase} · ")
             head.append(now.client, style="bold")
             head.append(f" ({now.client_number}/{len(self.clients)}{' of this slot' if self.num_slots > 1 else ''})")
+        cells: list[tuple[str, float, str]] = []
+        if now.client is not None:
+            seconds = max(1e-9, self.clock() - now.stage_began)
+            loss = "" if now.loss is None else f"loss {now.loss:.4f} · {now.pairs / seconds:.0f} pairs/s"
+            cells.append((f"step {now.step}/{now.num_steps}", now.step / max(1, now.num_steps), loss))
+        left, done = self.seconds_left(), self.fraction_done()
+        times = f"{duration(self.clock() - self._began)} gone"
+        cells.append((f"run {done:.0%}", done, times + (f" · about {duration(left)} left" if left is not None else "")))
+        room = self.console.width - max(len(c[0]) for c in cells) - max(len(c[2]) for c in cells) - 4
         rows = Table.grid(padding=(0, 1))
         for _ in range(3):
             rows.add_column(no_wrap=True, overflow="ellipsis")
-        seconds = max(1e-9, self.clock() - now.stage_began)
-        loss = "" if now.loss is None else f"loss {now.loss:.4f} · {now.pairs / seconds:.0f} pairs/s"
-        if now.client is not None:
-            rows.add_row(
-                f"step {now.step}/{now.num_steps}",
-                ProgressBar(total=max(1, now.num_steps), completed=now.step, width=width),
-                loss,
-            )
-        left, done = self.seconds_left(), self.fraction_done()
-        gone = duration(self.clock() - self._began)
-        rows.add_row(
-            f"run {done:.0%}",
-            ProgressBar(total=1.0, completed=done, width=width),
-            f"{gone} gone" + (f" · about {duration(left)} left" if left is not None else ""),
-        )
+        for what, part, detail in cells:
+            rows.add_row(what, ProgressBar(total=1.0, completed=part, width=max(4, min(40, room))), detail)
         lines: list[RenderableType] = [head, rows]
         if now.last_line is not None:
             lines.append(Text(f"last round: {summary(now.last_line)}", style="dim", no_wrap=True, overflow="ellipsis"))
@@ -332,8 +295,3 @@ def duration(seconds: float) -> str:
             rest = whole % size // part
             return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
     return f"{whole} s"
-
-
-def _stream_handlers() -> list[logging.StreamHandler[TextIO]]:
-    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
-    return [h for one in loggers for h in one.handlers if isinstance(h, logging.StreamHandler)]

@@ -29,7 +29,9 @@ def load_checkpoint(
     config = from_dict(checkpoint.read_coordinator(folder)["config"])
     owners = sorted(path.name for path in (folder / "weights").iterdir())
     if owner not in owners:
-        raise checkpoint.CheckpointError(f"{folder} holds no model of {owner}; it holds {', '.join(owners)}: use --client")
+        raise checkpoint.CheckpointError(
+            f"{folder} holds no model of {owner}; it holds {', '.join(owners)}: use --client"
+        )
     text = config.model.text
     tokenizer = load_tokenizer(text.tokenizer or text.pretrained or config.model.pretrained)
     with torch.random.fork_rng(devices=[]):
@@ -48,7 +50,9 @@ def load_checkpoint(
     lost = {name for name, p in model.named_parameters() if p.requires_grad} - state.keys()
     unknown = state.keys() - model.state_dict().keys()
     if lost or unknown:
-        raise checkpoint.CheckpointError(f"{folder} is of another model: {sorted(lost | unknown)[0]} is on one side only")
+        raise checkpoint.CheckpointError(
+            f"{folder} is of another model: {sorted(lost | unknown)[0]} is on one side only"
+        )
     model.load_state_dict(state, strict=False)
     if merge_adapters:
         adapters.merge(model)

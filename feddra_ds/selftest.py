@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 NUM_RANKS = 2
@@ -30,35 +31,31 @@ def run(timeout_s: float) -> Outcome:
         port = probe.getsockname()[1]
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in launcher} | {"OMP_NUM_THREADS": "1"}
-    logs = [tempfile.TemporaryFile() for _ in range(NUM_RANKS)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "feddra_ds.selftest", str(rank), str(port), str(timeout_s)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        problem = None
+    problem = None
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(NUM_RANKS)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            command = [sys.executable, "-m", "feddra_ds.selftest", str(rank), str(port), str(timeout_s)]
+            ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+            stack.callback(_end, ranks[-1])
         for rank, process in enumerate(ranks):
             try:
                 code = process.wait(max(0.1, timeout_s - (time.monotonic() - began)))
             except subprocess.TimeoutExpired:
-                problem = problem or f"rank {rank} did not end within {timeout_s:.0f} s"
+                problem = problem or f"rank {rank} did not end within {timeout_s:g} s"
                 continue
             if code != 0:
                 logs[rank].seek(0)
                 said = logs[rank].read().decode(errors="replace").strip().splitlines()
                 problem = problem or f"rank {rank} ended with {code}: {said[-1] if said else 'it said nothing'}"
-        return Outcome(problem, time.monotonic() - began)
-    finally:
-        for process, log in zip(ranks, logs, strict=True):
-            if process.poll() is None:
-                process.kill()
-                process.wait(10)
-            log.close()
+    return Outcome(problem, time.monotonic() - began)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait(10)
 
 
 def main(rank: int, port: int, timeout_s: float) -> None:

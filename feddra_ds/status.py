@@ -150,4 +150,5 @@ def _advice(files: RunFiles, state: str) -> list[str]:
         return [f"feddra-ds status {files.path} --watch 5", *([report] if files.lines else [])]
     if state == "finished":
         return [report, f"feddra-ds evaluate {files.path}"]
-    return [f"{files.resume_command()}   # goes on from the last checkpoint", *([report] if files.lines else [])]
+    how = "goes on from the last checkpoint" if files.checkpoints else "starts anew: there is no checkpoint yet"
+    return [f"{files.resume_command()}   # {how}", *([report] if files.lines else [])]

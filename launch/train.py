@@ -1,4 +1,7 @@
-"""The entry point for many ranks: deepspeed [--hostfile H] [--num_accelerators K] launch/train.py --config FILE [--section.key value …]."""
+"""The entry point for many ranks.
+
+deepspeed [--hostfile H] [--num_accelerators K] launch/train.py --config FILE [--section.key value …]
+"""
 
 import sys
 

@@ -68,7 +68,9 @@ class Store:
 
     def __post_init__(self) -> None:
         if self.root.startswith("pipe:") and not self.options.allow_pipe:
-            raise DataError("data.root: pipe: runs a program on this machine; it is refused unless allow_pipe is set")
+            raise DataError(
+                "data.root: pipe: runs a program here; it is refused unless data.streaming.allow_pipe is true"
+            )
         if self.root.startswith("pipe:") and "{path}" not in self.root:
             raise DataError("data.root: a pipe: command needs {path} where the file's path under the root goes")
 

@@ -187,7 +187,7 @@ def _nodule(a: Anatomy, f: Finding) -> None:
     assert f.size_mm is not None
     cx, cy = _place(a, f)
     radius = f.size_mm * _MM * 0.75  # drawn half as large again as life, to survive at 64 pixels
-    a.image = _add(a.image, 0.46 * _soft(1 - np.sqrt(_blob(a.x, a.y, cx, cy, radius, radius)), 0.35) * a.lungs[f.side])
+    a.image = _add(a.image, 0.54 * _soft(1 - np.sqrt(_blob(a.x, a.y, cx, cy, radius, radius)), 0.35) * a.lungs[f.side])
 
 
 def _effusion(a: Anatomy, f: Finding) -> None:
@@ -216,8 +216,8 @@ def _atelectasis(a: Anatomy, f: Finding) -> None:
     slope = _SIGN[f.side] * a.rng.uniform(-0.35, -0.05)
     for k in range({"mild": 1, "moderate": 2, "severe": 3}[f.severity]):
         offset = a.y - (cy + 0.075 * k + slope * (a.x - cx))
-        band = np.exp(-((offset / 0.016) ** 2)) * np.exp(-((((a.x - cx) / 0.22) ** 2) ** 2))
-        a.image = _add(a.image, 0.38 * band * a.lungs[f.side])
+        band = np.exp(-((offset / 0.022) ** 2)) * np.exp(-((((a.x - cx) / 0.22) ** 2) ** 2))
+        a.image = _add(a.image, 0.50 * band * a.lungs[f.side])
 
 
 def _cardiomegaly(a: Anatomy, f: Finding) -> None:

@@ -83,7 +83,7 @@ def fused_dro_loss(
     impl = resolve_impl(impl, image)
     tau, offset = (_scalar(x, image) for x in (temperature, 0.0 if bias is None else bias))
     tensors = (image, text, image_anchor, text_anchor, sample_weight, tau, offset)
-    if group is not None:
+    if group is not None and group_size(group) > 1:
         return _over_group(group, exchange, impl, anchor_weight, direction_reduction, kind, *tensors)
     if impl == "reference":
         return _reference(*tensors, anchor_weight, direction_reduction, kind)
@@ -95,7 +95,6 @@ def fused_dro_loss(
 
 
 _FACTORS = {"sum": 1.0, "mean": 0.5}
-
 
 
 def _over_group(

@@ -41,14 +41,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-WIDE = [
-    Config(128, 128, 64, 8, 3),
-    Config(128, 256, 64, 8, 3),
-    Config(128, 128, 64, 4, 4),
-    Config(64, 256, 64, 4, 4),
-    Config(64, 128, 64, 4, 4),
-    Config(64, 64, 64, 4, 3),
-]
+WIDE = [Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 3), Config(64, 128, 64, 4, 4), Config(64, 64, 64, 4, 3)]
 FLOAT32 = [Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3), Config(128, 128, 16, 8, 2)]
 INTERPRETER = [Config(64, 64, 64, 4, 1)]
 
@@ -276,4 +269,3 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, gain: Tensor) -> None:
     launch(config, parts, splits == 1)
     if splits > 1:
         out.add_(parts.sum(0))
-

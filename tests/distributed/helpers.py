@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -289,12 +290,8 @@ def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
         for step, batch in enumerate(batches(*args)):
             yield replace(batch, mean=torch.full_like(batch.mean, float("nan"))) if step in bad else batch
 
-    client_module.validate_update, client.data.batches = poison, spoil
-    try:
+    with patch.object(client_module, "validate_update", poison), patch.object(client.data, "batches", spoil):
         yield
-    finally:
-        client_module.validate_update = validate
-        del client.data.batches
 
 
 def finish(run: Any) -> None:

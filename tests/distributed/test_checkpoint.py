@@ -216,7 +216,8 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(dataset: Path, tmp_
     whole, longer, cut_1, cut_2 = (tmp_path / name for name in ("whole", "longer", "cut-1", "cut-2"))
     on_each(run_all, [(tree(dataset, whole, **four),), (tree(dataset, longer, **(four | {"schedule__rounds": 2})),)])
     on_each(
-        cut_in, [(tree(dataset, cut_1, **four), 2, "stage1"), (tree(dataset, cut_2, checkpoint__every=2, **four), 3, "stage2")]
+        cut_in,
+        [(tree(dataset, cut_1, **four), 2, "stage1"), (tree(dataset, cut_2, checkpoint__every=2, **four), 3, "stage2")],
     )
     assert [len(metrics_of(out)) for out in (longer, cut_1, cut_2)] == [2, 2, 3]
     seen = on_each(run_all, [(tree(dataset, out, **four),) for out in (longer, cut_1, cut_2)])
@@ -306,7 +307,9 @@ def test_a_named_checkpoint_starts_another_run_with_free_keys_changed(dataset: P
 
 
 # ---- a real kill
-def _start(dataset: Path, out: Path, log: Path, environment: dict[str, str], changes: dict[str, Any]) -> subprocess.Popen:
+def _start(
+    dataset: Path, out: Path, log: Path, environment: dict[str, str], changes: dict[str, Any]
+) -> subprocess.Popen:
     path = out.parent / f"{out.name}.yaml"
     path.write_text(json.dumps(tree(dataset, out, **changes)))  # JSON is YAML
     with open(log, "a") as file:

@@ -13,7 +13,10 @@ from helpers import finish, largest_difference, metrics_of, on_each, on_ranks, r
 from feddra_ds.checkpoint import SavedFragments, folder_of
 from feddra_ds.masters import Fragment
 
-ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 3e-4}  # at 1e-3 such small runs are chaotic: any rounding moves them
+ADAMW = {
+    "optimizer__name": "adamw",
+    "optimizer__lr": 3e-4,
+}  # at 1e-3 such small runs are chaotic: any rounding moves them
 
 
 def compressed(dataset: Path, out: Path, precision: str, **changes: Any) -> dict[str, Any]:

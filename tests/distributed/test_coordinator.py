@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import (
+    Fault,
     build_run,
     finish,
+    inject,
     largest_difference,
     metrics_of,
     on_each,
@@ -76,6 +78,25 @@ def with_a_sleeper(config_tree: dict[str, Any], sleeper: int, round_index: int, 
     return {"after": after, "error": error, "live": run.topology.live_slots, "decisions": decisions}
 
 
+def with_slow_readers(config_tree: dict[str, Any]) -> str:
+    """A run that has to stop, on ranks that look for the coordinator's decision only seconds after it was made."""
+    from feddra_ds.coordinator import TooFewClients
+
+    run = build_run(config_tree)
+    fetch = run.topology.fetch
+
+    def late(key: str, **kwargs: Any) -> Any:
+        if key.endswith("/decision"):
+            time.sleep(2.0)
+        return fetch(key, **kwargs)
+
+    run.topology.fetch = late
+    with inject([Fault("every", "weights")], run, run.clients[0]), pytest.raises(TooFewClients) as error:
+        run.rounds()
+    vanish(run)
+    return str(error.value)
+
+
 def positions_after_a_resume(config_tree: dict[str, Any]) -> dict[str, Any]:
     """What the coordinator would save if it lost every slot in the first round after a resume."""
     run = build_run(config_tree)
@@ -127,7 +148,9 @@ def test_a_slot_that_does_not_report_is_dropped_and_the_others_regroup(dataset: 
     assert max(waited.values()) < WAIT
 
     # all come back in the next run, and go on where they were
-    (resumed,) = on_each(run_all, [(tree(dataset, tmp_path, schedule__rounds=4, **(SETTINGS | {"run__resume": "auto"})),)])
+    (resumed,) = on_each(
+        run_all, [(tree(dataset, tmp_path, schedule__rounds=4, **(SETTINGS | {"run__resume": "auto"})),)]
+    )
     assert resumed[0]["first_round"] == 3
     line = metrics_of(tmp_path)[3]
     assert line["excluded_clients"] == []
@@ -158,6 +181,14 @@ def test_a_lost_slot_stops_the_run_where_too_few_are_left(dataset: Path, tmp_pat
     assert errors[0] == (
         "round 0, stage1: 2 clients gave a valid update, clients.minimum is 3; "
         f"south: slot 1 did not report within clients.timeout_s = {WAIT:g} s"
+    )
+
+
+def test_a_stop_is_heard_by_all_before_the_coordinator_ends(dataset: Path, tmp_path: Path) -> None:
+    config = tree(dataset, tmp_path, schedule__stage1_steps=0, topology__ranks_per_slot=2)
+    (message,) = set(on_ranks(with_slow_readers, 4, config))
+    assert message.startswith(
+        "round 0, stage2: 0 clients gave a valid update, clients.minimum is 1; north: its weights"
     )
 
 

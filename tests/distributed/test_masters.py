@@ -265,7 +265,10 @@ def test_masters_of_an_offloaded_optimizer(dataset: Path) -> None:
 @pytest.mark.slow
 def test_masters_of_deepspeeds_own_adam(dataset: Path) -> None:
     on_each(_compile, [("FusedAdam",)], timeout=550)
-    rows = [("zero0-bf16", {**ADAMW, "deepspeed": zero(0, bf16=True)}), ("zero1-bf16", {**ADAMW, "deepspeed": GRAD_FP32})]
+    rows = [
+        ("zero0-bf16", {**ADAMW, "deepspeed": zero(0, bf16=True)}),
+        ("zero1-bf16", {**ADAMW, "deepspeed": GRAD_FP32}),
+    ]
     results = _run(dataset, rows, 2, "fused")
     _check_all(results, 2)
     assert results["zero0-bf16"][0]["class"] == "FP16_Optimizer"

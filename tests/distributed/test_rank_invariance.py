@@ -96,7 +96,9 @@ def test_sgd_gives_the_same_weights_on_all_layouts_and_stages(dataset: Path, tmp
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
 def test_adamw_gives_the_same_losses_and_weights_p(dataset: Path, tmp_path: Path, mean: bool) -> None:
     more = {"objective__direction_reduction": "mean"} if mean else {}
-    layouts: list[Layout] = [(1, 1, 0, {}), (2, 2, 3, {}), (4, 2, 2, {})] if not mean else [(1, 1, 0, {}), (2, 1, 1, {})]
+    layouts: list[Layout] = (
+        [(1, 1, 0, {}), (2, 2, 3, {}), (4, 2, 2, {})] if not mean else [(1, 1, 0, {}), (2, 1, 1, {})]
+    )
     one, *others = _runs(dataset, tmp_path, layouts, ADAMW | more)
     lines = metrics_of(one)
     assert lines[-1]["mean_loss"] < lines[0]["mean_loss"]

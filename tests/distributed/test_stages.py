@@ -100,9 +100,7 @@ def test_stage_2_goes_on_with_the_clients_own_aligner(dataset: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_clients_result_does_not_depend_on_who_trained_before(
-    dataset: Path, tmp_path: Path, world_size: int
-) -> None:
+def test_a_clients_result_does_not_depend_on_who_trained_before(dataset: Path, tmp_path: Path, world_size: int) -> None:
     """Client 0 first on an engine, after client 1, and after client 2 on another engine: the same bits."""
     fragments = [zero(0), zero(1, bf16=True), zero(2), zero(3)] if world_size == 1 else [zero(2), zero(3)]
     settings = {"topology__ranks_per_slot": world_size, **ADAMW}
@@ -177,7 +175,9 @@ def test_p_acts_in_the_average_in_the_loss_or_in_both(dataset: Path, tmp_path: P
         jobs.append((tree(dataset, tmp_path / apply, **step, **change),))
     by_job = on_each(watched, jobs)
     start = assemble([by_job[0][0]["stages"][0]["before"]])
-    moves = [{k: v.astype(np.float64) - start[k] for k, v in weights_of(tmp_path / client, 0).items()} for client in IDS]
+    moves = [
+        {k: v.astype(np.float64) - start[k] for k, v in weights_of(tmp_path / client, 0).items()} for client in IDS
+    ]
     factors = {"aggregate": p, "loss": p, "both": [n * x * x for x in p]}
     for apply, weight in factors.items():
         predicted = {k: start[k] + sum(w * m[k] for w, m in zip(weight, moves, strict=True)) for k in start}

@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(2400),
-    pytest.mark.skipif(not CXR.is_dir(), reason="the chest radiographs are not beside this checkout (their licence keeps them out)"),
+    pytest.mark.skipif(not CXR.is_dir(), reason="the chest radiographs are not beside this checkout"),
 ]
 
 
@@ -33,7 +33,16 @@ def feddra(*arguments: object, timeout: float = 1800) -> str:
 
 
 def convert(table: Path, out: Path) -> None:
-    columns = ("--image-column", "image", "--text-column", "text", "--client-column", "region5", "--group-column", "patient")
+    columns = (
+        "--image-column",
+        "image",
+        "--text-column",
+        "text",
+        "--client-column",
+        "region5",
+        "--group-column",
+        "patient",
+    )
     feddra("data", "convert", "--csv", table, *columns, "--val-fraction", 0.25, "--image-size", 128, "--out", out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,7 +19,13 @@ from spawn import free_port
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = [sys.executable, "-m", "feddra_ds", "train"]
 LAUNCH = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "4"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,16 @@ def lines(out: Path) -> list[dict]:
 
 def test_four_mistakes_four_lines_and_no_process_group(root: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", root, tmp_path / "run")
-    wrong = ["--run.sed", "1", "--data.batch_size", "0", "--dro.apply", "weights", "--deepspeed.scheduler", "{type: WarmupLR}"]
+    wrong = [
+        "--run.sed",
+        "1",
+        "--data.batch_size",
+        "0",
+        "--dro.apply",
+        "weights",
+        "--deepspeed.scheduler",
+        "{type: WarmupLR}",
+    ]
     done = train("--config", config, *wrong)
     assert done.returncode == 2
     keys = [line.removeprefix("feddra-ds: ").split(":")[0] for line in done.stderr.strip().splitlines()]
@@ -84,12 +100,14 @@ def test_print_config_shows_the_resolved_tree(root: Path, tmp_path: Path) -> Non
 
 def test_run_directory_and_a_model_that_needs_no_deepspeed(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", root, out, run__monitor=["tensorboard"], schedule__rounds=3, checkpoint__keep=2)
+    config = write_config(
+        tmp_path / "c.yaml", root, out, run__monitor=["tensorboard"], schedule__rounds=3, checkpoint__keep=2
+    )
     done = train("--config", config)
     assert done.returncode == 0, done.stderr
     told = lines(out)
     assert [line["round"] for line in told] == [0, 1, 2]
-    for line, following in zip(told, told[1:], strict=False):
+    for line, following in itertools.pairwise(told):
         assert line["next_client_weights"] == following["client_weights"]
     last = told[-1]
     assert last["client_ids"] == ["north", "south", "west"]
@@ -120,7 +138,13 @@ def test_run_directory_and_a_model_that_needs_no_deepspeed(root: Path, tmp_path:
 def start_and_wait_for(command: list[str], out: Path, num_lines: int, limit_s: float = 180) -> subprocess.Popen[str]:
     """Start a run and return once its metrics have `num_lines` lines."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True, cwd=REPOSITORY
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        cwd=REPOSITORY,
     )
     deadline = time.monotonic() + limit_s
     while not (out / "metrics.jsonl").exists() or len(lines(out)) < num_lines:
@@ -150,7 +174,14 @@ def test_sigterm_then_the_same_command_goes_on(root: Path, tmp_path: Path) -> No
 
 
 def launched(config: Path) -> list[str]:
-    return [*LAUNCH, "--master_port", str(free_port()), str(REPOSITORY / "launch" / "train.py"), "--config", str(config)]
+    return [
+        *LAUNCH,
+        "--master_port",
+        str(free_port()),
+        str(REPOSITORY / "launch" / "train.py"),
+        "--config",
+        str(config),
+    ]
 
 
 def test_deepspeed_launcher_two_slots_of_two_ranks_equals_one_process(root: Path, tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ def assert_parity(
         assert value.dtype == (dtype if gradient else torch.promote_types(dtype, torch.float32)), name
         assert value.shape == expected[name].shape, name
         assert value.isfinite().all(), (name, case)
-        tolerance = TOLERANCE[dtype] if "gradient" in name else max(TOLERANCE[torch.float64], min(1e-5, TOLERANCE[dtype]))
+        tolerance = (
+            TOLERANCE[dtype] if "gradient" in name else max(TOLERANCE[torch.float64], min(1e-5, TOLERANCE[dtype]))
+        )
         scale = max(float(expected[name].norm()), floor)
         error = float((value.double() - expected[name]).norm())
         assert error <= factor * tolerance * scale, f"{name}: off by {error / max(scale, 1e-300):.1e} for {case}"

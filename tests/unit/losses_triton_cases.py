@@ -57,7 +57,9 @@ def test_odd_shapes_in_every_combination(dtype: torch.dtype, shape: tuple[int, i
 def test_tiles_that_fit_exactly(temperature: float, kind: str) -> None:
     """No masks (FULL, EVEN), and at 0.01 the variant with maxima of its own, over several tiles."""
     embeddings = draw((256, 64), torch.float32)
-    assert_parity(embeddings, Case(kind, True, True, True, temperature=temperature), "triton", 1 if temperature > 0.05 else 10)
+    assert_parity(
+        embeddings, Case(kind, True, True, True, temperature=temperature), "triton", 1 if temperature > 0.05 else 10
+    )
 
 
 def test_cold_over_odd_tiles() -> None:
@@ -66,9 +68,7 @@ def test_cold_over_odd_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "extreme", ["cold", "tiny norms", "huge norms", "identical rows", "one pair", "one weight"]
-)
+@pytest.mark.parametrize("extreme", ["cold", "tiny norms", "huge norms", "identical rows", "one pair", "one weight"])
 def test_extremes_equal_float64(extreme: str, kind: str, dtype: torch.dtype) -> None:
     check_extreme(extreme, kind, dtype, "cpu", "triton")
 
@@ -89,7 +89,9 @@ def test_half_gradients_survive_a_large_batch() -> None:
 def test_twice_the_same_bits() -> None:
     embeddings = draw((141, 33), torch.bfloat16)
     case = Case("ita", True, True, True)
-    torch.testing.assert_close(evaluate(embeddings, case, "triton"), evaluate(embeddings, case, "triton"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        evaluate(embeddings, case, "triton"), evaluate(embeddings, case, "triton"), rtol=0, atol=0
+    )
 
 
 def test_training_ends_where_reference_ends() -> None:

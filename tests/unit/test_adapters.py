@@ -40,7 +40,9 @@ def train(model: DualEncoder, steps: int = 3, freeze_backbone: bool = False, see
 def close(one: DualEncoder, two: DualEncoder, atol: float = 1e-5) -> bool:
     with torch.no_grad():
         a, b = one.eval()(**batch()), two.eval()(**batch())
-    return torch.allclose(a.image_embeds, b.image_embeds, atol=atol) and torch.allclose(a.text_embeds, b.text_embeds, atol=atol)
+    return torch.allclose(a.image_embeds, b.image_embeds, atol=atol) and torch.allclose(
+        a.text_embeds, b.text_embeds, atol=atol
+    )
 
 
 def test_options_are_validated() -> None:
@@ -49,7 +51,11 @@ def test_options_are_validated() -> None:
     with pytest.raises(ValueError, match=r"model.adapter.r: ") as caught:
         adapters.parse({"r": 0, "rank": 3, "aggregation": "mean"})
     lines = str(caught.value).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["model.adapter.r", "model.adapter.aggregation", "model.adapter.rank"]
+    assert [line.split(":")[0] for line in lines] == [
+        "model.adapter.r",
+        "model.adapter.aggregation",
+        "model.adapter.rank",
+    ]
     assert "unknown key; there are type, r, alpha" in lines[2]
 
 
@@ -66,7 +72,9 @@ def test_a_new_adapter_changes_nothing_and_none_adds_nothing() -> None:
 def test_what_trains() -> None:
     model = adapted(r=4)
     names = adapters.trained_names(model)
-    assert {n for n in names if n.startswith("aligner.")} == {f"aligner.{n}" for n, _ in model.aligner.named_parameters()}
+    assert {n for n in names if n.startswith("aligner.")} == {
+        f"aligner.{n}" for n, _ in model.aligner.named_parameters()
+    }
     backbone = [n for n in names if n.startswith("backbone.")]
     assert all("lora_" in n for n in backbone)
     # q, k, v, output and two of the MLP, on 2 blocks of each encoder (the third is the alignment module's)
@@ -102,7 +110,9 @@ def test_targets_by_their_last_parts() -> None:
     layers = [n for n in adapters.trained_names(model) if "lora_A" in n]
     assert len(layers) == 4
     assert all(".q_proj." in n or ".self.value." in n for n in layers)
-    with pytest.raises(ValueError, match=r"model.adapter.target_modules: \['nope'\] name no layer; there are \['dense', 'fc1'"):
+    with pytest.raises(
+        ValueError, match=r"model.adapter.target_modules: \['nope'\] name no layer; there are \['dense', 'fc1'"
+    ):
         adapted(target_modules=["nope"])
 
 

@@ -18,7 +18,9 @@ def rows(num_rows: int, num_elements: int, scale: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("codec", [INT8, INT4], ids=lambda c: c.precision)
-@pytest.mark.parametrize(("num_rows", "blocks", "scale"), [*product((1, 3), (1, 2, 7), (1.0, 1e-7, 1e6)), (2, 2, 1e-30)])
+@pytest.mark.parametrize(
+    ("num_rows", "blocks", "scale"), [*product((1, 3), (1, 2, 7), (1.0, 1e-7, 1e6)), (2, 2, 1e-30)]
+)
 def test_error_is_half_a_level_of_its_block(codec: Codec, num_rows: int, blocks: int, scale: float) -> None:
     x = rows(num_rows, blocks * 16, scale)
     decoded = codec.decode(codec.encode(x), x.shape[1])

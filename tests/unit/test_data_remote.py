@@ -255,7 +255,7 @@ def test_pipes_are_refused_unless_opted_in(folder: Path, options: RemoteOptions,
     root = f"pipe:cat {folder}/{{path}}"
     assert is_remote(root)
     (line,) = preflight(root, None, **CHECK, options=options)
-    assert line.startswith("data.root: pipe: runs a program on this machine; it is refused")
+    assert line.startswith("data.root: pipe: runs a program here; it is refused")
     allowed = dataclasses.replace(options, allow_pipe=True)
     (line,) = preflight("pipe:cat x", None, **CHECK, options=allowed)
     assert "needs {path}" in line

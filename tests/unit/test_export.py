@@ -128,7 +128,9 @@ def test_weights_of_another_model_are_refused(saved: tuple[DualEncoder, Path], t
     state["aligner.vision.head.layers.0.weight"] = torch.empty(0)
     state["surplus"] = torch.zeros(1)
     del state["backbone.text.embeddings.word_embeddings.weight"]
-    with pytest.raises(ValueError, match=r"3 names differ, aligner.vision.head.*.weight \(is \(0,\), should be \(48, 32\)\)"):
+    with pytest.raises(
+        ValueError, match=r"3 names differ, aligner.vision.head.*.weight \(is \(0,\), should be \(48, 32\)\)"
+    ):
         save_model(state, model.config, processor(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -250,7 +252,10 @@ DISTIL = {"model_type": "distilbert", "dim": 32, "n_layers": 3, "n_heads": 2, "h
 UNFIT = [
     ({}, "needs model.head.kind = linear"),
     ({"head": {"kind": "linear"}, "num_extra_blocks": 1}, "needs model.num_extra_blocks = 0"),
-    ({"head": {"kind": "linear"}, "text": {"config": DISTIL}}, r"the text encoder \(distilbert, cls pooling\) has no pooled"),
+    (
+        {"head": {"kind": "linear"}, "text": {"config": DISTIL}},
+        r"the text encoder \(distilbert, cls pooling\) has no pooled",
+    ),
 ]
 
 
@@ -318,7 +323,9 @@ def run(tmp_path: Path) -> tuple[DualEncoder, Path]:
     return model, tmp_path / "run"
 
 
-def test_exporting_checkpoints(run: tuple[DualEncoder, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exporting_checkpoints(
+    run: tuple[DualEncoder, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, folder = run
     assert run_command(folder, "--out", tmp_path / "newest") == 0
     assert "feddra_ds.load_pretrained" in capsys.readouterr().out
@@ -372,7 +379,9 @@ def test_exporting_one_clients_model(run: tuple[DualEncoder, Path], tmp_path: Pa
 def test_what_cannot_be_exported_is_named(run: tuple[DualEncoder, Path], tmp_path: Path) -> None:
     model, folder = run
     out = ("--out", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"--checkpoint 7: no such checkpoint of .*; it has round-000000, round-000001"):
+    with pytest.raises(
+        ValueError, match=r"--checkpoint 7: no such checkpoint of .*; it has round-000000, round-000001"
+    ):
         run_command(folder, *out, "--checkpoint", "7")
     with pytest.raises(ValueError, match="holds no model of south; it holds global: use --client"):
         run_command(folder, *out, "--client", "south")

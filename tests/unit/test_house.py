@@ -16,9 +16,10 @@ LAYERS = """
     config_sections config config_reference logs dro schedule topology collectives losses data
     towers encoders heads dual_encoder interchange model adapters processing export
     objectives masters engine compression aggregate steps client strategies server ranking evaluate checkpoint restore
-    coordinator progress rounds resume build train
-    labels inference measures run_files charts examples
-    evaluate_command export_command probe report status doctor cli __main__
+    coordinator display progress rounds resume build train
+    run_files labels inference measures charts examples report_contents
+    evaluate_command export_command probe report status
+    selftest doctor_system doctor_config doctor cli __main__
 """.split()
 
 

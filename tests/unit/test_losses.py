@@ -308,7 +308,18 @@ def test_without_a_gpu_triton_is_refused_and_found_not_to_run() -> None:
 def test_the_operators_pass_torchs_own_checks(kind: str) -> None:
     image, text, *anchors = draw((6, 4), torch.float32)
     tau, bias = torch.tensor([0.1], requires_grad=True), torch.tensor(0.5, requires_grad=True)
-    inputs = (image.requires_grad_(), text.requires_grad_(), *anchors, torch.rand(6), tau, bias, 0.7, 0.5, kind, "chunked")
+    inputs = (
+        image.requires_grad_(),
+        text.requires_grad_(),
+        *anchors,
+        torch.rand(6),
+        tau,
+        bias,
+        0.7,
+        0.5,
+        kind,
+        "chunked",
+    )
     torch.library.opcheck(ops.dro_loss, inputs)
 
 

@@ -39,7 +39,10 @@ def test_states_equal_the_plain_encoders(num_top: int) -> None:
     text = model.whole_encoder("text")(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
     ).last_hidden_state[:, 0]
-    for got, state, tower in ((out.image_embeds, image, model.aligner.vision), (out.text_embeds, text, model.aligner.text)):
+    for got, state, tower in (
+        (out.image_embeds, image, model.aligner.vision),
+        (out.text_embeds, text, model.aligner.text),
+    ):
         expected = nn.functional.normalize(tower.head(state), dim=-1)
         assert torch.allclose(got, expected, atol=1e-6)
         assert torch.allclose(got.norm(dim=-1), torch.ones(4), atol=1e-6)

@@ -51,7 +51,13 @@ def test_launch_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     alone = Launch.from_environment()
     assert (alone.rank, alone.world_size) == (0, 1)
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29"}.items():
+    for name, value in {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "29",
+    }.items():
         monkeypatch.setenv(name, value)
     assert Launch.from_environment() == Launch(3, 4, 1, "h", 29)
 
