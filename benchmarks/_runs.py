@@ -74,6 +74,7 @@ def config_tree(root: Path, out: Path, sizes: Sizes, **changes: Any) -> dict[str
         "intermediate_size": 4 * sizes.hidden,
     }
     tree: dict[str, Any] = {
+        "objective": {"learnable_temperature": True},
         "run": {"output_dir": str(out), "device": "cpu", "monitor": []},
         "model": {
             "vision": {"config": {"model_type": "vit", "patch_size": sizes.patch, **encoder}},

@@ -9,7 +9,7 @@ from typing import Any
 from .data.console import next_step, print_table
 from .data.shards import open_dataset
 from .inference import Models, embed_clients, open_models, open_split
-from .measures import POOLED, evaluate, zero_shot
+from .measures import NUM_SHUFFLES, POOLED, evaluate, zero_shot
 from .ranking import RECALL_AT
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shuffled-texts",
         action="store_true",
-        help="control: pair every image with another's text; recall must then be at its chance",
+        help="control: put the texts into random orders; recall must then be at its chance",
     )
     parser.add_argument("--no-zero-shot", action="store_true", help="leave out zero-shot classification by label names")
 
@@ -88,7 +88,7 @@ def show(models: Models, result: dict[str, Any]) -> None:
     """The tables, and what they mean."""
     clients = result["clients"]
     if result["shuffled_texts"]:
-        print("Control: every image is paired with another pair's text.")
+        print(f"Control: the texts are in random orders, the mean of {NUM_SHUFFLES} of them is shown.")
     _client_table(models, result)
     print("recall in %, image → text and text → image; p is the client's weight in the first round → after the last")
     worst = result["worst_client"]
@@ -109,8 +109,12 @@ def show(models: Models, result: dict[str, Any]) -> None:
         print()
         _zero_shot_table(result)
     if result["control_at_chance"] is not None:
-        print("The control is at chance." if result["control_at_chance"] else "THE CONTROL IS NOT AT CHANCE: the "
-              "measure or the split leaks; look for images or patients that occur twice")  # fmt: skip
+        print(
+            "The control is at chance."
+            if result["control_at_chance"]
+            else "THE CONTROL IS ABOVE CHANCE: the model finds texts without their pictures. It may put frequent reports "
+            "first; or look for texts that occur twice with small differences."
+        )
     print()
     next_step(*_advice(models, result))
 
@@ -185,7 +189,10 @@ def _interval_table(result: dict[str, Any]) -> None:
                 ]
             )
     columns = ["gallery", "both ways", "%", "95 % interval", "chance", "× chance", "verdict"]
-    print_table("Against chance (resampled by patient where the json names one, else by text)", columns, rows)
+    how = (
+        "by random order" if result["shuffled_texts"] else "resampled by patient where the json names one, else by text"
+    )
+    print_table(f"Against chance ({how})", columns, rows)
 
 
 def _zero_shot_table(result: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from .config import AugmentConfig, DataConfig
 from .data.console import track
 from .data.pipeline import ClientData
 from .data.pool import DecodePool
-from .data.shards import Dataset, open_dataset
+from .data.shards import Dataset, Samples, open_dataset
 from .dual_encoder import DualEncoder
 from .export import find_model, load_pretrained
 from .processing import DualEncoderProcessor
@@ -172,10 +172,13 @@ def embed_clients(
     batch_size: int,
     seed: int,
     num_workers: int = 0,
-    max_bad_fraction: float = 0.05,
     features: bool = False,
 ) -> dict[str, Gallery]:
-    """Embed the split (see split_of) of every client that has it; a bar on a terminal. Raises DataError."""
+    """Embed the split (see split_of) of every client that has it; a bar on a terminal.
+
+    Raises DataError where more samples are unreadable than data.max_bad_fraction of the run (0.05 for an export).
+    """
+    max_bad = models.run.get("data.max_bad_fraction") if models.run is not None else None
     present = {c: name for c in clients if (name := split_of(dataset, c, split)) is not None}
     out = {}
     with DecodePool(num_workers) as pool:
@@ -188,7 +191,7 @@ def embed_clients(
                 text_length=processor.text_length,
                 num_workers=num_workers,
                 augment=AugmentConfig(),
-                max_bad_fraction=max_bad_fraction,
+                max_bad_fraction=0.05 if max_bad is None else max_bad,
             )
             data = ClientData(
                 dataset,
@@ -236,7 +239,7 @@ def _embed(
     samples = dataset.samples(client, split)
     where = {key: index for index, key in enumerate(samples.keys)}
     kept = [keys[i] for i in first]
-    infos = [samples.read_info(where[key]) for key in kept]
+    infos = [_info(samples, where[key]) for key in kept]
     samples.close()
     image = np.concatenate(images)[first]
     return Gallery(
@@ -250,6 +253,15 @@ def _embed(
         infos=infos,
         skipped=data.take_skipped(),
     )
+
+
+def _info(samples: Samples, index: int) -> dict[str, Any]:
+    """The pair's json member; {} for one that is broken, which is no reason not to measure the pair."""
+    try:
+        info = samples.read_info(index)
+    except (ValueError, EOFError):
+        return {}
+    return info if isinstance(info, dict) else {}
 
 
 @contextmanager

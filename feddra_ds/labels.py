@@ -53,7 +53,7 @@ def find_tasks(infos: Sequence[dict[str, Any]], keys: Sequence[str] | None = Non
     lists, each part of which makes a binary task `key:part`. Empty and -1 mean unknown. keys: these labels only.
     Raises ValueError for a key that no pair has.
     """
-    labels = [info.get("labels") or {} for info in infos]
+    labels = [found if isinstance(found := info.get("labels"), dict) else {} for info in infos]
     there = sorted({key for one in labels for key in one})
     for key in keys or ():
         if key not in there:

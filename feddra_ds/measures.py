@@ -10,9 +10,11 @@ import numpy as np
 
 from .inference import Gallery, Models, embed_texts
 from .labels import find_tasks, measure, zero_shot_scores
-from .ranking import Ranks, bootstrap, ranks, recall_table
+from .ranking import bootstrap, ranks, recall_table
 
 POOLED = "pooled"
+NUM_SHUFFLES = 20
+_SURE = 4.0  # standard errors above chance at which a control has failed
 
 
 @dataclass(frozen=True)
@@ -33,59 +35,81 @@ class Estimate:
 def evaluate(
     models: Models, galleries: dict[str, Gallery], held_out: Sequence[str], *, draws: int, seed: int, shuffled: bool
 ) -> dict[str, Any]:
-    """Retrieval of every client and of the pooled gallery of those that are not held out, as a JSON-ready dict."""
-    if shuffled:
-        galleries = {name: shuffle(gallery, seed) for name, gallery in galleries.items()}
-    found = {name: ranks(g.image, g.text, g.text_ids) for name, g in galleries.items()}
-    estimates = {name: estimate(found[name], galleries[name].groups, draws, seed) for name in galleries}
+    """Retrieval of every client and of the pooled gallery of those that are not held out, as a JSON-ready dict.
+
+    draws: of the intervals. shuffled: the control, every gallery with its texts in NUM_SHUFFLES random orders.
+    """
+    searched = dict(galleries)
     insiders = [galleries[name] for name in galleries if name not in held_out]
-    pooled = None
     if models.shared and len(insiders) > 1:
-        # Shuffled within each client only, the pooled gallery would still tell sites apart.
-        joined = join(insiders)
-        joined = shuffle(joined, seed) if shuffled else joined
-        found[POOLED] = ranks(joined.image, joined.text, joined.text_ids)
-        estimates[POOLED] = estimate(found[POOLED], joined.groups, draws, seed)
-        pooled = recall_table(found[POOLED])
-    clients = {}
-    for name, gallery in galleries.items():
-        clients[name] = {
-            "held_out": name in held_out,
-            "split": gallery.split,
-            **recall_table(found[name]),
-            "skipped": gallery.skipped,
-            "intervals": _intervals(estimates[name]),
-        }
+        searched[POOLED] = join(insiders)
+    found = {name: (control if shuffled else retrieve)(gallery, draws, seed) for name, gallery in searched.items()}
+    clients = {
+        name: {"held_out": name in held_out, "split": g.split, **found[name].report(), "skipped": g.skipped}
+        for name, g in galleries.items()
+    }
     names = [name for name in clients if name not in held_out] or list(clients)
-    control = None
-    if shuffled:
-        judged = [POOLED] if pooled is not None else names
-        control = all(_at_chance(found[n], seed) for n in judged)
+    judged = [POOLED] if POOLED in found else names
     return {
         "shuffled_texts": shuffled,
-        "control_at_chance": control,
+        "control_at_chance": all(found[name].at_chance for name in judged) if shuffled else None,
         "clients": clients,
-        POOLED: pooled and {**pooled, "intervals": _intervals(estimates[POOLED])},
+        POOLED: found[POOLED].report() if POOLED in found else None,
         **across([clients[name] for name in names]),
         "worst_client": _worst(clients, names),
     }
 
 
-def estimate(found: Ranks, groups: Sequence[str], draws: int, seed: int) -> list[Estimate]:
-    """An Estimate for each cut-off below the gallery's size."""
-    out = []
+@dataclass(frozen=True)
+class Retrieved:
+    """A gallery's recall_table, with an Estimate for each cut-off; at_chance: none of them is above chance."""
+
+    table: dict[str, float]
+    estimates: list[Estimate]
+    at_chance: bool
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return self.table | {
+            "intervals": {f"recall@{e.k}": asdict(e) | {"above_chance": e.above_chance} for e in self.estimates}
+        }
+
+
+def retrieve(gallery: Gallery, draws: int, seed: int) -> Retrieved:
+    """Recall with intervals from `draws` resamplings of whole patients, or of texts."""
+    found = ranks(gallery.image, gallery.text, gallery.text_ids)
+    estimates = []
     for k in found.cutoffs:
         hits = found.hits("mean", k)
-        low, high = bootstrap(hits, groups, draws=draws, seed=seed)
-        out.append(Estimate(k, float(hits.mean()), low, high, float(found.chance(k).mean())))
-    return out
+        low, high = bootstrap(hits, gallery.groups, draws=draws, seed=seed)
+        estimates.append(Estimate(k, float(hits.mean()), low, high, float(found.chance(k).mean())))
+    return Retrieved(recall_table(found), estimates, not any(e.above_chance for e in estimates))
 
 
-def shuffle(gallery: Gallery, seed: int) -> Gallery:
-    """The gallery with its texts moved, each image to another pair's text (a cyclic shift of a random order)."""
-    order = np.random.default_rng(seed).permutation(len(gallery))
-    moved = np.empty(len(gallery), dtype=np.int64)
-    moved[order] = np.roll(order, 1)
+def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
+    """The mean recall over NUM_SHUFFLES random pairings of images and texts, and the interval of that mean.
+
+    A pairing that means nothing is found as often as by chance, unless the measure leaks or the model puts frequent
+    texts first whatever the picture: that is what this looks for. `draws` is not used.
+    """
+    orders = [ranks(g.image, g.text, g.text_ids) for g in (shuffle(gallery, [seed, i]) for i in range(NUM_SHUFFLES))]
+    tables = [recall_table(found) for found in orders]
+    estimates, at_chance = [], True
+    for k in orders[0].cutoffs:
+        means = np.array([found.hits("mean", k).mean() for found in orders])
+        mean, error, chance = (
+            float(means.mean()),
+            float(means.std(ddof=1)) / NUM_SHUFFLES**0.5,
+            tables[0][f"chance@{k}"],
+        )
+        estimates.append(Estimate(k, mean, mean - 1.96 * error, mean + 1.96 * error, chance))
+        at_chance = at_chance and mean - _SURE * error <= chance + 1e-9
+    return Retrieved({key: float(np.mean([t[key] for t in tables])) for key in tables[0]}, estimates, at_chance)
+
+
+def shuffle(gallery: Gallery, seed: int | Sequence[int]) -> Gallery:
+    """The gallery with its texts in a random order, so that each image stands beside any of them alike."""
+    moved = np.random.default_rng(seed).permutation(len(gallery))
     return replace(gallery, text=gallery.text[moved], text_ids=gallery.text_ids[moved])
 
 
@@ -147,19 +171,6 @@ def zero_shot(models: Models, galleries: dict[str, Gallery]) -> tuple[dict[str, 
         else:
             out[task.name] = {POOLED: pooled, "clients": measured, "classes": len(task.classes)}
     return out, refused
-
-
-def _intervals(estimates: Sequence[Estimate]) -> dict[str, dict[str, Any]]:
-    return {f"recall@{e.k}": asdict(e) | {"above_chance": e.above_chance} for e in estimates}
-
-
-def _at_chance(found: Ranks, seed: int) -> bool:
-    """Whether chance lies in the 99.9 % interval at every cut-off; pairs are resampled one by one."""
-    for k in found.cutoffs:
-        low, high = bootstrap(found.hits("mean", k), range(len(found)), draws=2000, seed=seed, level=0.999)
-        if not low <= found.chance(k).mean() <= high:
-            return False
-    return True
 
 
 def _worst(clients: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:

@@ -146,7 +146,8 @@ def _reference(
 def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(x, Tensor):
         return x.to(like.device)
-    return torch.tensor(x, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.full((), x, dtype=dtype, device=like.device)  # not torch.tensor: that one waits for a GPU
 
 
 def _check(

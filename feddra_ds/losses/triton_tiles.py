@@ -52,21 +52,22 @@ def _tuned(key: tuple[Any, ...], x: Tensor, launch: Callable[[Config], None]) ->
     """The fastest configuration of `launch` for `key`, timed at its first use in this process.
 
     Under torch.use_deterministic_algorithms nothing is timed and the first that fits is taken, so that bits do not
-    depend on a timing; while a CUDA graph is captured nothing is timed either.
+    depend on a timing; a CUDA graph takes what was found before its capture, or the first.
     """
     candidates = INTERPRETER if INTERPRETED else FLOAT32 if x.dtype == torch.float32 else WIDE
     if len(candidates) == 1:
         return candidates[0]
-    measure = not (torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing())
-    key = (*key, x.device, x.dtype, measure)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    key = (*key, x.device, x.dtype, deterministic)
     if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
         times: dict[Config, float] = {}
         for config in candidates:
             with contextlib.suppress(triton.runtime.errors.OutOfResources):
-                if not torch.cuda.is_current_stream_capturing():
-                    launch(config)
-                times[config] = _milliseconds(functools.partial(launch, config)) if measure else 0.0
-                if not measure:
+                launch(config)
+                times[config] = _milliseconds(functools.partial(launch, config))
+                if deterministic:
                     break
         assert times, f"no configuration of {key} fits this device"
         _chosen[key] = min(times, key=lambda c: times[c])
@@ -196,29 +197,28 @@ def block_grads(
     gain = GAIN / torch.where(largest > 0, largest, GAIN)  # NaN goes on as NaN from the coefficients themselves
     u, v = _normalized(x, rx), _normalized(y, ry)
     tiles = triton.cdiv(height, 32) * triton.cdiv(n, 32)  # at least as many as any configuration has
-    sums = torch.zeros((2, triton.cdiv(m, height), tiles), device=x.device)
+    sums, total = torch.zeros((2, tiles), device=x.device), torch.zeros(2, device=x.device)
 
     def launch(config: Config, fast: bool, scale: Tensor, first: int = 0) -> None:
         rows = min(height, m - first)
         grid = (triton.cdiv(rows, config.rows) * triton.cdiv(n, config.columns),)
-        sum_gs, sum_g = sums[:, first // height]
         kernels.panel_kernel[grid](
-            x, y, rx, ry, row, col, row_coef, col_coef, given, scale, bias, gain, panel, sum_gs, sum_g, first, rows, m, n, d,
+            x, y, rx, ry, row, col, row_coef, col_coef, given, scale, bias, gain, panel, *sums, first, rows, m, n, d,
             DIAGONAL=diagonal is not None, SIGLIP=kind == "siglip", FAST=fast, GROUP=GROUP,
             **_tile_options(x, rows, n, config),
         )  # fmt: skip
 
     with _on(x):
         variants = _variants(("panel", kind, diagonal is not None, d, *_bucket(height, n)), x, scale, kind, launch)
-        sums.zero_()
         for first in range(0, m, height):
+            sums.zero_()  # timing, or a panel of more rows, wrote to them
             for config, fast in variants:
                 launch(config, fast, scale, first)
+            total += sums.sum(1)
             rows = slice(first, min(first + height, m))
             g = panel[: rows.stop - first]
             _add_product(g, v, du[rows], gain)
             _add_product(g.T, u[rows], dv, gain)
-    total = sums.sum((1, 2))
     return total[0], total[1]
 
 

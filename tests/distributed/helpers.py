@@ -11,6 +11,7 @@ import gc
 import io
 import os
 import random
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -248,8 +249,7 @@ def watched(config_tree: dict[str, Any], faults: Sequence[Fault] = ()) -> dict[s
         finish(run)
     except TooFewClients as stopped:
         error = str(stopped)
-        vanish(run)
-    return {"stages": stages, "error": error, "seconds": run.seconds}
+    return {"stages": stages, "error": error}
 
 
 @dataclass(frozen=True)
@@ -311,14 +311,24 @@ def leave_topology(topology: Any) -> None:
     topology.close()
 
 
-def vanish(run: Any) -> None:
-    """What the end of its process does to a run: its groups go away, and with rank 0 the store, whoever still reads."""
+def vanish(run: Any) -> bool:
+    """What the end of its process does to a run: its groups go away, and with rank 0 the store, whoever still reads.
+
+    Returns whether nobody answers at the store's port any more.
+    """
     import deepspeed.comm.comm as ds_comm
 
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     topology = run.topology
     topology.peers = topology._messages = topology.store = None
+    run.__dict__.clear()  # the engine holds a group too
     ds_comm.destroy_process_group()
     gc.collect()
+    try:
+        socket.create_connection(address, timeout=2).close()
+    except OSError:
+        return True
+    return False
 
 
 def pieces_of(engine: Any) -> list[tuple[str, int, Any]]:

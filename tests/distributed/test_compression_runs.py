@@ -40,6 +40,7 @@ def losses(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {out.name: metrics_of(out) for out in outs}
 
 
+@pytest.mark.slow
 def test_after_ten_rounds_the_loss_is_that_of_fp32(losses: dict[str, list[dict[str, Any]]]) -> None:
     exact = losses["fp32"][-1]["mean_loss"]
     assert exact < 0.8 * losses["fp32"][0]["mean_loss"]  # it learned something to lose
@@ -48,6 +49,7 @@ def test_after_ten_rounds_the_loss_is_that_of_fp32(losses: dict[str, list[dict[s
         assert losses[precision][-1]["mean_loss"] != exact
 
 
+@pytest.mark.slow
 def test_bytes_in_the_metrics(losses: dict[str, list[dict[str, Any]]]) -> None:
     """Scales are per 64 elements here: 1/16 more an element than the 1/64 of the default."""
     exact = losses["fp32"][-1]["bytes_sent_per_rank"]
@@ -55,7 +57,7 @@ def test_bytes_in_the_metrics(losses: dict[str, list[dict[str, Any]]]) -> None:
         assert 0 < losses[precision][-1]["bytes_sent_per_rank"] <= share * exact
 
 
-@pytest.mark.parametrize(("ranks_per_slot", "stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(("ranks_per_slot", "stage"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_resume_continues_to_the_bit(dataset: Path, tmp_path: Path, ranks_per_slot: int, stage: int) -> None:
     changes = {"schedule__rounds": 3, "deepspeed": zero(stage), "topology__ranks_per_slot": ranks_per_slot} | ADAMW
     whole, cut, ranks = tmp_path / "whole", tmp_path / "cut", 2 * ranks_per_slot

@@ -56,7 +56,7 @@ def _compare_weights(dataset: Path, out: Path, layouts: Sequence[Layout]) -> Non
     assert moved > 1e-2, f"the runs hardly train ({moved:.1e}), so that agreeing says little"
     temperature = "aligner.temperature.log_ratio"
     assert abs(last[temperature][0] - first[temperature][0]) > 1e-3
-    assert np.ptp(lines[0]["next_client_weights"]) > 1e-2
+    assert np.ptp(lines[0]["next_client_weights"]) > 1e-3
     for folder in others:
         gap = largest_difference(last, weights_of(folder, 1))
         assert gap <= 1e-5, f"{folder.name}: the weights differ by {gap:.1e} from one rank's"

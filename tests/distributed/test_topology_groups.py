@@ -166,6 +166,7 @@ def test_every_wait_ends_and_says_for_whom_it_was() -> None:
     assert second["lost_after"] < 20
 
 
+@pytest.mark.slow
 def test_two_slots_may_take_different_numbers_of_steps(dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, tmp_path, deepspeed=zero(3), topology__ranks_per_slot=2, clients__ids=["north", "south"])
     assert on_ranks(steps_apart, 4, config) == [24, 24, 56, 56]

@@ -159,7 +159,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("golden") / "data", dict.fromkeys(GRADIENTS, 16))
 
 
-@pytest.mark.parametrize(("world_size", "per_slot", "stage"), [(1, 1, 0), (2, 1, 3), (2, 2, 1), (4, 2, 2), (4, 2, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "per_slot", "stage"),
+    [(1, 1, 0), (2, 1, 3), (2, 2, 1), (4, 2, 3), pytest.param(4, 2, 2, marks=pytest.mark.slow)],
+)
 def test_two_rounds_by_hand(dataset: Path, tmp_path: Path, world_size: int, per_slot: int, stage: int) -> None:
     from helpers import assemble, metrics_of
 

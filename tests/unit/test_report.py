@@ -138,7 +138,7 @@ def test_runs_that_have_little_to_show(data: Path, tmp_path: Path) -> None:
     assert "recall@5, one gallery" not in blind.text
     lost = [make_line(0), make_line(1, client_losses=[2.0, 2.1, None])]
     assert (
-        "west 12 0.333 0.383 – no val pairs"
+        "west 12 0.333 0.400 – no val pairs"
         in write(make_run(tmp_path / "lost", make_config(tmp_path / "lost", data), lost)).text
     )
     nobody = make_line(0, client_losses=[None] * 3, mean_loss=None, worst_loss=None, val={})
@@ -223,11 +223,9 @@ def test_lines_end_where_their_values_are() -> None:
         charts.Series("a & b", [1.0, None, 3.0], "c0"),
         charts.Series("rest", [2.0, 2.0, 2.0], "muted", labelled=False),
     ]
-    svg = str(
-        charts.line_chart(
-            series, [0, 1, 2], title="t <1>", show=lambda v: f"{v:.1f} u", from_zero=True, references=[("chance", 4.0)]
-        )
-    )
+    show = lambda v: f"{v:.1f} u"
+    references = [("chance", 4.0)]
+    svg = str(charts.line_chart(series, [0, 1, 2], title="t <1>", show=show, from_zero=True, references=references))
     assert svg.count("<svg") == 2
     assert "3.0 u a &amp; b" in svg
     assert "rest" not in svg
