@@ -95,7 +95,9 @@ def main() -> None:
         per_model = rank["model_bytes"]
         _, seconds, r2 = linear_fit(counts, [row["cpu_s"] for row in rows])
         _, growth, _ = linear_fit(counts, [float(row["resident"]) for row in rows])
-        print_table([{"clients": r["clients"], "cpu_s": r["cpu_s"], "resident_MiB": r["resident"] / 2**20} for r in rows])
+        print_table(
+            [{"clients": r["clients"], "cpu_s": r["cpu_s"], "resident_MiB": r["resident"] / 2**20} for r in rows]
+        )
         print(f"\na client adds {seconds:.3f} s a round, R² = {r2:.4f} (wanted ≥ 0.99), and {growth / 1024:.0f} KiB")
         print(
             f"of memory: {growth / per_model:.2f} models; its aligner and buffers are {rank['aligner_bytes'] / 1024:.0f} KiB"

@@ -39,6 +39,7 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
 OFFLOAD_ALL = {
     "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 }
+SMALL_BUCKETS = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 10**6, "stage3_prefetch_bucket_size": 10**6}}
 
 # name: (ranks, changes of the config)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -47,6 +48,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero1 x2": (2, {"deepspeed": zero(1)}),
     "zero2 x2": (2, {"deepspeed": zero(2)}),
     "zero3 x2": (2, {"deepspeed": zero(3)}),
+    "zero3 x2, small buckets": (2, {"deepspeed": SMALL_BUCKETS}),
     "zero1 bf16": (1, {"deepspeed": zero(1, **BF16)}),
     "zero1 bf16 x2": (2, {"deepspeed": zero(1, **BF16)}),
     "zero3 bf16 x2": (2, {"deepspeed": zero(3, **BF16)}),
@@ -54,6 +56,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3 offload all": (1, {"deepspeed": OFFLOAD_ALL}),
     "resident anchors": (1, {"objective__anchors": "resident"}),
     "micro-batches of 1/4": (1, {"data__micro_batch_size": -4}),  # resolved below
+    "lora": (1, {"model__adapter": {"type": "lora", "r": 8}}),
     "4 clients": (1, {}),
     "one sync a round": (1, {"aggregate__after_stage1": False}),
     "int8 deltas": (1, {"aggregate__precision": "int8"}),
@@ -169,7 +172,9 @@ def main() -> None:
             try:
                 first = launch(__file__, ranks, {"tree": tree})[0]
             except RuntimeError as error:
-                print(f"{name} cannot run here: {str(error)[-400:] if args.quick else str(error).strip().splitlines()[-1]}", file=sys.stderr)
+                if args.quick:
+                    raise
+                print(f"{name} cannot run here: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
                 continue
             per = {key: value / first["parameters"] for key, value in first["bytes"].items()}
             row: dict[str, Any] = {"case": name}
@@ -181,7 +186,8 @@ def main() -> None:
             print(f"{name}: {row['engine']:.1f} + {row['server']:.1f} bytes a parameter", file=sys.stderr)
     if rows:
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        print_table([{c.replace("engine: ", "e: ").replace("server: ", "s: "): row.get(c, 0.0) for c in columns} for row in rows])
+        short = {c: c.replace("engine: ", "e: ").replace("server: ", "s: ") for c in columns}
+        print_table([{short[c]: row.get(c, 0.0) for c in columns} for row in rows])
 
 
 if __name__ == "__main__":

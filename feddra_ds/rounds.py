@@ -154,6 +154,7 @@ class Run:
             )
             decision = Decision.from_message(message)
         if decision.stop is not None:
+            topology.leave_after_reading(f"{place}/stop", decision.live_slots)
             raise TooFewClients(f"round {round_index}, {stage.name}: {decision.stop}")
         if topology.slot not in decision.live_slots:
             raise TooFewClients(f"slot {topology.slot} was dropped: it did not report within clients.timeout_s")

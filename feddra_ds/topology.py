@@ -7,6 +7,7 @@ believes that its client is all there is; slots meet only in the store and in th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -207,6 +208,18 @@ class Topology:
     def forget(self, key: str) -> None:
         """Delete a message that every reader has read."""
         self._messages.delete_key(key)
+
+    def leave_after_reading(self, key: str, live_slots: Sequence[int]) -> None:
+        """Before the run ends early: rank 0, whose store dies with it, waits (a bounded time) until the others know why."""
+        self.post(f"{key}/{self.rank}", True)
+        if not self.is_coordinator:
+            return
+        deadline = time.monotonic() + min(30.0, self.timeout_s)
+        for rank in range(self.plan.world_size):
+            if self.plan.slot_of(rank) in live_slots:
+                with contextlib.suppress(WaitTimeout):  # it will hear that the coordinator is gone
+                    left = max(0.0, deadline - time.monotonic())
+                    self.fetch(f"{key}/{rank}", sender=f"rank {rank}", timeout_s=left)
 
     def close(self) -> None:
         """Leave the groups together: rank 0, which serves the store, waits (a bounded time) until the others have left."""

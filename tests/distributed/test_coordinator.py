@@ -25,7 +25,6 @@ from helpers import (
     pieces_of,
     run_all,
     tree,
-    vanish,
     weights_of,
 )
 from spawn import free_port
@@ -77,27 +76,28 @@ def with_a_sleeper(config_tree: dict[str, Any], sleeper: int, round_index: int, 
     return {"after": after, "error": error, "live": run.topology.live_slots, "decisions": decisions}
 
 
-def with_slow_readers(config_tree: dict[str, Any]) -> tuple[str, bool]:
-    """A run that has to stop, on ranks that look for the coordinator's decision only seconds after it was made."""
+def with_slow_readers(config_tree: dict[str, Any]) -> tuple[str, float]:
+    """A run that has to stop, on ranks that read the coordinator's decision only seconds after it was made.
+
+    Returns why it stopped, and when the rank had read it, on the host's one clock; the coordinator: when it left.
+    """
     from feddra_ds.coordinator import TooFewClients
 
     run = build_run(config_tree)
-    fetch = run.topology.fetch
+    fetch, read_at = run.topology.fetch, []
 
     def late(key: str, **kwargs: Any) -> Any:
-        if key.endswith("/decision"):
-            time.sleep(2.0)
-        return fetch(key, **kwargs)
+        if not key.endswith("/decision"):
+            return fetch(key, **kwargs)
+        time.sleep(2.0)
+        value = fetch(key, **kwargs)
+        read_at.append(time.monotonic())
+        return value
 
     run.topology.fetch = late
-    message = ""
-    try:
-        with inject([Fault("every", "weights")], run, run.clients[0]):
-            run.rounds()
-    except TooFewClients as stopped:
-        message = str(stopped)
-    fetch = None
-    return message, vanish(run)
+    with inject([Fault("every", "weights")], run, run.clients[0]), pytest.raises(TooFewClients) as error:
+        run.rounds()
+    return str(error.value), time.monotonic() if run.coordinator is not None else read_at[-1]
 
 
 def positions_after_a_resume(config_tree: dict[str, Any]) -> dict[str, Any]:
@@ -190,11 +190,12 @@ def test_a_lost_slot_stops_the_run_where_too_few_are_left(dataset: Path, tmp_pat
 def test_a_stop_is_heard_by_all_before_the_coordinator_ends(dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, tmp_path, schedule__stage1_steps=0, topology__ranks_per_slot=2)
     by_rank = on_ranks(with_slow_readers, 4, config)
-    assert by_rank[0][1], "the coordinator's store should have gone with it"
     (message,) = {message for message, _ in by_rank}
     assert message.startswith(
         "round 0, stage2: 0 clients gave a valid update, clients.minimum is 1; north: its weights"
     )
+    left, *read = [when for _, when in by_rank]
+    assert left >= max(read), "the coordinator, which serves the store, left before the others had read why"
 
 
 # ---- real processes, really killed

@@ -255,4 +255,4 @@ def test_a_deepspeed_step_is_the_single_process_step(precision: str, exchange: s
     for results in run_ranks(_deepspeed_step, 2, stages, precision, exchange, fresh=True, timeout=300):
         assert list(results) == stages
         for stage, found in results.items():
-            torch.testing.assert_close(found, after, rtol=0, atol=limit, msg=lambda m, s=stage: f"ZeRO {s}: {m}")
+            torch.testing.assert_close(found, after, rtol=limit, atol=limit, msg=lambda m, s=stage: f"ZeRO {s}: {m}")
