@@ -44,8 +44,9 @@ def average_by_hand(config: dict[str, Any], included: list[int]) -> dict[str, An
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_buffers(dataset: Path, tmp_path: Path, precision: str) -> None:
-    config = tree(dataset, tmp_path, model__head__norm="batchnorm", aggregate__precision=precision)
-    (both,), (others,) = on_each(average_by_hand, [(config, [0, 2]), (config, [1, 2])])
+    settings = {"model__head__norm": "batchnorm", "aggregate__precision": precision}
+    jobs = [(tree(dataset, tmp_path / str(first), **settings), [first, 2]) for first in (0, 1)]
+    (both,), (others,) = on_each(average_by_hand, jobs)
     assert both["integers before"]  # there are counters
     assert all(value == [0] for value in both["integers before"])
     assert both["floats"] == both["weights"] == [2.0]  # (1 + 3) / 2

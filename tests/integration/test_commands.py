@@ -171,9 +171,8 @@ def test_unreadable_pairs_are_counted_and_measured_once(tmp_path: Path, capsys: 
                 text=f"report {number}",
                 info=None if number else {"labels": 3},
             )
-    config = make_config(
-        tmp_path / "run", tmp_path / "data", data={"root": str(tmp_path / "data"), "max_bad_fraction": 0.2}
-    )
+    config = make_config(tmp_path / "run", tmp_path / "data")
+    config.data.max_bad_fraction = 0.2
     make_run(tmp_path / "run", config, [make_line(0, ["north"])])
     add_model(tmp_path / "run" / "model", config)
     result = told(capsys, "evaluate", tmp_path / "run", "--bootstrap", 20)
@@ -309,7 +308,9 @@ def test_doctor_on_a_config(exported: tuple[Path, Path], tmp_path: Path, capsys:
     assert main([*words, "--model.text.tokenizer", str(tmp_path / "none")]) == 1
     assert "problem  model.text.tokenizer: cannot load a tokenizer" in capsys.readouterr().out
     assert main([*words, "--run.output_dir", "/proc/nothing/here"]) == 1
-    assert "problem  disk: /proc/nothing/here cannot be written" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "problem  disk: " in text
+    assert "/proc/nothing/here" in text
 
 
 def test_the_self_test_is_bounded_and_says_who_failed(monkeypatch: pytest.MonkeyPatch) -> None:
