@@ -316,8 +316,7 @@ def percent(value: float | None) -> str:
 
 def size(num_bytes: float) -> str:
     """Bytes for reading."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000 or unit == "GB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} B"
+    power = min(3, int(math.log10(num_bytes) / 3))
+    return f"{num_bytes / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"

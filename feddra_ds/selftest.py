@@ -70,8 +70,7 @@ def main(rank: int, port: int, timeout_s: float) -> None:
     value = torch.tensor([float(rank + 1)])
     assert topology.peers is not None
     topology.peers.allreduce([value]).wait()
-    if float(value) != EXPECTED:
-        raise SystemExit(f"the sum over {NUM_RANKS} ranks is {float(value)}, not {EXPECTED}")
+    assert float(value) == EXPECTED, f"the sum over {NUM_RANKS} ranks is {float(value)}, not {EXPECTED}"
     topology.close()
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from data_helpers import encoded
 from helpers import tree, write_dataset
 from run_helpers import CLIENTS, HELD_OUT, add_model, make_config, make_data, make_line, make_run
 
 from feddra_ds import selftest
 from feddra_ds.cli import main
+from feddra_ds.data.writer import DatasetWriter
 from feddra_ds.doctor_system import check_disk, check_network
 from feddra_ds.inference import open_models
 
@@ -156,10 +158,6 @@ def test_models_of_their_own(exported: tuple[Path, Path], tmp_path: Path, capsys
 
 
 def test_unreadable_pairs_are_counted_and_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from data_helpers import encoded
-
-    from feddra_ds.data.writer import DatasetWriter
-
     with DatasetWriter(tmp_path / "data") as writer:
         for number in range(12):
             image = b"broken" if number == 3 else encoded(number)
@@ -237,9 +235,15 @@ def test_mistakes_have_one_clear_line(
     assert error.startswith("feddra-ds: ")
 
 
-def test_models_and_data_that_are_not_here(
-    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("option", ["--batch-size", "--bootstrap", "--max-pairs"])
+def test_counts_start_at_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "run", option, "0"])
+    assert stopped.value.code == 2
+    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_what_is_not_here(exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, data = exported
     alone = tmp_path / "export"
     alone.symlink_to(run / "model")
@@ -248,10 +252,6 @@ def test_models_and_data_that_are_not_here(
     empty = tmp_path / "empty"
     make_run(empty, make_config(empty, data), [])
     unlabelled = tmp_path / "unlabelled"
-    from data_helpers import encoded
-
-    from feddra_ds.data.writer import DatasetWriter
-
     with DatasetWriter(unlabelled) as writer:
         for split in ("train", "val"):
             for number in range(4):

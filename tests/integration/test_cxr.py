@@ -16,7 +16,7 @@ from feddra_ds.dro import chi2_divergence
 
 REPOSITORY = Path(__file__).parents[2]
 CXR = REPOSITORY.parent / "shared" / "data" / "cxr"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 pytestmark = [
     pytest.mark.slow,
