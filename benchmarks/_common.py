@@ -28,20 +28,32 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved_seconds(
+def interleaved_times(
     cases: Mapping[str, Callable[[], object]], device: str, repeats: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each case, `repeats` times each, in turns: a slow moment of the machine meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall and CPU seconds of each case, `repeats` times each, in turns: a slow moment of the machine meets all of them.
+
+    CPU seconds are this process's, over all its threads: waiting for other processes does not enter them.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in cases}
+    cpu: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repeats):
         for name, run in cases.items():
             synchronize(device)
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             run()
             synchronize(device)
             if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return times
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - start_cpu)
+    return wall, cpu
+
+
+def interleaved_seconds(
+    cases: Mapping[str, Callable[[], object]], device: str, repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Wall seconds of each case, `repeats` times each, in turns."""
+    return interleaved_times(cases, device, repeats, warmup)[0]
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -6,7 +6,8 @@ Whole runs of `feddra-ds train`'s loop, each in fresh processes, one rank a slot
     clients of a slot   time of a round over 1 … 64 clients: a straight line (R²), and what a client adds to memory
     memory over rounds  resident memory after round 3 and after the last one (`--rounds`), 4 clients: flat
     slots               8 clients on 1, 2 and 4 slots: the time of a round (no more slots than cores say anything)
-Times are CPU seconds of the slot's process where a slot is alone (waiting does not enter), and wall seconds over slots.
+Times are CPU seconds of the slot's process where a slot is alone (waiting does not enter), the least of the rounds after
+the first, as what others do only adds; and median wall seconds over slots.
 Memory is resident (RSS), sampled after each round. Appends rows to results/clients.csv.
 """
 
@@ -59,10 +60,10 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
 
 def run_one(folder: Path, sizes: Sizes, num_clients: int, num_slots: int, rounds: int) -> list[dict[str, Any]]:
     """A run in fresh processes: what each rank measured."""
-    name = f"{num_clients}-{num_slots}-{rounds}"
-    root = write_clients(folder / f"data-{name}", num_clients, 2 * sizes.batch, sizes)
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    root = write_clients(folder / "data", num_clients, 2 * sizes.batch, sizes)
     changes = {"schedule__rounds": rounds, "checkpoint__every": 10**6, "topology__ranks_per_slot": 1, **STEPS}
-    return launch(__file__, num_slots, {"tree": config_tree(root, folder / f"run-{name}", sizes, **changes)})
+    return launch(__file__, num_slots, {"tree": config_tree(root, folder / "run", sizes, **changes)})
 
 
 def main() -> None:
@@ -88,9 +89,7 @@ def main() -> None:
         rows = []
         for count in counts:
             (rank,) = run_one(folder, sizes, count, 1, rounds)
-            rows.append(
-                {"clients": count, "cpu_s": statistics.median(rank["cpu"][1:]), "resident": rank["resident"][-1]}
-            )
+            rows.append({"clients": count, "cpu_s": min(rank["cpu"][1:]), "resident": rank["resident"][-1]})
             print(f"{count} clients: {rows[-1]['cpu_s']:.2f} s a round", file=sys.stderr)
         per_model = rank["model_bytes"]
         _, seconds, r2 = linear_fit(counts, [row["cpu_s"] for row in rows])

@@ -1,6 +1,6 @@
 """Time and memory of the loss against what people use.
 
-    python benchmarks/bench_loss.py [--device cuda] [--batch 1024,4096] [--dim 512] [--dtype bf16] [--repeats 20]
+    python benchmarks/bench_loss.py [--device cuda] [--batch 1024,4096] [--dim 512] [--dtype bf16] [--repeats 20] [--quick]
 
 Peers, all on the same normalised embeddings: `reference` (this project's specification), `compiled` (torch.compile of
 it), `open_clip` (its ClipLoss where the package is installed, else `open_clip_formula`, the same lines), and
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import append_row, in_fresh_process, interleaved_seconds, median_ratio, peak_bytes_above_now, quantiles
+from _common import append_row, in_fresh_process, interleaved_times, median_ratio, peak_bytes_above_now, quantiles
 from torch import Tensor
 
 from feddra_ds.losses import fused_dro_loss
@@ -148,16 +148,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's own number)")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--no_csv", action="store_true", help="print only")
+    parser.add_argument("--quick", action="store_true", help="a tiny batch, twice, nothing recorded: does it run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(memory_child(json.loads(args.child))))
         return
+    if args.quick:
+        args.batch, args.dim, args.repeats, args.no_csv = "256", "32", 2, True
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(
-        f"{'B':>7} {'D':>5} {'pass':9}{'loss':18} {'p50 ms':>9} {'p10':>9} {'p90':>9} {'× ref':>7} {'peak MiB':>9} {'% B×B':>6}"
-    )
+    print(f"{'B':>7} {'D':>5} {'pass':9}{'loss':18} {'p50 ms':>9} {'p10':>9} {'p90':>9}", end=" ")
+    print(f"{'× ref':>7} {'× CPU':>7} {'peak MiB':>9} {'% B×B':>6}")
     for batch in (int(b) for b in args.batch.split(",")):
         for dim in (int(d) for d in args.dim.split(",")):
             bench_size(args, batch, dim)
@@ -183,10 +185,11 @@ def bench_size(args: argparse.Namespace, batch: int, dim: int) -> None:
                 runs.pop(name, None)
                 print(f"{batch:7} {dim:5} {stage:9}{name:18} out of memory")
         runs["products"] = case.products(num_products)
-        times = interleaved_seconds(runs, args.device, args.repeats)
+        times, cpu = interleaved_times(runs, args.device, args.repeats)
         for name, seconds in times.items():
-            base = next((times[n] for n in ("reference",) if n in times), None)
-            ratio = median_ratio(seconds, base) if base else float("nan")
+            peer = "reference" if "reference" in times else None
+            ratio = median_ratio(seconds, times[peer]) if peer else float("nan")
+            cpu_ratio = median_ratio(cpu[name], cpu[peer]) if peer and args.device == "cpu" else float("nan")
             by_short_name = {functions_name: peaks.get(short) for short, functions_name in order.items()}
             memory = by_short_name.get(name) if stage == "full" else None
             q = {k: 1e3 * v for k, v in quantiles(seconds).items()}
@@ -194,13 +197,14 @@ def bench_size(args: argparse.Namespace, batch: int, dim: int) -> None:
             shown = "" if memory is None else f"{memory / 2**20:9.1f}"
             print(
                 f"{batch:7} {dim:5} {stage:9}{name:18} {q['p50']:9.2f} {q['p10']:9.2f} {q['p90']:9.2f} "
-                f"{ratio:7.2f} {shown:>9} {share:>6}",
+                f"{ratio:7.2f} {cpu_ratio:7.2f} {shown:>9} {share:>6}",
                 flush=True,
             )
             if not args.no_csv:
                 row = {**shape, "pass": stage, "loss": name, "repeats": len(seconds)}
                 row |= {f"{k}_ms": round(v, 4) for k, v in q.items()}
                 row |= {"median_ratio_to_reference": round(ratio, 4), "peak_bytes_above_inputs": memory}
+                row["median_cpu_ratio_to_reference"] = round(cpu_ratio, 4)
                 del row["device"]  # provenance names it
                 append_row("loss", row, args.device)
 

@@ -124,7 +124,7 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
     steps_left = [0]
 
     def watched(client: Any, stage: Any, *rest: Any, **options: Any) -> Any:
-        steps_left[0] = stage.num_steps if stage.trains_backbone else 0
+        steps_left[0] = stage.num_steps * run.engine.num_micro_batches if stage.trains_backbone else 0
         return run_stage(client, stage, *rest, **options)
 
     def step_after_a_look() -> None:

@@ -36,7 +36,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: Config, *, device: torch.device, shard: int, num_shards: int):
         """Build once per run, collectively over the slot. The model: fp32 on the host, equal on every rank."""
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         self.device, self.shard, self.num_shards = device, shard, num_shards
         fragment = copy.deepcopy(config.deepspeed)
         self.dtype = _dtype(fragment)
@@ -198,7 +198,8 @@ def build_monitor(kinds: Sequence[str], output_dir: str, name: str) -> Any:
     return MonitorMaster(get_monitor_config(fragment))
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """The deepspeed package, set up for `device` (with its process group, where none is there yet)."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, whatever the launcher

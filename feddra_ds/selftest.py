@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import IO
 
 NUM_RANKS = 2
 EXPECTED = 3.0  # 1 + 2
@@ -31,7 +33,7 @@ def run(timeout_s: float) -> Outcome:
         port = probe.getsockname()[1]
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in launcher} | {"OMP_NUM_THREADS": "1"}
-    problem = None
+    problem: str | None = None
     with ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(NUM_RANKS)]
         ranks = []
@@ -39,17 +41,23 @@ def run(timeout_s: float) -> Outcome:
             command = [sys.executable, "-m", "feddra_ds.selftest", str(rank), str(port), str(timeout_s)]
             ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
             stack.callback(_end, ranks[-1])
-        for rank, process in enumerate(ranks):
-            try:
-                code = process.wait(max(0.1, timeout_s - (time.monotonic() - began)))
-            except subprocess.TimeoutExpired:
-                problem = problem or f"rank {rank} did not end within {timeout_s:g} s"
-                continue
-            if code != 0:
-                logs[rank].seek(0)
-                said = logs[rank].read().decode(errors="replace").strip().splitlines()
-                problem = problem or f"rank {rank} ended with {code}: {said[-1] if said else 'it said nothing'}"
+        while problem is None and any(process.poll() is None for process in ranks):
+            if time.monotonic() - began > timeout_s:
+                waiting = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
+                problem = f"rank {waiting} did not end within {timeout_s:g} s"
+            problem = problem or _failure(ranks, logs)  # one that fails leaves the other waiting
+            time.sleep(0.05)
+        problem = problem or _failure(ranks, logs)
     return Outcome(problem, time.monotonic() - began)
+
+
+def _failure(ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]]) -> str | None:
+    for rank, (process, log) in enumerate(zip(ranks, logs, strict=True)):
+        if process.poll():
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines()
+            return f"rank {rank} ended with {process.poll()}: {said[-1] if said else 'it said nothing'}"
+    return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

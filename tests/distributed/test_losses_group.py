@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from losses_parity import Case, draw, evaluate
 
 import feddra_ds.losses
+from feddra_ds.engine import import_deepspeed
 from feddra_ds.losses import fused_dro_loss
 
 ROWS, DIM = 7, 5  # per rank
@@ -207,8 +208,7 @@ def _batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _deepspeed_step(rank: int, world_size: int, stages: list[int], precision: str, exchange: str) -> dict[int, Tensor]:
     """All parameters, flat, after one SGD step of lr 0.5, by ZeRO stage."""
-    import deepspeed
-
+    deepspeed = import_deepspeed(torch.device("cpu"))
     results = {}
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
