@@ -65,9 +65,10 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")
     try:
         adapter = adapters.parse(config.model.adapter)
-        if adapter is not None and adapter.aggregation == "product":
+        if adapter is not None and adapter.aggregation == "product" and config.aggregate.precision != "fp32":
             problems.append(
-                "model.adapter.aggregation: product is not averaged in training yet; use factors or freeze_a"
+                f"aggregate.precision: {config.aggregate.precision} rounds deltas of factors, and "
+                "model.adapter.aggregation=product factors anew each round; use fp32, or factors or freeze_a"
             )
     except ValueError as error:
         problems += str(error).splitlines()

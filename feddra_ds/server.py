@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from . import adapters
+from .adapter_sum import ProductSum
 from .aggregate import DeltaSum, WeightedSum
 from .client import Client
 from .compression import Codec
@@ -24,6 +26,7 @@ class Server:
     """The shared model (φ_g, θ_g): clients start a stage from it, and their average becomes it."""
 
     codec: Codec | None = None  # of the deltas that travel; None: fp32 weights travel
+    _sum: WeightedSum
     residuals: ModelState | None = None  # what rounding has kept of this slot's deltas so far (compression.py)
 
     def __init__(self, engine: Engine, config: Config, topology: Topology):
@@ -33,6 +36,8 @@ class Server:
         if config.aggregate.precision != "fp32":
             self.codec = Codec(config.aggregate.precision, config.aggregate.block_size)
             self.residuals = {part: [torch.zeros_like(s) for s in self.states[SHARED][part]] for part in PARTS}
+        adapter = adapters.parse(config.model.adapter)
+        self._averages_products = adapter is not None and adapter.aggregation == "product"
         schedule = config.schedule
         self._aligners_go_on = (
             config.aggregate.after_stage1 and schedule.stage1_steps > 0 and schedule.stage2_start == "client"
@@ -53,6 +58,9 @@ class Server:
 
     def begin(self, stage: Stage) -> None:
         base = self.states[SHARED]
+        if self._averages_products and stage.trains_backbone:
+            self._sum = ProductSum(self.engine, stage.parts, base)
+            return
         if self.codec is None or self.residuals is None or (self._topology.peers is None and not self._owes()):
             self._sum = WeightedSum(self.engine, stage.parts, base)
             return

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "feddra_ds"
 LAYERS = """
     config_sections config config_reference logs dro schedule topology collectives losses data
     towers encoders heads dual_encoder interchange model adapters processing export
-    objectives masters engine compression aggregate steps client strategies server ranking evaluate checkpoint restore
+    objectives masters engine compression aggregate adapter_sum steps client strategies server ranking evaluate checkpoint restore
     coordinator display progress rounds resume build train
     run_files labels inference measures charts examples report_contents
     evaluate_command export_command probe report status
