@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: export OMP_WAIT_POLICY = passive   # threads that spin starve each other on a busy machine
 quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, evaluate, write the report
-	$(BIN)/feddra-ds data synth --out $(QUICKSTART)/data --num-pairs 1200 --image-size 64 --seed 0 --overwrite
+	$(BIN)/feddra-ds data synth --out $(QUICKSTART)/data --num-pairs 2400 --image-size 64 --seed 0 --overwrite
 	$(BIN)/feddra-ds train --config configs/quickstart.yaml --data.root $(QUICKSTART)/data --run.output_dir $(QUICKSTART)/run
 	$(BIN)/feddra-ds evaluate $(QUICKSTART)/run
 	$(BIN)/feddra-ds report $(QUICKSTART)/run

@@ -24,6 +24,8 @@ from helpers import (
 from test_checkpoint import load_and_go_on
 
 from feddra_ds import adapters, build
+from feddra_ds.config import ConfigError
+from feddra_ds.topology import Launch
 
 RULES = ("factors", "product", "freeze_a")
 
@@ -118,3 +120,9 @@ def test_lora_saved_on_two_ranks_goes_on_at_one_and_four(dataset: Path, tmp_path
     ends = [weights_of(tmp_path / name, 1) for name in ("1", "4")]
     shapes, _ = _shapes(dataset, "product")
     assert largest_difference(*(_updates(end, shapes) for end in ends)) <= 1e-5
+
+
+def test_products_are_not_averaged_from_rounded_deltas(dataset: Path, tmp_path: Path) -> None:
+    config = make_config(dataset, tmp_path, **_settings("product", aggregate__precision="int8"))
+    with pytest.raises(ConfigError, match=r"aggregate.precision: int8 .* use fp32, or factors or freeze_a"):
+        build.check(config, Launch.from_environment())
