@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ from feddra_ds.data.shards import (
 )
 
 MAX_SHARD_BYTES = 256 * 1024 * 1024
+_HEADER_BYTES = tarfile.BLOCKSIZE  # of a member; its data are padded to as many
 
 
 def safe_name(value: str) -> str:
@@ -34,6 +36,8 @@ def safe_name(value: str) -> str:
 
 class DatasetWriter:
     """Context manager: `add` samples, and at a clean exit the dataset appears under `out` in one rename.
+
+    A shard has at most `max_shard_bytes` bytes (a larger sample: a shard of its own) and tar's padding at the end.
 
     Nothing is left behind when the body raises. The same samples in the same order give the same bytes.
 
@@ -77,10 +81,13 @@ class DatasetWriter:
         assert suffix in IMAGE_SUFFIXES, suffix
         assert client == safe_name(client), client
         if client not in self._clients:
-            self._clients[client] = _ClientWriter(self.aside / client, client, self.max_shard_bytes)
-        members = [(suffix, image), ("txt", None if text is None else text.encode())]
-        members.append(("json", None if info is None else json.dumps(info, ensure_ascii=False).encode()))
-        self._clients[client].add(split, key, [(name, data) for name, data in members if data is not None], text)
+            self._clients[client] = _ClientWriter(self.aside / client, self.max_shard_bytes)
+        members = {
+            suffix: image,
+            "txt": None if text is None else text.encode(),
+            "json": None if info is None else json.dumps(info, ensure_ascii=False).encode(),
+        }
+        self._clients[client].add(split, key, {name: data for name, data in members.items() if data is not None})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,56 +112,54 @@ class DatasetWriter:
 
 
 class _ClientWriter:
-    def __init__(self, folder: Path, client: str, max_shard_bytes: int):
-        folder.mkdir()
-        self.folder, self.client, self.max_shard_bytes = folder, client, max_shard_bytes
-        self.splits: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        self.keys: set[str] = set()
-        self.open: dict[str, BinaryIO] = {}
+    """A client's shards, written by webdataset; then its index, read off them."""
 
-    def add(self, split: str, key: str, members: list[tuple[str, bytes]], text: str | None) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int):
+        folder.mkdir()
+        self.folder, self.max_shard_bytes = folder, max_shard_bytes
+        self.keys: set[str] = set()
+        self._writers: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}  # of each split's open shard
+        self._files: dict[str, BinaryIO] = {}
+
+    def add(self, split: str, key: str, members: dict[str, bytes]) -> None:
         assert key == safe_name(key), key
         assert key not in self.keys, key
         self.keys.add(key)
-        part = self.splits.setdefault(split, {"shards": [], "samples": []})
-        file = self.open.get(split)
-        if file is not None and file.tell() + sum(len(data) + 1024 for _, data in members) > self.max_shard_bytes:
-            self._close(split)
-            file = None
-        if file is None:
-            name = f"{split}-{len(part['shards']):06d}.tar"
-            part["shards"].append({"file": name, "bytes": 0, "sha256": "", "samples": 0})
-            file = self.open[split] = (self.folder / name).open("wb")
-        row: dict[str, Any] = {"key": key, "shard": len(part["shards"]) - 1}
-        for suffix, data in members:
-            header = tarfile.TarInfo(f"{key}.{suffix}")
-            header.size = len(data)  # mtime, owner and mode stay at their fixed defaults: equal bytes every time
-            file.write(header.tobuf(tarfile.USTAR_FORMAT))
-            row[suffix] = [file.tell(), len(data)]
-            file.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
-        if text is not None:
-            row["text_id"] = f"{text_id(text):016x}"
-        part["shards"][-1]["samples"] += 1
-        part["samples"].append(row)
+        if split not in self._writers:
+            self._writers[split] = self._start(split)
+        size = sum(_HEADER_BYTES + -(-len(data) // _HEADER_BYTES) * _HEADER_BYTES for data in members.values())
+        if self._sizes.get(split, 0) and self._sizes[split] + size > self.max_shard_bytes:
+            self._writers[split].next_stream()
+            self._sizes[split] = 0
+        self._sizes[split] = self._sizes.get(split, 0) + size
+        self._writers[split].write({"__key__": key, **members})
 
-    def _close(self, split: str) -> None:
-        with self.open.pop(split) as file:
-            file.write(bytes(2 * tarfile.BLOCKSIZE))
+    def _start(self, split: str) -> Any:
+        from webdataset import ShardWriter  # on demand: it imports torch
+
+        fixed = {"mtime": 0, "user": "", "group": ""}  # equal bytes every time
+        never = {"maxsize": sys.maxsize, "maxcount": sys.maxsize}  # it would count without headers; `add` counts
+        pattern = f"{split}-%06d.tar"
+        return ShardWriter(pattern, **never, **fixed, encoder=False, verbose=0, opener=self._open, post=self._close)
+
+    def _open(self, name: str) -> BinaryIO:
+        self._files[name] = (self.folder / name).open("wb")
+        return self._files[name]
+
+    def _close(self, name: str) -> None:
+        with self._files.pop(name) as file:
             file.flush()
             os.fsync(file.fileno())
-        shard = self.splits[split]["shards"][-1]
-        path = self.folder / shard["file"]
-        shard["bytes"], shard["sha256"] = path.stat().st_size, sha256_of(path)
 
     def finish(self) -> dict[str, int]:
-        for split in list(self.open):
-            self._close(split)
-        write_index(self.folder, self.client, self.splits)
-        return {split: len(part["samples"]) for split, part in sorted(self.splits.items())}
+        for writer in self._writers.values():
+            writer.close()
+        return index_folder(self.folder)
 
     def abort(self) -> None:
-        for file in self.open.values():
-            file.close()
+        for writer in self._writers.values():
+            writer.close()
 
 
 def write_index(folder: Path, client: str, splits: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
