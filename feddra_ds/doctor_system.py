@@ -19,6 +19,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from . import selftest
+from .extensions import stale_locks
 from .report_contents import size
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -69,6 +70,9 @@ def check_software() -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "compiler", f"{_tool('c++')}, {_tool('ninja')}")
+    for lock in stale_locks():
+        found = f"{lock} was left by a build that was killed; the next one would wait for it for ever"
+        yield Finding("warning", "compiler", found, f"rm {lock}")
 
 
 def check_hardware() -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from run_helpers import CLIENTS, HELD_OUT, add_model, make_config, make_data, ma
 from feddra_ds import selftest
 from feddra_ds.cli import main
 from feddra_ds.data.writer import DatasetWriter
-from feddra_ds.doctor_system import check_disk, check_network
+from feddra_ds.doctor_system import check_disk, check_network, check_software
 from feddra_ds.inference import open_models
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -335,3 +335,14 @@ def test_findings_on_the_network_and_the_disk(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "file").write_text("")
     (blocked,) = check_disk(tmp_path / "file" / "run", None)
     assert blocked.level == "problem"
+
+
+def test_a_lock_of_a_killed_build_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert not [f for f in check_software() if str(lock) in f.found], "a build may be going on"
+    os.utime(lock, (0, 0))
+    (left,) = [f for f in check_software() if str(lock) in f.found]
+    assert (left.level, left.todo) == ("warning", f"rm {lock}")
