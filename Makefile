@@ -22,12 +22,20 @@ quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, eva
 	$(BIN)/feddra-ds evaluate $(QUICKSTART)/run
 	$(BIN)/feddra-ds report $(QUICKSTART)/run
 
+SOURCES := pyproject.toml $(shell find feddra_ds tests configs launch benchmarks -name '*.py' -o -name '*.yaml')
+FAST := $(BIN)/pytest -q -m "not slow and not gpu"
+
 test test-all: export OMP_NUM_THREADS ?= 1   # many ranks share the cores
 test: $(VENV)/.installed         ## unit, distributed and short integration tests (≤ 15 minutes on 2 cores)
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(FAST)
+	@touch $(VENV)/.tested
 
-test-all: $(VENV)/.installed     ## everything but what needs a GPU (≤ 60 minutes on 2 cores)
-	$(BIN)/pytest -q -m "not gpu"
+$(VENV)/.tested: $(VENV)/.installed $(SOURCES)
+	$(FAST)
+	@touch $@
+
+test-all: $(VENV)/.tested        ## the slow tests too, but those that need a GPU (the fast ones only if a file has changed since they passed)
+	$(BIN)/pytest -q -m "slow and not gpu"
 
 lint: $(VENV)/.installed         ## ruff and mypy
 	$(BIN)/ruff check .
