@@ -190,6 +190,17 @@ def layers(model: DualEncoder) -> Iterator[tuple[nn.Module, str, Any]]:
             yield model.get_submodule(parent), name, module
 
 
+def adapted(model: DualEncoder) -> dict[str, float]:
+    """The scale s of every adapted layer by its dotted name."""
+    found = ((path, module) for path, module in model.named_modules() if hasattr(module, "lora_A"))
+    return {path: module.scaling[_ADAPTER] for path, module in found if hasattr(module, "base_layer")}
+
+
+def factors_of(layer: str) -> tuple[str, str]:
+    """Names of the parameters A and B of an adapted layer."""
+    return layer + _A, layer + _B
+
+
 @torch.no_grad()
 def merge(model: DualEncoder) -> DualEncoder:
     """W ← W + s B A in every adapted layer, and peft's layers taken out, in place. Same outputs, a plain DualEncoder."""

@@ -24,7 +24,7 @@ from .data.tokens import load_tokenizer
 from .engine import Engine, build_monitor
 from .export import find_model
 from .logs import logger
-from .model import DualEncoder, build_model
+from .model import DualEncoder, build_model, checkpoint_activations
 from .objectives import build as build_objective
 from .processing import DualEncoderProcessor, build_processor
 from .resume import agree_on_checkpoint
@@ -32,6 +32,7 @@ from .rounds import Run
 from .server import OwnModels, Server
 from .strategies import Strategy
 from .topology import Launch, Plan, Topology, choose_device, plan
+from .weights.deferred import defer, make_room
 
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
@@ -97,7 +98,7 @@ def build(config: Config) -> Run:
     tokenizer = tokenizer_of(config)
     processor = processor_of(config, tokenizer)
     seed_everything(config.run.seed)
-    model = model_of(config, tokenizer)
+    model, initial = defer(lambda: model_of(config, tokenizer))
 
     topology = Topology(layout, launch, device, config.clients.timeout_s)
     if topology.is_coordinator:
@@ -111,18 +112,21 @@ def build(config: Config) -> Run:
 
     objective = build_objective(config.objective)
     replays = config.objective.anchors == "replay" or not objective.needs_anchors
-    frozen_aligner = frozen_twin(model.aligner, torch.device("cpu"), torch.float32)
-    frozen_model = None if replays else frozen_twin(model, torch.device("cpu"), torch.float32)
+    place = torch.device("cpu" if initial is None else "meta")
+    frozen_aligner = frozen_twin(model.aligner, place, torch.float32)
+    frozen_model = None if replays else frozen_twin(model, place, torch.float32)
     if device.type == "cpu" and topology.plan.ranks_per_slot > 1 and config.model.head.norm == "batchnorm":
         raise ConfigError(
             ["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"]
         )
     if topology.plan.ranks_per_slot > 1:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    engine = Engine(model, config, device=device, shard=topology.shard, num_shards=layout.ranks_per_slot)
-    frozen_aligner.to(device=device, dtype=engine.dtype)
+    engine = Engine(
+        model, config, device=device, shard=topology.shard, num_shards=layout.ranks_per_slot, weights=initial
+    )
+    make_room(frozen_aligner, device, engine.dtype)
     if frozen_model is not None:
-        frozen_model.to(device=device, dtype=engine.dtype)
+        make_room(frozen_model, device, engine.dtype)
     trainer = LocalTrainer(engine, frozen_aligner, frozen_model, objective, config, topology)
 
     clients, validation, client_ids, num_samples = build_clients(
@@ -237,6 +241,8 @@ def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoder:
             max_text_length=config.data.text_length,
         )
         adapters.apply(model, adapters.parse(config.model.adapter))
+        if config.model.activation_checkpointing:
+            checkpoint_activations(model)
         return model
     except ValueError as error:
         raise ConfigError([str(error)]) from error

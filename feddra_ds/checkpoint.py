@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +172,19 @@ class SavedFragments:
             )
         return out
 
+    @property
+    def names(self) -> Set[str]:
+        """The parameters that are there."""
+        return self._pieces.keys()
+
+    def parameter(self, name: str) -> Tensor:
+        """One whole parameter, fp32, in its shape."""
+        shape = self.shapes[name]
+        return self.read(Fragment(name, 0, int(torch.Size(shape).numel()), 0)).view(shape)
+
     def parameters(self) -> dict[str, Tensor]:
         """The whole model's trained parameters by name, fp32, in their shapes."""
-        out = {}
-        for name in self._pieces:
-            shape = self.shapes[name]
-            out[name] = self.read(Fragment(name, 0, int(torch.Size(shape).numel()), 0)).view(shape)
-        return out
+        return {name: self.parameter(name) for name in self.names}
 
 
 class SavedModel(SavedFragments):

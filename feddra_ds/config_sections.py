@@ -62,6 +62,8 @@ class ModelConfig(Section):
     num_extra_blocks: int = Field(0, ge=0)
     """Extra transformer blocks put on each encoder for the alignment module (the release's form)."""
     head: HeadConfig = HeadConfig()
+    activation_checkpointing: bool = False
+    """Keep nothing inside the encoders' blocks for the backward pass, which computes them again: less memory, more time."""
     adapter: dict[str, Any] | None = None
     """null, or {type: lora, r: …, alpha: …, target_modules: […], aggregation: factors|product|freeze_a}."""
 

@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="bound of each test that is run (default: 120)"
     )
     parser.add_argument("--no-self-test", action="store_true", help="do not import DeepSpeed nor start two gloo ranks")
+    parser.add_argument(
+        "--plan", action="store_true", help="predict a rank's peak memory instead; needs --config, builds no weights"
+    )
+    parser.add_argument(
+        "--gpu", type=float, metavar="GIB", help="plan for a GPU of so many GiB, whether or not one is here"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -50,6 +56,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--timeout: must be more than 0 seconds, got {args.timeout:g}")
     if args.rest and args.config is None:
         raise ValueError(f"{args.rest[0]}: config keys need --config FILE beside them")
+    if args.gpu is not None and (not args.plan or args.gpu <= 0):
+        raise ValueError(f"--gpu: is a number of GiB for --plan, got {args.gpu:g}")
+    if args.plan:
+        if args.config is None:
+            raise ValueError("--plan: needs --config FILE")
+        from .doctor_plan import run_plan
+
+        return run_plan(args.config, args.overrides, args.num_ranks, args.gpu, args.json)
     findings: list[Finding] = []
     console = Console(soft_wrap=True)
 

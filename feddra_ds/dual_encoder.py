@@ -21,6 +21,8 @@ from transformers.utils import ModelOutput
 from . import encoders, towers
 from .heads import ExtraBlock, Head, Temperature, TowerAligner
 from .towers import TowerHidden
+from .weights.deferred import recording
+from .weights.tape import CannotDefer
 
 SIDES = ("vision", "text")
 _MAX_CHECKED_PARAMETERS = 400_000_000
@@ -219,6 +221,8 @@ def _check_unknown(encoder: PreTrainedModel, layout: towers.Layout, num_top_bloc
     small = encoders.count_parameters(encoder) <= _MAX_CHECKED_PARAMETERS
     if encoder.config.model_type in towers.TESTED_TYPES or encoder.device.type == "meta" or not small:
         return
+    if recording() is not None:
+        raise CannotDefer(f"the cut of a {encoder.config.model_type} encoder has to be tried")
     blocks = len(list(encoder.get_submodule(layout.blocks).children()))
     if 0 <= num_top_blocks < blocks:
         inputs = encoders.probe_inputs(encoder.config, side)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +18,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from .config import EncoderConfig
-from .deferred import CannotDefer, Recorder, recording
-from .tensor_files import all_stored
+from .weights.deferred import recording
+from .weights.pretrained import load_deferred
 
 # Text encoders whose position ids start behind the padding id.
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
@@ -64,50 +61,10 @@ def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel
         with quiet():
             recorder = recording()
             if recorder is not None:
-                return _load_deferred(recorder, source, config, attention)
+                return load_deferred(recorder, source, config, attention)
             return AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **attention)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{key}: {_why(name, error)}") from error
-
-
-def _load_deferred(
-    recorder: Recorder, source: str, config: PreTrainedConfig, attention: dict[str, str]
-) -> PreTrainedModel:
-    """load_model where weights are written down only: transformers maps names and shapes, files are read later."""
-    architecture = MODEL_MAPPING[type(config)]
-    if isinstance(architecture, (tuple, list)):
-        raise CannotDefer(f"a {config.model_type} model may be one of several classes")
-    tensors = {
-        name: recorder.from_file(tensor.read, tensor.shape, tensor.dtype)
-        for name, tensor in all_stored(_weight_files(source)).items()
-    }
-    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads would not be recorded
-    try:
-        model = architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **attention)
-    finally:
-        if before is None:
-            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
-        else:
-            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
-    model.config.name_or_path = source
-    return model
-
-
-def _weight_files(source: str) -> list[str]:
-    """The safetensors files of a folder or hub id, fetched where need be. Raises CannotDefer where it has others."""
-    quietly: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_gated_repo": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    whole = cached_file(source, SAFE_WEIGHTS_NAME, **quietly)
-    if whole is not None:
-        return [whole]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **quietly)
-    if index is None:
-        raise CannotDefer(f"{source} has no safetensors weights; convert them, to read them tensor by tensor")
-    return get_checkpoint_shard_files(source, index)[0]
 
 
 def _why(name: str, error: Exception) -> str:

@@ -10,7 +10,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config, get_path
-from .masters import Fragment, Slice, find_masters, pass_over_frozen_groups, reset_state
+from .extensions import stale_locks
+from .masters import Fragment, Slice, find_masters, pass_over_frozen_groups, reset_state, write_frozen
+from .weights.deferred import Weights, lay_out
+from .weights.host_memory import returned_when_freed
 
 PARTS = ("aligner", "backbone")
 BUFFERS = "buffers"  # what is not trained but travels: running statistics, counters
@@ -34,8 +37,22 @@ class Engine:
     num_shards: int  # ranks of the slot
     num_micro_batches: int  # backward passes of one optimizer step
 
-    def __init__(self, model: nn.Module, config: Config, *, device: torch.device, shard: int, num_shards: int):
-        """Build once per run, collectively over the slot. The model: fp32 on the host, equal on every rank."""
+    @returned_when_freed()
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        device: torch.device,
+        shard: int,
+        num_shards: int,
+        weights: Weights | None = None,
+    ):
+        """Build once per run, collectively over the slot. The model: fp32 on the host, equal on every rank.
+
+        With weights the model is one that `weights.deferred.defer` built: its parameters are partitioned empty, and then come
+        one by one, so that this rank never holds more than its share and one of them.
+        """
         deepspeed = import_deepspeed(device)
         self.device, self.shard, self.num_shards = device, shard, num_shards
         fragment = copy.deepcopy(config.deepspeed)
@@ -43,9 +60,6 @@ class Engine:
         self.zero_stage = int(get_path(fragment, "zero_optimization.stage") or 0)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        groups = parameter_groups(model, config.optimizer.weight_decay)
-        self._group_parts = [group["part"] for group in groups]
         per_rank = max(1, config.data.batch_size // num_shards)
         micro_batch = min(per_rank, config.data.micro_batch_size or per_rank)
         self.num_micro_batches = -(-per_rank // micro_batch)
@@ -57,6 +71,13 @@ class Engine:
             "steps_per_print": 10**9,
         }
         with _launched_as(shard, num_shards):
+            if weights is not None:
+                self._lay_out(model, weights, fragment)
+                initial = {}
+            else:
+                initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            groups = parameter_groups(model, config.optimizer.weight_decay)
+            self._group_parts = [group["part"] for group in groups]
             self._ds, _, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=pass_over_frozen_groups(build_optimizer(groups, config, fragment)),
@@ -70,8 +91,54 @@ class Engine:
             part: [s for s in masters.slices if self._group_parts[s.group] == part] for part in PARTS
         }
         # The cast to bf16 rounded the masters, and some optimizers take a step at construction: write what was meant.
-        self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
+        if weights is not None:
+            self._fill(weights)
+        else:
+            self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
         self.reset_optimizer()
+
+    def _lay_out(self, model: nn.Module, weights: Weights, fragment: dict[str, Any]) -> None:
+        """Give a model of the meta device parameters without content: partitions of them with ZeRO 3."""
+        partition = self._partitioner(fragment) if self.zero_stage == 3 else None
+
+        def make(parameter: nn.Parameter) -> nn.Parameter:
+            # zeros: memory that nobody has written to yet costs the host nothing
+            blank = torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
+            made = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+            if partition is not None:
+                partition(made)
+            return made
+
+        lay_out(model, weights, make, self.device)
+
+    def _partitioner(self, fragment: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+        import deepspeed
+
+        # zero.Init reads its options, and swaps torch's linear for one that keeps no gathered weight, for any module
+        context = deepspeed.zero.Init(module=nn.Module(), dtype=self.dtype, config_dict_or_path=fragment)
+
+        def partition(parameter: nn.Parameter) -> None:
+            context._convert_to_deepspeed_param(parameter)
+            parameter.partition()  # type: ignore[attr-defined]
+
+        return partition
+
+    def _fill(self, weights: Weights) -> None:
+        """Write the weights one by one: into the masters, or where they are frozen into what the forward uses."""
+        views: dict[str, list[tuple[Fragment, Tensor]]] = {}
+        for part in PARTS:
+            for fragment, view in self.views(part):
+                views.setdefault(fragment.name, []).append((fragment, view))
+        frozen = {name: p for name, p in self.module.named_parameters() if name in self._frozen}
+        with torch.no_grad():
+            for name, value in weights.stream(self.shapes):
+                flat = value.view(-1)
+                for fragment, view in views.get(name, ()):
+                    view.copy_(flat[fragment.start : fragment.start + fragment.length])
+                if name in frozen:
+                    write_frozen(frozen[name], flat, self.shard)
+        weights.leave_generator()
+        self._refresh()
 
     # ---- training
     def __call__(self, **batch: Any) -> Any:
@@ -182,6 +249,12 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config, fragment: dict
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
     if get_path(fragment, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        if locks := stale_locks():
+            raise RuntimeError(
+                f"{locks[0]} was left by a build that was killed, and building DeepSpeed's CPU Adam would wait for it for "
+                "ever; remove it"
+            )
 
         return DeepSpeedCPUAdam(groups, lr=options.lr, betas=options.betas, eps=options.eps, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)

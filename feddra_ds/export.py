@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from .dual_encoder import DualEncoder, DualEncoderConfig, register
 from .encoders import load_config, quiet
 from .processing import DualEncoderProcessor
+from .weights.tensor_files import Shape, write_shards
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -33,15 +33,32 @@ def save_model(
     state: every parameter and persistent buffer by name, on the CPU. Raises ValueError where names or shapes are not
     those of the model that `config` describes.
     """
-    _check_state(state, config)
+    return save_tensors(_shapes_of(state), state.__getitem__, config, processor, out_dir, max_shard_size=max_shard_size)
+
+
+def save_tensors(
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], Tensor],
+    config: DualEncoderConfig,
+    processor: DualEncoderProcessor,
+    out_dir: str | Path,
+    *,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> Path:
+    """save_model where the tensors come one by one, from read(name): memory for one of them is needed."""
+    _check_shapes(shapes, config)
     config.architectures = [DualEncoder.__name__]
-    return write_folder(state, config, processor, Path(out_dir), max_shard_size)
+    return _write_folder(shapes, read, config, processor, Path(out_dir), max_shard_size)
 
 
-def _check_state(state: Mapping[str, Tensor], config: DualEncoderConfig) -> None:
+def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: Shape(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+
+
+def _check_shapes(shapes: Mapping[str, Shape], config: DualEncoderConfig) -> None:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in DualEncoder(config).state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    got = {name: shape.size for name, shape in shapes.items()}
     if wanted != got:
         wrong = sorted(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n))
         shown = ", ".join(f"{n} (is {got.get(n, 'missing')}, should be {wanted.get(n, 'absent')})" for n in wrong[:3])
@@ -52,12 +69,22 @@ def write_folder(
     state: Mapping[str, Tensor], config: Any, processor: DualEncoderProcessor, out: Path, max_shard_size: int | str
 ) -> Path:
     """Write weights, any transformers config and a processor as one folder, whole or not at all."""
+    return _write_folder(_shapes_of(state), state.__getitem__, config, processor, out, max_shard_size)
+
+
+def _write_folder(
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], Tensor],
+    config: Any,
+    processor: DualEncoderProcessor,
+    out: Path,
+    max_shard_size: int | str,
+) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        save_torch_state_dict(tensors, partial, max_shard_size=max_shard_size)
-        config.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+        write_shards(shapes, read, partial, max_shard_size)
+        config.dtype = next(shape.dtype for shape in shapes.values() if shape.dtype.is_floating_point)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
         partial.chmod(0o755)

@@ -9,7 +9,7 @@ from . import adapters, checkpoint
 from .config import from_dict
 from .export import MAX_SHARD_SIZE, load_pretrained, save_model, write_folder
 from .interchange import to_transformers
-from .restore import load_checkpoint
+from .restore import export_checkpoint, load_checkpoint
 from .server import SHARED
 
 
@@ -49,7 +49,12 @@ def main(args: argparse.Namespace) -> int:
     elif args.checkpoint is None and (has_model or not (run / "checkpoints").is_dir()):
         model, processor = load_pretrained(run)
     else:
-        model, processor = load_checkpoint(find_checkpoint(run, args.checkpoint), args.client)
+        folder = find_checkpoint(run, args.checkpoint)
+        if args.format == "feddra":
+            export_checkpoint(folder, args.client, args.out, max_shard_size=args.max_shard_size)
+            print(f"wrote {args.out}. Load it with feddra_ds.load_pretrained({str(args.out)!r})")
+            return 0
+        model, processor = load_checkpoint(folder, args.client)
     if args.format == "transformers":
         whole = to_transformers(model, processor)
         write_folder(whole.state_dict(), whole.config, processor, args.out, args.max_shard_size)

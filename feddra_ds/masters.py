@@ -173,6 +173,19 @@ def _stage3(optimizer: Any, names: dict[int, str], shard: int, num_shards: int) 
     return Masters(slices, refresh)
 
 
+@torch.no_grad()
+def write_frozen(parameter: nn.Parameter, values: Tensor, shard: int) -> None:
+    """Write a parameter that no optimizer holds, from all its elements, flat; this rank's chunk of it with ZeRO 3."""
+    stored = getattr(parameter, "ds_tensor", None)
+    if stored is None:
+        parameter.data.view(-1).copy_(values)
+        return
+    assert stored.is_floating_point(), "a frozen parameter is kept quantised"
+    start = shard * stored.ds_numel
+    mine = values[start : start + stored.ds_numel]
+    stored.data.view(-1)[: len(mine)].copy_(mine)
+
+
 def pass_over_frozen_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Make the optimizer's step leave out groups whose learning rate is 0, instead of reading and writing all of them.
 

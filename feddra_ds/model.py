@@ -10,7 +10,16 @@ from . import encoders
 from .config import EncoderConfig, ModelConfig, ObjectiveConfig
 from .dual_encoder import SIDES, DualEncoder, DualEncoderConfig, DualEncoderOutput, Hidden, register
 
-__all__ = ["SIDES", "DualEncoder", "DualEncoderConfig", "DualEncoderOutput", "Hidden", "build_model", "register"]
+__all__ = [
+    "SIDES",
+    "DualEncoder",
+    "DualEncoderConfig",
+    "DualEncoderOutput",
+    "Hidden",
+    "build_model",
+    "checkpoint_activations",
+    "register",
+]
 
 log = logging.getLogger("feddra_ds")
 _WHOLE_TYPES = ("clip", "vision-text-dual-encoder")
@@ -54,6 +63,16 @@ def build_model(
     )
     full._attn_implementation = "sdpa"  # a new composite config sets its encoders' to None
     return DualEncoder(full, vision, text)
+
+
+def checkpoint_activations(model: DualEncoder) -> None:
+    """Have the encoders' blocks compute their activations again in the backward pass. Raises ValueError naming the key."""
+    # transformers 5 renamed it on the way
+    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(f"model.activation_checkpointing: {error}; set it to false") from error
 
 
 def _pooling(section: EncoderConfig, encoder: Any, side: str) -> str:

@@ -1,18 +1,23 @@
-"""A checkpoint of a run as a model, on one device and without deepspeed."""
+"""A checkpoint of a run as a model, or as a model folder, on one device and without deepspeed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import adapters, checkpoint
-from .config import from_dict
+from .config import Config, from_dict
 from .data.tokens import load_tokenizer
 from .dual_encoder import DualEncoder
+from .export import MAX_SHARD_SIZE, save_model, save_tensors
 from .model import build_model
 from .processing import DualEncoderProcessor, build_processor
 from .server import SHARED
+from .weights.deferred import defer
+from .weights.host_memory import returned_when_freed
+from .weights.tensor_files import Shape
 
 
 def load_checkpoint(
@@ -23,37 +28,97 @@ def load_checkpoint(
     Built from the config in the checkpoint; what was frozen is built again from its weights or seed. Raises
     CheckpointError, and ConfigError or ValueError where the config no longer fits (a pretrained folder that has gone).
     """
+    config = _config_of(folder, owner)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = _build(config)
+    saved = checkpoint.SavedModel(folder, owner)
+    state = saved.parameters() | saved.buffers()
+    _compare(folder, model, set(state))
+    model.load_state_dict(state, strict=False)
+    if merge_adapters:
+        adapters.merge(model)
+    return model.eval(), _processor_of(config)
+
+
+@returned_when_freed()
+def export_checkpoint(
+    folder: Path, owner: str, out_dir: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> Path:
+    """Write the model that a checkpoint holds for `owner` as a model folder, adapters merged.
+
+    Tensor by tensor: the host never holds the model, but where it cannot be deferred (weights/deferred.py). Raises what
+    load_checkpoint and save_model raise.
+    """
+    config = _config_of(folder, owner)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model, frozen = defer(lambda: _build(config))
+    if frozen is None:
+        del model
+        whole, processor = load_checkpoint(folder, owner)
+        return save_model(whole.state_dict(), whole.config, processor, out_dir, max_shard_size=max_shard_size)
+    saved = checkpoint.SavedModel(folder, owner)
+    buffers = saved.buffers()
+    _compare(folder, model, {*saved.names, *buffers})
+    adapted = adapters.adapted(model)
+
+    def stored(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
+        return saved.parameter(name) if name in saved.names else frozen.read(name)
+
+    def read(name: str) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        if layer not in adapted:
+            return stored(name)
+        value = stored(f"{layer}.base_layer.{leaf}")
+        if leaf == "weight":  # as `adapters.merge` does
+            a, b = (stored(factor) for factor in adapters.factors_of(layer))
+            value += (b @ a) * adapted[layer]
+        return value
+
+    plain = adapters.merge(model)
+    shapes = {name: Shape(tuple(t.shape), t.dtype) for name, t in plain.state_dict().items()}
+    return save_tensors(shapes, read, plain.config, _processor_of(config), out_dir, max_shard_size=max_shard_size)
+
+
+def _config_of(folder: Path, owner: str) -> Config:
     problem = checkpoint.check(folder)
     if problem is not None:
         raise checkpoint.CheckpointError(f"{folder}: {problem}")
-    config = from_dict(checkpoint.read_coordinator(folder)["config"])
     owners = sorted(path.name for path in (folder / "weights").iterdir())
     if owner not in owners:
         raise checkpoint.CheckpointError(
             f"{folder} holds no model of {owner}; it holds {', '.join(owners)}: use --client"
         )
-    text = config.model.text
-    tokenizer = load_tokenizer(text.tokenizer or text.pretrained or config.model.pretrained)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        model = build_model(
-            config.model,
-            config.objective,
-            image_size=config.data.image_size,
-            vocab_size=len(tokenizer),
-            pad_token_id=int(tokenizer.pad_token_id or 0),
-            max_text_length=config.data.text_length,
-        )
-        adapters.apply(model, adapters.parse(config.model.adapter))
-    saved = checkpoint.SavedModel(folder, owner)
-    state = saved.parameters() | saved.buffers()
-    lost = {name for name, p in model.named_parameters() if p.requires_grad} - state.keys()
-    unknown = state.keys() - model.state_dict().keys()
+    return from_dict(checkpoint.read_coordinator(folder)["config"])
+
+
+def _build(config: Config) -> DualEncoder:
+    """The run's initial model with its adapters, after torch.manual_seed(run.seed)."""
+    tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained or config.model.pretrained)
+    model = build_model(
+        config.model,
+        config.objective,
+        image_size=config.data.image_size,
+        vocab_size=len(tokenizer),
+        pad_token_id=int(tokenizer.pad_token_id or 0),
+        max_text_length=config.data.text_length,
+    )
+    adapters.apply(model, adapters.parse(config.model.adapter))
+    return model
+
+
+def _processor_of(config: Config) -> DualEncoderProcessor:
+    tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained or config.model.pretrained)
+    return build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
+
+
+def _compare(folder: Path, model: DualEncoder, saved: set[str]) -> None:
+    lost = {name for name, p in model.named_parameters() if p.requires_grad} - saved
+    unknown = saved - model.state_dict().keys()
     if lost or unknown:
         raise checkpoint.CheckpointError(
             f"{folder} is of another model: {sorted(lost | unknown)[0]} is on one side only"
         )
-    model.load_state_dict(state, strict=False)
-    if merge_adapters:
-        adapters.merge(model)
-    return model.eval(), build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)

@@ -20,9 +20,8 @@ from .config import Config
 from .coordinator import Coordinator, Decision, TooFewClients, aggregation_weights, loss_weight
 from .engine import Engine
 from .evaluate import Embedded, client_loss, embed, evaluation_size, retrieval
-from .export import save_model
 from .progress import Progress
-from .restore import load_checkpoint
+from .restore import export_checkpoint
 from .schedule import Stage, stages_of_round, steps_per_round
 from .server import SHARED, Server
 from .strategies import Strategy
@@ -276,14 +275,12 @@ class Run:
             self.monitor.write_events(events)
 
     def save_final_model(self) -> None:
-        """model/ from the last checkpoint, by the coordinator alone: no rank gathers anything for it."""
+        """model/ from the last checkpoint, by the coordinator alone, tensor by tensor: no rank gathers anything for it."""
         if self.coordinator is None:
             return
         newest = checkpoint.folder_of(self.run_dir, self.config.schedule.rounds - 1)
         for owner in [SHARED] if self.strategy.averages else self.client_ids:
-            model, processor = load_checkpoint(newest, owner)
-            out = self.run_dir / "model" if owner == SHARED else self.run_dir / "model" / owner
-            save_model(model.state_dict(), model.config, processor, out)
+            export_checkpoint(newest, owner, self.run_dir / "model" / ("" if owner == SHARED else owner))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -19,20 +19,32 @@ BATCH = 4  # pairs per rank
 
 
 # ---- inside a rank
-def _engine(config: Any) -> tuple[Any, Any, Any]:
-    """An engine over all ranks as one slot, a plain copy of its model, and the topology."""
+def _engine(config: Any, whole: bool = False) -> tuple[Any, Any, Any]:
+    """An engine over all ranks as one slot, a plain copy of its model, and the topology.
+
+    The engine gets its weights one by one, as in a run, or `whole`, where a model cannot be deferred.
+    """
     import torch
 
     from feddra_ds import build
     from feddra_ds.engine import Engine
     from feddra_ds.topology import Launch, Topology, plan
+    from feddra_ds.weights.deferred import defer
 
     launch = Launch.from_environment()
     topology = Topology(plan(launch.world_size, 1, launch.world_size), launch, torch.device("cpu"), 60.0)
     build.seed_everything(config.run.seed)
     model = build.model_of(config, build.tokenizer_of(config))
-    plain = copy.deepcopy(model)
-    engine = Engine(model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size)
+    plain, initial = copy.deepcopy(model), None
+    if not whole:
+        after = torch.get_rng_state()
+        build.seed_everything(config.run.seed)
+        model, initial = defer(lambda: build.model_of(config, build.tokenizer_of(config)))
+        assert initial is not None
+    engine = Engine(
+        model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size, weights=initial
+    )
+    assert whole or torch.equal(after, torch.get_rng_state()), "what is drawn next depends on how the model was built"
     return engine, plain, topology
 
 
@@ -105,7 +117,7 @@ def _adopt(engine: Any, plain: Any) -> None:
             wanted[name].flatten()[start : start + len(values)] = torch.from_numpy(values)
 
 
-def examine(config_tree: dict[str, Any], optimizer: str | None = None) -> dict[str, Any]:
+def examine(config_tree: dict[str, Any], optimizer: str | None = None, whole: bool = False) -> dict[str, Any]:
     """Everything that is asked of one engine, on each rank of its slot."""
     from feddra_ds import engine as engine_module
     from feddra_ds.config import from_dict
@@ -114,7 +126,7 @@ def examine(config_tree: dict[str, Any], optimizer: str | None = None) -> dict[s
     if optimizer == "fused":
         engine_module.build_optimizer = _fused_adam  # type: ignore[assignment]
     try:
-        engine, plain, topology = _engine(from_dict(config_tree))
+        engine, plain, topology = _engine(from_dict(config_tree), whole)
     finally:
         engine_module.build_optimizer = kept
     seen: dict[str, Any] = {
@@ -254,6 +266,11 @@ def test_masters_of_every_zero_stage_and_precision(
     _check_all(results, world_size)
     for name, expected in CLASSES.items():
         assert name not in results or results[name][0]["class"] == expected, name
+
+
+def test_masters_of_a_model_that_comes_whole(dataset: Path) -> None:
+    rows = [row for row in STAGES if row[0] in ("zero0-fp32", "zero2-bf16", "zero3-bf16")]
+    _check_all(_run(dataset, rows, 2, None, True), 2)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ SHORT: list[Layout] = [
     (1, 1, 3, {}),
     (1, 1, 0, {"data__micro_batch_size": 3, "data__num_workers": 1}),
     (2, 2, 0, {}),
-    (2, 2, 3, {}),
+    (2, 2, 3, {"model__activation_checkpointing": True}),
     (2, 1, 1, {}),
     (2, 1, 3, {"deepspeed__zero_optimization__sub_group_size": 3000}),
     (4, 2, 2, {}),

@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parents[2] / "feddra_ds"
 # A module imports only from modules above it; a folder is one line, its files import each other freely but acyclically.
 LAYERS = """
     config_sections config config_reference logs dro schedule topology collectives losses data
-    tensor_files deferred towers encoders heads dual_encoder interchange model adapters processing export
-    objectives masters engine compression aggregate adapter_sum steps client strategies server ranking evaluate checkpoint restore
+    weights towers encoders heads dual_encoder interchange model adapters processing export
+    objectives extensions masters engine compression aggregate adapter_sum steps client strategies server ranking evaluate
+    checkpoint restore
     coordinator display progress rounds resume build train
     run_files labels inference measures charts examples report_contents
     evaluate_command export_command probe report status
-    selftest doctor_system doctor_config doctor cli __main__
+    memory selftest doctor_system doctor_config doctor_plan doctor cli __main__
 """.split()
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from model_helpers import BODY, TEXT, VISION, batch, build, save, scramble
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from feddra_ds.dual_encoder import DualEncoder
 from feddra_ds.heads import MIN_TEMPERATURE, Head, Temperature, log_ratio, pool
+from feddra_ds.model import checkpoint_activations
 
 
 def test_parts_are_disjoint_and_named() -> None:
@@ -255,3 +257,42 @@ def test_other_families_work_end_to_end() -> None:
 def test_importing_the_model_does_not_import_deepspeed() -> None:
     code = "import sys, feddra_ds.model, feddra_ds.export; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def _saved_and_gradients(checkpointing: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that a forward keeps for its backward, and the gradients."""
+    model = build(objective={"learnable_temperature": True})
+    scramble(model)
+    if checkpointing:
+        checkpoint_activations(model)
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(**batch(pairs=8))
+        loss = (out.image_embeds * out.text_embeds).sum()
+    loss.backward()
+    return sum(kept.values()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing() -> None:
+    plain, wanted = _saved_and_gradients(False)
+    less, found = _saved_and_gradients(True)
+    assert less < 0.5 * plain
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-7) for name in wanted)
+
+
+def test_activation_checkpointing_is_refused_where_no_block_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    for module in model.modules():
+        vars(module).pop("gradient_checkpointing", None)
+    monkeypatch.delattr(GradientCheckpointingLayer, "gradient_checkpointing")
+    with pytest.raises(ValueError, match=r"model.activation_checkpointing: .* set it to false"):
+        checkpoint_activations(model)
