@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: export OMP_WAIT_POLICY = passive   # threads that spin starve each other on a busy machine
+quickstart: export GOMP_SPINCOUNT = 100000   # threads that spin long starve each other on a busy machine, none at all halves the speed
 quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, evaluate, write the report
 	$(BIN)/feddra-ds data synth --out $(QUICKSTART)/data --num-pairs 2400 --image-size 64 --seed 0 --overwrite
 	$(BIN)/feddra-ds train --config configs/quickstart.yaml --data.root $(QUICKSTART)/data --run.output_dir $(QUICKSTART)/run

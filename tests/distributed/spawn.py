@@ -98,6 +98,13 @@ class RankPool:
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """Results of `fn(rank, world_size, *args)` by rank. On any failure the pool is closed and RankError raised."""
+        try:
+            return self._run(fn, args, timeout)
+        except BaseException:  # a time-out of the test too: answers that come later would be taken for the next case's
+            self.close(kill=True)
+            raise
+
+    def _run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         request = pickle.dumps((fn, args, timeout))
         for connection in self._connections:
             with contextlib.suppress(BrokenPipeError):  # a dead rank is seen below
@@ -129,9 +136,7 @@ class RankPool:
         else:
             ranks = [r for r in range(self.world_size) if r not in results]
             head = f"ranks {ranks} of {self.world_size} did not finish {fn.__name__} within {timeout:g} s"
-        message = f"{head}\n--- end of rank {ranks[0]}'s output ---\n{self._tail(ranks[0])}"
-        self.close(kill=True)
-        raise RankError(message, ranks)
+        raise RankError(f"{head}\n--- end of rank {ranks[0]}'s output ---\n{self._tail(ranks[0])}", ranks)
 
     def close(self, kill: bool = False) -> None:
         """End all ranks: by closing their pipes, or, with `kill` or when that takes more than 10 s, by force."""

@@ -137,6 +137,7 @@ def test_every_layout_begins_with_the_same_bits(dataset: Path, folders: Path, so
 
 
 # ---- memory
+@pytest.mark.slow
 def test_loading_into_zero3_costs_a_share_not_the_model(tmp_path: Path) -> None:
     if not Path("/proc/self/clear_refs").is_file():
         pytest.skip("peak memory is read from Linux's /proc")

@@ -103,6 +103,7 @@ def test_what_travels_and_is_saved_is_what_trains(dataset: Path, tmp_path: Path)
     assert sum(file.stat().st_size for file in files) <= 1.2 * state + 50_000, "names and offsets beside the values"
 
 
+@pytest.mark.slow
 def test_lora_saved_on_two_ranks_goes_on_at_one_and_four(dataset: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     first = _settings("product", schedule__rounds=1)

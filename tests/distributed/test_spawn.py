@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import RankError, run_ranks
+from spawn import RankError, RankPool, run_ranks
 
 
 def _sum(rank: int, world_size: int, offset: float) -> tuple[int, torch.Tensor]:
@@ -68,3 +68,19 @@ def test_a_failing_rank_fails_the_case_by_name_and_the_next_case_runs(fn, messag
 
 def test_a_function_may_make_its_own_default_group() -> None:
     assert run_ranks(_own_group, 2, init_group=False) == [2, 2]
+
+
+def test_a_case_that_is_interrupted_leaves_no_answers_for_the_next() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with RankPool(2, init_group=False) as pool:
+            with pytest.raises(KeyboardInterrupt):
+                pool.run(_sleep_on_one, timeout=50)
+            assert not pool.alive
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
