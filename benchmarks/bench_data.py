@@ -167,7 +167,8 @@ def main() -> None:
         rows = [row for workers in args.workers.split(",") for row in measure(args, dataset, int(workers))]
     print_table(rows)
     for row in rows:
-        append_row("data_quick" if args.quick else "data", row, "cpu")
+        if not args.quick:
+            append_row("data", row, "cpu")
 
 
 if __name__ == "__main__":
