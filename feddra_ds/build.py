@@ -140,6 +140,14 @@ def build(config: Config) -> Run:
     coordinator = metrics = monitor = None
     if resumed is not None:
         state = checkpoint.read_coordinator(resumed)
+        if state["metrics"]["client_ids"] != client_ids:
+            before = ", ".join(state["metrics"]["client_ids"])
+            raise ConfigError(
+                [
+                    f"data.root: its clients are {', '.join(client_ids)}, but the checkpoint in {resumed} was trained with "
+                    f"{before}; start anew in another run.output_dir"
+                ]
+            )
         weights, next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
         for owner in server.states:
             checkpoint.SavedModel(resumed, owner).load_into(engine)

@@ -281,5 +281,6 @@ def _report(args: argparse.Namespace, counts: dict[str, Counter[str]], skipped: 
                 f"the patients, texts and pictures that must stay together allow no nearer split{loosen}"
             )
     next_step(
-        f"feddra-ds data inspect {args.out}", f"feddra-ds train --config configs/quickstart.yaml --data.root {args.out}"
+        f"feddra-ds data inspect {args.out}",
+        f"feddra-ds train --config configs/cxr_regions.yaml --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
     )

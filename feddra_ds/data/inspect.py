@@ -162,7 +162,10 @@ def _print_checks(
         print(
             f"ok       smallest client {smallest}: data.batch_size can be up to {dataset.num_samples(smallest, 'train')}"
         )
-    next_step(f"feddra-ds train --config configs/quickstart.yaml --data.root {dataset.root}")
+    name = str(dataset.root).rstrip("/").rpartition("/")[2]
+    next_step(
+        f"feddra-ds train --config configs/cxr_regions.yaml --data.root {dataset.root} --run.output_dir runs/{name}"
+    )
 
 
 def _leaks(dataset: Dataset, splits: list[str]) -> int:

@@ -29,6 +29,7 @@ from helpers import (
     same_bits,
     tree,
     weights_of,
+    write_dataset,
     zero,
 )
 from spawn import free_port
@@ -366,3 +367,12 @@ def test_kill_9_in_round_3_of_four_ranks(dataset: Path, tmp_path: Path) -> None:
     for a, b in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "killed"), strict=True):
         for key in ("client_losses", "client_weights", "next_client_weights"):
             np.testing.assert_allclose(a[key], b[key], rtol=0, atol=1e-6)
+
+
+def test_other_clients_are_refused(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    on_ranks(run_all, 1, tree(dataset, out, schedule__rounds=1))
+    other = write_dataset(tmp_path / "data", {"east": 24, "north": 24, "west": 24})
+    ((problem,),) = on_ranks(refusal, 1, tree(other, out, schedule__rounds=2))
+    assert problem.startswith("data.root: its clients are east, north, west, but the checkpoint in ")
+    assert "was trained with north, south, west; start anew" in problem
