@@ -20,13 +20,11 @@ from .data.pipeline import ClientData
 from .data.pool import DecodePool
 from .data.shards import Dataset, open_dataset, preflight
 from .data.streaming import build_data, options_of
-from .data.tokens import load_tokenizer
 from .engine import Engine, build_monitor
-from .export import find_model
+from .from_config import model_of, processor_of, tokenizer_of
 from .logs import logger
-from .model import DualEncoder, build_model, checkpoint_activations
 from .objectives import build as build_objective
-from .processing import DualEncoderProcessor, build_processor
+from .processing import DualEncoderProcessor
 from .resume import agree_on_checkpoint
 from .rounds import Run
 from .server import OwnModels, Server
@@ -216,44 +214,6 @@ def build_clients(
             for member in members[name]:
                 validation[member] = build_data(dataset, [member], config.evaluation.split, **common)
     return clients, validation, client_ids, num_samples
-
-
-def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """model.text.tokenizer, else the one beside the pretrained weights, else the shipped vocabulary. Raises ConfigError."""
-    text, whole = config.model.text, config.model.pretrained
-    try:
-        if whole is not None and (Path(whole) / "model" / "config.json").is_file():  # a run's folder
-            whole = str(find_model(whole))
-        return load_tokenizer(text.tokenizer or text.pretrained or whole)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-
-
-def processor_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoderProcessor:
-    """Image and text preprocessing of the model. Raises ConfigError."""
-    try:
-        return build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-
-
-def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoder:
-    """The dual encoder with its adapters, fp32 on the host. Raises ConfigError."""
-    try:
-        model = build_model(
-            config.model,
-            config.objective,
-            image_size=config.data.image_size,
-            vocab_size=len(tokenizer),
-            pad_token_id=int(tokenizer.pad_token_id or 0),
-            max_text_length=config.data.text_length,
-        )
-        adapters.apply(model, adapters.parse(config.model.adapter))
-        if config.model.activation_checkpointing:
-            checkpoint_activations(model)
-        return model
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
 
 
 def seed_everything(seed: int) -> None:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from . import adapters, checkpoint
 from .config import Config, from_dict
-from .data.tokens import load_tokenizer
 from .dual_encoder import DualEncoder
 from .export import MAX_SHARD_SIZE, save_model, save_tensors
-from .model import build_model
-from .processing import DualEncoderProcessor, build_processor
+from .from_config import model_of, processor_of, tokenizer_of
+from .processing import DualEncoderProcessor
 from .server import SHARED
 from .weights.deferred import defer
 from .weights.host_memory import returned_when_freed
@@ -29,16 +28,17 @@ def load_checkpoint(
     CheckpointError, and ConfigError or ValueError where the config no longer fits (a pretrained folder that has gone).
     """
     config = _config_of(folder, owner)
+    tokenizer = tokenizer_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        model = _build(config)
+        model = model_of(config, tokenizer)
     saved = checkpoint.SavedModel(folder, owner)
     state = saved.parameters() | saved.buffers()
     _compare(folder, model, set(state))
     model.load_state_dict(state, strict=False)
     if merge_adapters:
         adapters.merge(model)
-    return model.eval(), _processor_of(config)
+    return model.eval(), processor_of(config, tokenizer)
 
 
 @returned_when_freed()
@@ -51,9 +51,10 @@ def export_checkpoint(
     load_checkpoint and save_model raise.
     """
     config = _config_of(folder, owner)
+    tokenizer = tokenizer_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        model, frozen = defer(lambda: _build(config))
+        model, frozen = defer(lambda: model_of(config, tokenizer))
     if frozen is None:
         del model
         whole, processor = load_checkpoint(folder, owner)
@@ -80,7 +81,9 @@ def export_checkpoint(
 
     plain = adapters.merge(model)
     shapes = {name: Shape(tuple(t.shape), t.dtype) for name, t in plain.state_dict().items()}
-    return save_tensors(shapes, read, plain.config, _processor_of(config), out_dir, max_shard_size=max_shard_size)
+    return save_tensors(
+        shapes, read, plain.config, processor_of(config, tokenizer), out_dir, max_shard_size=max_shard_size
+    )
 
 
 def _config_of(folder: Path, owner: str) -> Config:
@@ -93,26 +96,6 @@ def _config_of(folder: Path, owner: str) -> Config:
             f"{folder} holds no model of {owner}; it holds {', '.join(owners)}: use --client"
         )
     return from_dict(checkpoint.read_coordinator(folder)["config"])
-
-
-def _build(config: Config) -> DualEncoder:
-    """The run's initial model with its adapters, after torch.manual_seed(run.seed)."""
-    tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained or config.model.pretrained)
-    model = build_model(
-        config.model,
-        config.objective,
-        image_size=config.data.image_size,
-        vocab_size=len(tokenizer),
-        pad_token_id=int(tokenizer.pad_token_id or 0),
-        max_text_length=config.data.text_length,
-    )
-    adapters.apply(model, adapters.parse(config.model.adapter))
-    return model
-
-
-def _processor_of(config: Config) -> DualEncoderProcessor:
-    tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained or config.model.pretrained)
-    return build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
 
 
 def _compare(folder: Path, model: DualEncoder, saved: set[str]) -> None:

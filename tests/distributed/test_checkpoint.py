@@ -376,3 +376,11 @@ def test_other_clients_are_refused(dataset: Path, tmp_path: Path) -> None:
     ((problem,),) = on_ranks(refusal, 1, tree(other, out, schedule__rounds=2))
     assert problem.startswith("data.root: its clients are east, north, west, but the checkpoint in ")
     assert "was trained with north, south, west; start anew" in problem
+
+
+def test_a_run_that_starts_from_another_run_ends_with_a_model(dataset: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    on_ranks(run_all, 1, tree(dataset, first, schedule__rounds=1))
+    on_ranks(run_all, 1, tree(dataset, second, schedule__rounds=1, model__pretrained=str(first / "model")))
+    assert (second / "model" / "model.safetensors").is_file()
+    assert (second / "model" / "tokenizer.json").is_file()

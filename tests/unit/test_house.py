@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "feddra_ds"
 # A module imports only from modules above it; a folder is one line, its files import each other freely but acyclically.
 LAYERS = """
     config_sections config config_reference logs dro schedule topology collectives losses data
-    weights towers encoders heads dual_encoder interchange model adapters processing export
+    weights towers encoders heads dual_encoder interchange model adapters processing export from_config
     objectives extensions masters engine compression aggregate adapter_sum steps client strategies server ranking evaluate
     checkpoint restore
     coordinator display progress rounds resume build train
