@@ -111,7 +111,7 @@ def provenance(device: str) -> dict[str, str]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "--short=12", "HEAD") or "none"
-    if git("status", "--porcelain", "--untracked-files=no"):
+    if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"):  # rows are no change
         commit += "-dirty"
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()

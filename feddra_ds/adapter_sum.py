@@ -68,7 +68,7 @@ class ProductSum(WeightedSum):
         everybodys = torch.cat(gather_over_peers(rows, topology))
         their_weights = torch.cat(gather_over_peers(weights, topology)).flatten().tolist()
         averaged = self._factored(everybodys, their_weights, topology)
-        self.num_bytes += reduce_over_peers([averaged], topology)
+        self.num_bytes += reduce_over_peers(averaged, topology)
         averaged = self._over_the_slot(averaged, topology)
         for where, values in self._factors(self.sums["backbone"]):
             values.copy_(averaged[where])

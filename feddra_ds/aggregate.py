@@ -42,9 +42,13 @@ class WeightedSum:
     def __init__(self, engine: Engine, parts: Sequence[str], base: Mapping[str, PartState]):
         self.parts = (*parts, BUFFERS)
         self.base = base
-        self.sums: dict[str, PartState] = {
-            part: [torch.zeros_like(s, device="cpu") for s in engine.slices(part)] for part in self.parts
-        }
+        # a part's slices lie in one tensor: hundreds of them (ZeRO 0) travel in one collective, and none is copied
+        self._flat: dict[str, Tensor] = {}
+        self.sums: dict[str, PartState] = {BUFFERS: [torch.zeros_like(b, device="cpu") for b in engine.slices(BUFFERS)]}
+        for part in parts:
+            sizes = [s.numel() for s in engine.slices(part)]
+            self._flat[part] = torch.zeros(sum(sizes))
+            self.sums[part] = list(self._flat[part].split(sizes))
         self.num_bytes = 0
         self._has_integers = False
 
@@ -70,18 +74,18 @@ class WeightedSum:
                 if not total.is_floating_point():
                     total.copy_(before)
         self._average_parts([part for part in self.parts if part != BUFFERS], topology, total_weight)
-        self._reduce(BUFFERS, topology, total_weight)
+        for buffer in self.sums[BUFFERS]:
+            self._reduce(buffer, topology, total_weight)
         return self.sums
 
     def _average_parts(self, parts: Sequence[str], topology: Topology, total_weight: float) -> None:
         for part in parts:
-            self._reduce(part, topology, total_weight)
+            self._reduce(self._flat[part], topology, total_weight)
 
-    def _reduce(self, part: str, topology: Topology, total_weight: float) -> None:
-        self.num_bytes += reduce_over_peers(self.sums[part], topology)
-        for total in self.sums[part]:
-            if total.is_floating_point() and total_weight != 1:
-                total.div_(total_weight)
+    def _reduce(self, total: Tensor, topology: Topology, total_weight: float) -> None:
+        self.num_bytes += reduce_over_peers(total, topology)
+        if total.is_floating_point() and total_weight != 1:
+            total.div_(total_weight)
 
 
 class DeltaSum(WeightedSum):
@@ -135,24 +139,23 @@ class DeltaSum(WeightedSum):
             yield tuple(values for _, values in views)
 
 
-def reduce_over_peers(tensors: Sequence[Tensor], topology: Topology) -> int:
-    """Sum flat host tensors over the peers, in place; returns the bytes handed to collectives.
+def reduce_over_peers(tensor: Tensor, topology: Topology) -> int:
+    """Sum a flat host tensor over the peers, in place; returns the bytes handed to collectives.
 
-    Each is a sum of its own, so that its bits do not depend on its neighbours; several are under way at a time.
+    Through a device it goes in buckets, a few of them under way at a time.
     """
     peers = topology.peers
     if peers is None:
         return 0
     under_way: deque[tuple[Any, Tensor, Tensor]] = deque()
-    for tensor in tensors:
-        for bucket in [tensor] if topology.device.type == "cpu" else tensor.split(BUCKET_ELEMENTS):
-            sent = bucket.to(topology.device)
-            under_way.append((peers.allreduce([sent]), bucket, sent))
-            if len(under_way) == MAX_UNDER_WAY:
-                _land(*under_way.popleft())
+    for bucket in [tensor] if topology.device.type == "cpu" else tensor.split(BUCKET_ELEMENTS):
+        sent = bucket.to(topology.device)
+        under_way.append((peers.allreduce([sent]), bucket, sent))
+        if len(under_way) == MAX_UNDER_WAY:
+            _land(*under_way.popleft())
     while under_way:
         _land(*under_way.popleft())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return tensor.numel() * tensor.element_size()
 
 
 def _land(work: Any, bucket: Tensor, sent: Tensor) -> None:
