@@ -23,7 +23,9 @@ quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, eva
 	$(BIN)/feddra-ds report $(QUICKSTART)/run
 
 SOURCES := pyproject.toml $(shell find feddra_ds tests configs launch benchmarks -name '*.py' -o -name '*.yaml')
-FAST := $(BIN)/pytest -q -m "not slow and not gpu"
+TEST_WORKERS ?= 2   # each keeps a pool of four ranks (3 GB), which wait more than they compute
+PYTEST := $(BIN)/pytest -q -n $(TEST_WORKERS) --dist loadfile
+FAST := $(PYTEST) -m "not slow and not gpu"
 
 test test-all: export OMP_NUM_THREADS ?= 1   # many ranks share the cores
 test: $(VENV)/.installed         ## unit, distributed and short integration tests (≤ 15 minutes on 2 cores)
@@ -35,7 +37,7 @@ $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 test-all: $(VENV)/.tested        ## the slow tests too, but those that need a GPU (the fast ones only if a file has changed since they passed)
-	$(BIN)/pytest -q -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(VENV)/.installed         ## ruff and mypy
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ class Launch:
         """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or a world of one where there is no launcher."""
         env = os.environ
         if "RANK" not in env:
-            return Launch(0, 1, 0, "127.0.0.1", _free_port())
+            return Launch(0, 1, 0, "127.0.0.1", 0)  # the store takes a port that is free
         return Launch(
             int(env["RANK"]),
             int(env["WORLD_SIZE"]),
@@ -247,9 +246,3 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

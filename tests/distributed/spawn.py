@@ -18,6 +18,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -44,10 +45,23 @@ class RankError(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port of this host that nothing listened on a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of this host that nothing listens on, never the same twice.
+
+    From below the range that the kernel takes ports of outgoing connections from: there another test's could take it.
+    """
+    kernels = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    end = int(kernels.read_text().split()[0]) if kernels.exists() else 32768
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(min(10240, end - 1024), end)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
+
+
+_given: set[int] = set()
 
 
 def run_ranks(
