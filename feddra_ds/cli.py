@@ -97,7 +97,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             problems.append(f"{item}: is not an option; write --section.key value")
             continue
         if not equals:
-            if not items:
+            if not items or items[0].startswith("--"):
                 problems.append(f"{key[2:]}: has no value; write {key} VALUE")
                 continue
             value = items.pop(0)

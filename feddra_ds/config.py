@@ -159,9 +159,7 @@ def from_dict(user: dict[str, Any]) -> Config:
     except ValidationError as error:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
-            given = "" if item["type"] == "extra_forbidden" else f" (got {item['input']!r})"
-            message = "unknown key" + _nearest(key) if item["type"] == "extra_forbidden" else item["msg"]
-            problems.append(f"{key}: {message}{given}")
+            problems.append(f"{key}: {_message(item['type'], item['msg'], key, item['input'])}")
             _prune(tree, [str(part) for part in item["loc"]])
         config = Config.model_validate(tree)  # without the bad values, so that contradictions are found as well
     problems += contradictions(config)
@@ -260,9 +258,41 @@ def known_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, A
     return out
 
 
-def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def _message(kind: str, text: str, key: str, value: Any) -> str:
+    """What is wrong with `key`, from pydantic's kind of error and its text."""
+    if kind == "extra_forbidden":
+        return (
+            f"unknown section{_or(_close(key, _sections()))}"
+            if isinstance(value, dict)
+            else f"unknown key{_or(_nearest(key))}"
+        )
+    if kind == "model_type":
+        first = next(name for name in known_keys() if name.startswith(f"{key}."))
+        return f"is a section, whose keys are set one by one, such as {first} (got {value!r})"
+    return f"{text.replace('Input should be', 'must be', 1)} (got {value!r})"
+
+
+def _nearest(key: str) -> list[str]:
+    """The known keys that `key` may mean, best first: those of the same last part, else the one most alike."""
+    keys, leaf = list(known_keys()), key.rpartition(".")[2]
+    same = [name for name in keys if name.rpartition(".")[2] == leaf]
+    if same:
+        return sorted(same, key=lambda name: -difflib.SequenceMatcher(None, key, name).ratio())
+    leaves = {name.rpartition(".")[2]: name for name in reversed(keys)}
+    whole, part = _close(key, keys), [leaves[name] for name in _close(leaf, list(leaves))]
+    return whole or part if "." in key else part or whole
+
+
+def _sections() -> list[str]:
+    return sorted({name[:dot] for name in known_keys() for dot in range(len(name)) if name[dot] == "."})
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+
+
+def _or(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names[:3])}?" if names else "; `feddra-ds train --help` lists all keys"
 
 
 def _prune(tree: dict[str, Any], loc: list[str]) -> None:

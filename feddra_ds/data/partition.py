@@ -132,9 +132,9 @@ def _deal(pairs: list[_Pair], dataset: Dataset, args: argparse.Namespace) -> lis
     labels = [_label(pair.info, args.label) for pair in pairs]
     if all(label is None for label in labels):
         names = sorted({name for pair in pairs for name in pair.info.get("labels") or {}} | {"site"})
-        near = nearest(args.label or "", names)
+        near = nearest(args.label or "", names) or "."
         raise DataError(
-            f"--label: no pair under {dataset.root} has {args.label or 'labels'}{near}; there are: {', '.join(names)}"
+            f"--label: no pair under {dataset.root} has {args.label or 'labels'}{near} There are: {', '.join(names)}"
         )
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for number, pair in enumerate(pairs):

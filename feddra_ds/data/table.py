@@ -95,8 +95,8 @@ def _check_columns(path: Path, header: list[str], columns: Columns) -> None:
         problems.append(f"--csv: {path} has two columns named {name}")
     for option, name in columns.given():
         if name not in header:
-            near = nearest(name, header)
-            problems.append(f"{option}: {path} has no column {name}{near}; its columns are: {', '.join(header)}")
+            near = nearest(name, header) or "."
+            problems.append(f"{option}: {path} has no column {name}{near} Its columns are: {', '.join(header)}")
     if problems:
         raise DataError(problems)
 

@@ -150,7 +150,7 @@ def test_real_radiographs(tmp_path: Path) -> None:
 def test_photographs_with_captions(tmp_path: Path) -> None:
     words = ("--csv", SHARED / "captions_coco" / "metadata.csv", "--image-column", "image", "--text-column")
     wrong = feddra("convert", *words, "txt", "--client-column", "site", "--out", tmp_path / "coco", expect=2).stderr
-    assert "has no column txt; did you mean text?; its columns are: image, text, labels" in wrong
+    assert "has no column txt; did you mean text? Its columns are: image, text, labels" in wrong
     feddra("convert", *words, "text", "--client-column", "site", "--image-size", 96, "--out", tmp_path / "coco")
     dataset = open_dataset(tmp_path / "coco")
     assert dataset.client_ids == ["train2017", "val2017"]

@@ -19,8 +19,9 @@ def test_overrides_are_yaml_values_and_the_last_wins() -> None:
 
 def test_bad_overrides_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_overrides(["stray", "--a.b"])
-    assert [line.split(":")[0] for line in caught.value.problems] == ["stray", "a.b"]
+        parse_overrides(["stray", "--a.c", "--a.d", "1", "--a.b"])
+    assert [line.split(":")[0] for line in caught.value.problems] == ["stray", "a.c", "a.b"]
+    assert "has no value; write --a.c VALUE" in caught.value.problems[1]
 
 
 def test_train_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,31 @@ def test_four_mistakes_four_lines() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("schedule.round", "unknown key; did you mean schedule.rounds?"),
+        ("rounds", "unknown key; did you mean schedule.rounds?"),
+        ("round", "unknown key; did you mean schedule.rounds?"),
+        ("lr", "unknown key; did you mean optimizer.lr?"),
+        ("data.seed", "unknown key; did you mean run.seed?"),
+        ("data.batchsize", "unknown key; did you mean data.batch_size?"),
+        ("batch_size", "unknown key; did you mean data.batch_size or evaluation.batch_size?"),
+        ("optimiser.lr", "unknown section; did you mean optimizer?"),
+        ("model.visoin.pretrained", "unknown section; did you mean model.vision?"),
+        ("xyzzy", "unknown key; `feddra-ds train --help` lists all keys"),
+        ("dro", "is a section, whose keys are set one by one, such as dro.radius (got 3)"),
+        ("schedule.rounds.a", "must be a valid integer (got {'a': 3})"),
+    ],
+)
+def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> None:
+    tree: dict = {}
+    c.set_path(tree, key, 3)
+    (line,) = problems(tree)
+    at = key if "section;" not in hint and not key.endswith(".a") else key.rpartition(".")[0]
+    assert line == f"{at}: {hint}"
+
+
+@pytest.mark.parametrize(
     ("tree", "key", "word"),
     [
         ({"data": {"root": None}}, "data.root", "needed"),

@@ -195,7 +195,7 @@ def test_a_long_list_of_bad_rows_is_cut_and_counted(
     [
         (
             {"text_column": "reprot"},
-            ["--text-column: {csv} has no column reprot; did you mean report?; its columns are: path, report, hospital"],
+            ["--text-column: {csv} has no column reprot; did you mean report? Its columns are: path, report, hospital"],
         ),
         ({"client_column": "Hospital"}, ["--client-column: {csv} has no column Hospital; did you mean hospital?"]),
         (

@@ -139,7 +139,7 @@ def test_held_out_clients_stay_held_out_in_the_control(tmp_path: Path) -> None:
         (["--num-clients", "0"], "--num-clients: must be at least 1, got 0"),
         (["--alpha", "0"], "--alpha: must be above 0, got 0.0"),
         (["--keep-clients"], "--keep-clients: with nothing to change"),
-        (["--label", "od"], "--label: no pair under {root} has od; did you mean odd?; there are: odd, site"),
+        (["--label", "od"], "--label: no pair under {root} has od; did you mean odd? There are: odd, site"),
         (["--num-clients", "50", "--min-pairs", "5"], "--min-pairs: no draw of 100"),
     ],
 )
