@@ -9,8 +9,16 @@ from typing import Any
 from .data.console import next_step, print_table
 from .data.shards import open_dataset
 from .inference import Models, embed_clients, open_models, open_split
-from .measures import NUM_SHUFFLES, POOLED, evaluate, zero_shot
+from .measures import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, evaluate, joint_verdict, judged, zero_shot
 from .ranking import RECALL_AT
+
+CONTROL = {
+    UNSURE: "The control is at chance.",
+    ABOVE: "THE CONTROL IS ABOVE CHANCE: the model finds texts without their pictures. It may put frequent reports first; "
+    "or look for texts that occur twice with small differences.",
+    BELOW: "THE CONTROL IS BELOW CHANCE: a tie counts against the match, and a model that gives many pictures or many texts "
+    "the same embedding has many ties.",
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,13 +116,8 @@ def show(models: Models, result: dict[str, Any]) -> None:
     if "zero_shot" in result:
         print()
         _zero_shot_table(result)
-    if result["control_at_chance"] is not None:
-        print(
-            "The control is at chance."
-            if result["control_at_chance"]
-            else "THE CONTROL IS ABOVE CHANCE: the model finds texts without their pictures. It may put frequent reports "
-            "first; or look for texts that occur twice with small differences."
-        )
+    if result["shuffled_texts"]:
+        print(CONTROL[joint_verdict(result)])
     print()
     next_step(*_advice(models, result))
 
@@ -166,33 +169,27 @@ def _recalls(about: dict[str, Any]) -> list[str]:
 
 
 def _interval_table(result: dict[str, Any]) -> None:
-    galleries = {name: about for name, about in result["clients"].items() if about["held_out"]}
-    if result[POOLED]:
-        galleries = {"all": result[POOLED]} | galleries
-    elif not galleries:
-        galleries = result["clients"]
     rows = []
-    for name, about in galleries.items():
+    for name, about in judged(result).items():
         for key, e in about["intervals"].items():
-            verdict = (
-                "above chance" if e["above_chance"] else "below chance" if e["high"] < e["chance"] else "not told apart"
-            )
             rows.append(
                 [
-                    _name(name, about, result["split"]),
+                    "all" if name == POOLED else _name(name, about, result["split"]),
                     key,
                     percent(e["recall"]),
                     f"{percent(e['low'])} to {percent(e['high'])}",
                     percent(e["chance"]),
                     f"{e['recall'] / e['chance']:.1f}",
-                    verdict,
+                    e["verdict"],
                 ]
             )
-    columns = ["gallery", "both ways", "%", "95 % interval", "chance", "× chance", "verdict"]
-    how = (
-        "by random order" if result["shuffled_texts"] else "resampled by patient where the json names one, else by text"
+    if result["shuffled_texts"]:
+        how, interval = f"{SURE:g} standard errors each way, over the random orders", "interval"
+    else:
+        how, interval = "resampled by patient where the json names one, else by text", "95 % interval"
+    print_table(
+        f"Against chance ({how})", ["gallery", "both ways", "%", interval, "chance", "× chance", "verdict"], rows
     )
-    print_table(f"Against chance ({how})", columns, rows)
 
 
 def _zero_shot_table(result: dict[str, Any]) -> None:

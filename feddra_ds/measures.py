@@ -14,12 +14,13 @@ from .ranking import bootstrap, ranks, recall_table
 
 POOLED = "pooled"
 NUM_SHUFFLES = 20
-_SURE = 4.0  # standard errors above chance at which a control has failed
+ABOVE, BELOW, UNSURE = "above chance", "below chance", "not told apart from chance"
+SURE = 4.0  # standard errors from chance at which a control has failed: it has many galleries and cut-offs
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Recall@k of a gallery, the mean of both directions, with its 95 % interval and the chance level."""
+    """Recall@k of a gallery, the mean of both directions, with an interval and the chance level."""
 
     k: int
     recall: float
@@ -28,8 +29,9 @@ class Estimate:
     chance: float
 
     @property
-    def above_chance(self) -> bool:
-        return self.low > self.chance
+    def verdict(self) -> str:
+        """What the interval says of chance: ABOVE, BELOW or UNSURE."""
+        return ABOVE if self.low > self.chance + 1e-9 else BELOW if self.high < self.chance - 1e-9 else UNSURE
 
 
 def evaluate(
@@ -43,68 +45,74 @@ def evaluate(
     insiders = [galleries[name] for name in galleries if name not in held_out]
     if models.shared and len(insiders) > 1:
         searched[POOLED] = join(insiders)
-    found = {name: (control if shuffled else retrieve)(gallery, draws, seed) for name, gallery in searched.items()}
+    measure = control if shuffled else retrieve
+    found = {name: measure(gallery, draws, seed) for name, gallery in searched.items()}
     clients = {
         name: {"held_out": name in held_out, "split": g.split, **found[name].report(), "skipped": g.skipped}
         for name, g in galleries.items()
     }
     names = [name for name in clients if name not in held_out] or list(clients)
-    judged = [POOLED] if POOLED in found else names
-    return {
+    result = {
         "shuffled_texts": shuffled,
-        "control_at_chance": all(found[name].at_chance for name in judged) if shuffled else None,
         "clients": clients,
         POOLED: found[POOLED].report() if POOLED in found else None,
         **across([clients[name] for name in names]),
         "worst_client": _worst(clients, names),
     }
+    return result | {"control_at_chance": joint_verdict(result) == UNSURE if shuffled else None}
+
+
+def judged(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The galleries of a result that are held against chance, by client or POOLED: the pooled one, else every client's,
+    and those of the held-out clients."""
+    if not result[POOLED]:
+        return dict(result["clients"])
+    return {POOLED: result[POOLED]} | {name: about for name, about in result["clients"].items() if about["held_out"]}
+
+
+def joint_verdict(result: dict[str, Any]) -> str:
+    """What the judged galleries say together: ABOVE where any of them is at any cut-off, else BELOW where any is."""
+    told = {e["verdict"] for about in judged(result).values() for e in about["intervals"].values()}
+    return next((word for word in (ABOVE, BELOW) if word in told), UNSURE)
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """A gallery's recall_table, with an Estimate for each cut-off; at_chance: none of them is above chance."""
+    """A gallery's recall_table, with an Estimate for each cut-off."""
 
     table: dict[str, float]
     estimates: list[Estimate]
-    at_chance: bool
 
     def report(self) -> dict[str, Any]:
         """JSON-ready."""
-        return self.table | {
-            "intervals": {f"recall@{e.k}": asdict(e) | {"above_chance": e.above_chance} for e in self.estimates}
-        }
+        return self.table | {"intervals": {f"recall@{e.k}": asdict(e) | {"verdict": e.verdict} for e in self.estimates}}
 
 
 def retrieve(gallery: Gallery, draws: int, seed: int) -> Retrieved:
-    """Recall with intervals from `draws` resamplings of whole patients, or of texts."""
+    """Recall with 95 % intervals from `draws` resamplings of whole patients, or of texts."""
     found = ranks(gallery.image, gallery.text, gallery.text_ids)
     estimates = []
     for k in found.cutoffs:
         hits = found.hits("mean", k)
         low, high = bootstrap(hits, gallery.groups, draws=draws, seed=seed)
         estimates.append(Estimate(k, float(hits.mean()), low, high, float(found.chance(k).mean())))
-    return Retrieved(recall_table(found), estimates, not any(e.above_chance for e in estimates))
+    return Retrieved(recall_table(found), estimates)
 
 
 def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
-    """The mean recall over NUM_SHUFFLES random pairings of images and texts, and the interval of that mean.
+    """The mean recall over NUM_SHUFFLES random pairings of images and texts, and SURE standard errors of it each way.
 
     A pairing that means nothing is found as often as by chance, unless the measure leaks or the model puts frequent
     texts first whatever the picture: that is what this looks for. `draws` is not used.
     """
     orders = [ranks(g.image, g.text, g.text_ids) for g in (shuffle(gallery, [seed, i]) for i in range(NUM_SHUFFLES))]
     tables = [recall_table(found) for found in orders]
-    estimates, at_chance = [], True
+    estimates = []
     for k in orders[0].cutoffs:
         means = np.array([found.hits("mean", k).mean() for found in orders])
-        mean, error, chance = (
-            float(means.mean()),
-            float(means.std(ddof=1)) / NUM_SHUFFLES**0.5,
-            tables[0][f"chance@{k}"],
-        )
-        estimates.append(Estimate(k, mean, mean - 1.96 * error, mean + 1.96 * error, chance))
-        at_chance = at_chance and mean - _SURE * error <= chance + 1e-9
-    return Retrieved({key: float(np.mean([t[key] for t in tables])) for key in tables[0]}, estimates, at_chance)
+        mean, error = float(means.mean()), float(means.std(ddof=1)) / NUM_SHUFFLES**0.5
+        estimates.append(Estimate(k, mean, mean - SURE * error, mean + SURE * error, tables[0][f"chance@{k}"]))
+    return Retrieved({key: float(np.mean([t[key] for t in tables])) for key in tables[0]}, estimates)
 
 
 def shuffle(gallery: Gallery, seed: int | Sequence[int]) -> Gallery:

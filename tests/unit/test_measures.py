@@ -11,7 +11,19 @@ import pytest
 import torch
 
 from feddra_ds.inference import Gallery, Models
-from feddra_ds.measures import POOLED, across, evaluate, join, retrieve, shuffle, skill
+from feddra_ds.measures import (
+    ABOVE,
+    BELOW,
+    POOLED,
+    UNSURE,
+    across,
+    evaluate,
+    join,
+    joint_verdict,
+    retrieve,
+    shuffle,
+    skill,
+)
 
 
 def gallery(client: str, n: int, seed: int, noise: float) -> Gallery:
@@ -50,8 +62,8 @@ def test_a_model_that_knows_and_one_that_does_not() -> None:
     }
     result = told(clients, held_out=["far"])
     assert result["clients"]["good"]["i2t_recall@1"] == 1.0
-    assert result["clients"]["good"]["intervals"]["recall@1"]["above_chance"]
-    assert not result["clients"]["bad"]["intervals"]["recall@5"]["above_chance"]
+    assert result["clients"]["good"]["intervals"]["recall@1"]["verdict"] == ABOVE
+    assert result["clients"]["bad"]["intervals"]["recall@5"]["verdict"] == UNSURE
     assert result["clients"]["far"]["held_out"]
     assert result[POOLED]["pairs"] == 120, "held-out clients are not in the pooled gallery"
     assert result["worst_client"]["id"] == "bad"
@@ -88,7 +100,47 @@ def test_a_control_above_chance_is_caught() -> None:
     shuffled = told({"a": replace(one, image=image, text=text, text_ids=ids)}, shuffled=True)
     assert shuffled["control_at_chance"] is False
     assert shuffled["clients"]["a"]["i2t_recall@1"] == pytest.approx(0.5)
-    assert shuffled["clients"]["a"]["intervals"]["recall@1"]["above_chance"]
+    assert shuffled["clients"]["a"]["intervals"]["recall@1"]["verdict"] == joint_verdict(shuffled) == ABOVE
+
+
+@pytest.mark.parametrize("n", [4, 8, 12])
+def test_no_hit_in_a_tiny_gallery_is_no_evidence(n: int) -> None:
+    one = gallery("a", n, 1, 0.1)
+    nothing = replace(one, image=-one.image)  # every picture is farthest from its own text
+    about = told({"a": nothing})["clients"]["a"]
+    assert about["i2t_recall@1"] == about["t2i_recall@1"] == 0
+    interval = about["intervals"]["recall@1"]
+    assert interval["low"] == 0 < interval["chance"] < interval["high"]
+    assert interval["verdict"] == UNSURE
+
+
+def test_no_hit_in_a_large_gallery_is_below_chance() -> None:
+    one = gallery("a", 300, 1, 0.1)
+    result = told({"a": replace(one, image=-one.image)})
+    assert result["clients"]["a"]["intervals"]["recall@10"]["verdict"] == BELOW
+
+
+def test_a_control_of_equal_embeddings_is_below_chance_and_says_so() -> None:
+    one = gallery("a", 40, 1, 0.1)
+    flat = np.repeat(one.text[:1], 40, axis=0)
+    result = told({"a": replace(one, image=flat, text=flat)}, shuffled=True)
+    assert joint_verdict(result) == BELOW
+    assert result["control_at_chance"] is False
+
+
+def test_the_control_judges_what_its_table_shows() -> None:
+    """A held-out gallery that leaks fails the control, as its row says."""
+    frequent = np.arange(90) < 45
+    one = gallery("far", 90, 1, 0.1)
+    leaks = replace(
+        one,
+        image=np.repeat(one.text[:1], 90, axis=0),
+        text=np.where(frequent[:, None], one.text[0], one.text),
+        text_ids=np.where(frequent, 0, np.arange(90)),
+    )
+    clients = {"a": gallery("a", 60, 2, 0.1), "b": gallery("b", 60, 3, 0.1)}
+    assert told(clients, shuffled=True)["control_at_chance"] is True
+    assert told(clients | {"far": leaks}, held_out=["far"], shuffled=True)["control_at_chance"] is False
 
 
 def test_clients_with_their_own_models_have_no_pooled_gallery() -> None:
@@ -136,7 +188,7 @@ def test_intervals_resample_patients() -> None:
     by_pair = retrieve(replace(one, infos=[{}] * 60), 400, 0).estimates[0]
     by_one = retrieve(replace(one, infos=[{"patient": "same"}] * 60), 400, 0).estimates[0]
     assert by_pair.low < by_pair.recall < by_pair.high
-    assert by_one.low == pytest.approx(by_one.recall) == pytest.approx(by_one.high), "one patient has no spread"
+    assert (by_one.low, by_one.high, by_one.verdict) == (0.0, 1.0, UNSURE), "one patient says nothing"
 
 
 def test_across_and_skill() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from feddra_ds.ranking import Ranks, bootstrap, ranks, recall_table
+from feddra_ds.ranking import Ranks, binomial, bootstrap, ranks, recall_table
 
 
 def unit(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -69,6 +69,22 @@ def test_the_bootstrap_covers_the_truth_and_widens_with_groups() -> None:
     grouped = bootstrap(repeated, np.repeat(np.arange(20), 10).tolist(), draws=500, seed=0)
     assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0]), "ten copies of a value are no ten pieces of evidence"
     assert bootstrap(repeated, range(200), draws=50, seed=3) == bootstrap(repeated, range(200), draws=50, seed=3)
+
+
+def test_values_that_are_all_the_same_have_the_binomial_interval_of_their_groups() -> None:
+    low, high = bootstrap(np.zeros(12), np.arange(12) // 2, draws=50, seed=0)
+    assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 6))), "six patients, none of them found"
+    low, high = bootstrap(np.ones(12), range(12), draws=50, seed=0)
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 12)), 1.0)
+    assert bootstrap(np.array([0.0, 0.5, 1.0]), ["one"] * 3, draws=50, seed=0) == (0.0, 1.0), "one patient says nothing"
+
+
+def test_the_binomial_interval_contains_a_share_between_two_counts() -> None:
+    for share in (0.0, 0.1, 0.5, 0.95, 1.0):
+        low, high = binomial(share, 7)
+        assert low <= share <= high
+    low, high = binomial(3 / 7, 7)
+    assert (low, high) == (pytest.approx(0.0990, abs=1e-4), pytest.approx(0.8159, abs=1e-4))
 
 
 @pytest.mark.parametrize(("n", "draws"), [(0, 10), (3, 0)])
