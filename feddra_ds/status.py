@@ -127,11 +127,20 @@ def _table(files: RunFiles, report: dict[str, Any]) -> None:
                 *_recall(val.get(client)),
             ]
         )
-    rows.append(["mean", "", "", _number(first["mean_loss"]), _number(report["mean_loss"]), *_recall(val.get("all"))])
-    columns = ["client", "p first", "p next", "loss first", "loss last", "recall@5", "chance"]
-    print_table(f"after round {files.rounds_done - 1}", columns, rows, total=True)
+    if len(files.client_ids) > 1:
+        mean = _mean([val[client] for client in files.client_ids if client in val])
+        rows.append(["mean", "", "", _number(first["mean_loss"]), _number(report["mean_loss"]), *_recall(mean)])
     if "all" in val:
-        print("recall@5 and chance of the last row: over the pooled gallery of all clients")
+        rows.append(["all, one gallery", "", "", "", "", *_recall(val["all"])])
+    columns = ["client", "p first", "p next", "loss first", "loss last", "recall@5", "chance"]
+    print_table(f"after round {files.rounds_done - 1}", columns, rows)
+
+
+def _mean(galleries: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of recall@5 and chance@5 over the clients whose gallery is large enough; {} where none is."""
+    keys = ("i2t_recall@5", "t2i_recall@5", "chance@5")
+    known = [about for about in galleries if all(key in about for key in keys)]
+    return {key: sum(about[key] for about in known) / len(known) for key in keys} if known else {}
 
 
 def _number(value: float | None) -> str:
