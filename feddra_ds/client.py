@@ -49,6 +49,15 @@ class LocalResult:
     problem: str | None
     anchor_loss: float | None = None
 
+    def report(self) -> dict[str, Any]:
+        """What the coordinator is told, JSON-ready: a loss that is not finite is null."""
+        return {
+            "problem": self.problem,
+            "loss": self.anchor_loss,
+            "train_loss": self.mean_loss if math.isfinite(self.mean_loss) else None,
+            "pairs": self.num_pairs,
+        }
+
 
 class LocalTrainer:
     """Trains any client of a slot on the slot's one engine, stage by stage."""

@@ -1,8 +1,9 @@
 """Rank 0's part of a round: who takes part, the weights p, what is committed. It moves no model data.
 
 The protocol, by key of the store (every value a small JSON):
-    round/R/STAGE/slot/S     from each slot's leader, per client: why its update cannot be averaged (null: it can), and
-                             the loss read off its anchors (null: none was)
+    round/R/STAGE/slot/S     from each slot's leader, per client: why its update cannot be averaged (null: it can), the
+                             loss read off its anchors (null: none was), its mean training loss (null: not finite) and
+                             the pairs it trained on
     round/R/STAGE/decision   to all: clients averaged, p, exclusions, slots that still take part
     round/R/rank/K           from each rank at the round's end: losses L_i, positions, bytes, memory, skipped samples
     round/R/next             to all: p of the next round
@@ -58,6 +59,7 @@ class Coordinator:
     weights: Vector
     positions: dict[str, dict[str, int]] = field(default_factory=dict)
     excluded: list[dict[str, str]] = field(default_factory=list)  # of the round that runs
+    heard: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each client's slot told of the last stage
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
     def aggregation_weights(self) -> Vector:
@@ -71,6 +73,7 @@ class Coordinator:
         problems: dict[int, str | None] = {}
         losses: list[float | None] = [None] * len(self.client_ids)
         live, lost = [], []
+        heard: dict[int, dict[str, Any]] = {}
         for slot in topology.live_slots:
             key = f"round/{round_index}/{stage}/slot/{slot}"
             try:
@@ -80,7 +83,8 @@ class Coordinator:
                 continue
             live.append(slot)
             for index, told in message.items():
-                problems[int(index)], losses[int(index)] = told["problem"], told["loss"]
+                heard[int(index)], problems[int(index)], losses[int(index)] = told, told["problem"], told["loss"]
+        self.heard = {self.client_ids[index]: heard[index] for index in sorted(heard)}
         everyone = range(len(self.client_ids))
         told = {item["id"] for item in self.excluded}  # why, at an earlier stage of this round
         silent = set()

@@ -1,7 +1,8 @@
 """Where a run stands: a live display on a terminal, a line per stage in a pipe, and RUN/progress.json for `status`.
 
-Only the coordinator's process shows anything. It sees the clients of its own slot; the other slots train beside them,
-in step with it. Rounds count from 0, as in metrics.jsonl and checkpoints/; the number of this many follows: 2 (3/25).
+Only the coordinator's process shows anything. While a stage runs it sees the clients of its own slot; the other slots
+train beside them, in step with it, and it hears of theirs where the stage is averaged. Rounds count from 0, as in
+metrics.jsonl and checkpoints/; the number of this many follows: 2 (3/25).
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ class Standing:
     step: int = 0  # steps done by the client that trains
     client: str | None = None
     client_number: int = 0  # from 1, among the slot's
-    losses: dict[str, float] = field(default_factory=dict)  # of the stage's clients that are done
     loss: float | None = None  # of the last step
     pairs: int = 0  # trained on in this stage by the slot
     stage_began: float = 0.0
@@ -116,7 +116,7 @@ class Progress:
 
     def begin_stage(self, stage: Stage) -> None:
         now = self.now
-        now.phase, now.num_steps, now.losses, now.pairs = stage.name, stage.num_steps, {}, 0
+        now.phase, now.num_steps, now.pairs = stage.name, stage.num_steps, 0
         now.client, now.client_number, now.step, now.loss = None, 0, 0, None
         now.stage_began = self.clock()
 
@@ -133,24 +133,21 @@ class Progress:
 
         return on_step
 
-    def end_client(self, mean_loss: float) -> None:
-        """mean_loss: over the client's steps of the stage; NaN where none was good."""
-        assert self.now.client is not None
-        self.now.losses[self.now.client] = mean_loss
-
-    def end_stage(self) -> None:
-        """One line says how the stage went."""
-        now = self.now
-        seconds = max(1e-9, self.clock() - now.stage_began)
-        good = {client: loss for client, loss in now.losses.items() if loss == loss}
+    def end_stage(self, stage: Stage, clients: dict[str, dict[str, Any]], *, slot_only: bool = False) -> None:
+        """One line says how the stage went. clients: LocalResult.report by client, of every slot that was heard, which
+        is where the stage is averaged; slot_only: of this slot's alone."""
+        seconds = max(1e-9, self.clock() - self.now.stage_began)
+        pairs = sum(told["pairs"] for told in clients.values())
+        good = {client: told["train_loss"] for client, told in clients.items() if told["train_loss"] is not None}
         losses = "no finite loss"
         if good:
             worst = max(good, key=lambda client: good[client])
             losses = f"loss {sum(good.values()) / len(good):.4f}, worst {good[worst]:.4f} ({worst})"
-        who = f"{len(now.losses)} clients" if len(now.losses) != 1 else next(iter(now.losses))
+        who = f"{len(clients)} clients" if len(clients) != 1 else next(iter(clients))
+        whose = " of this slot" if slot_only and self.num_slots > 1 else ""
         self._say(
-            f"{self._round()} {now.phase}: {who} × {now.num_steps} steps, {losses}, "
-            f"{now.pairs / seconds:.0f} pairs/s, {duration(seconds)}"
+            f"{self._round()} {stage.name}: {who}{whose} × {stage.num_steps} steps, {losses}, "
+            f"{pairs / seconds:.0f} pairs/s, {duration(seconds)}"
         )
 
     def enter(self, phase: str) -> None:

@@ -112,15 +112,15 @@ class Run:
                     loss_weight(self.config, self.weights, client.index),
                     on_step=self.progress.begin_client(client.id),
                 )
-                self.progress.end_client(result.mean_loss)
                 self.prefetch_after(client, stage)
-                reports[str(client.index)] = {"problem": result.problem, "loss": result.anchor_loss}
+                reports[str(client.index)] = result.report()
                 samples += result.num_pairs
                 if aggregates and result.problem is None and not moves_weights:
                     self.server.add(client, self.aggregation_weight(client), self.server.live(stage))
-        self.progress.end_stage()
-        if not aggregates:
-            return samples  # one synchronisation a round: the clients go on with their own aligners
+        if not aggregates:  # one synchronisation a round: the clients go on with their own aligners
+            mine = {client.id: reports[str(client.index)] for client in self.clients}
+            self.progress.end_stage(stage, mine, slot_only=True)
+            return samples
         with self.timed("aggregate"):
             decision = self.agree(round_index, stage, reports)
             if moves_weights:  # p was not known before; the aligners wait on the host
@@ -146,6 +146,7 @@ class Run:
             topology.post(f"{place}/slot/{topology.slot}", reports)
         if self.coordinator is not None:
             decision = self.coordinator.decide(round_index, stage.name)
+            self.progress.end_stage(stage, self.coordinator.heard)
         else:
             # the coordinator may itself wait timeout_s for another slot after its own training
             message = topology.fetch(

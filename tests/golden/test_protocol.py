@@ -8,6 +8,7 @@ gradients are g_i and h_i wherever it stands. Stage 1 takes two steps and stage 
     south   (0, 1)   (0, 2)       η = 0.1, ρ = 0.02: p stays within √(2ρ/3) = 0.1154701 of the centre
     west    (2, 2)  (−1, 0)
 
+Training losses g_i·a + h_i·b before each step of round 0: 8, 7.9; 10, 9.9; 3, 2.2 in stage 1 and 7.8; 9.8; 1.4 in stage 2.
 Round 0, stage 1: a_i = a − 0.2 g_i = (0.8, 2), (1, 1.8), (0.6, 1.6); their mean is a = (0.8, 1.8), b does not move.
 Stage 2 goes on from a_i: a_i − 0.1 g_i = (0.7, 2), (1, 1.7), (0.4, 1.4), mean (0.7, 1.7);
 b_i = b − 0.1 h_i = (2.9, 3.9), (3, 3.8), (3.1, 4), mean (3, 3.9).
@@ -41,6 +42,7 @@ AFTER = {  # the global model after each stage: a, b
     (1, "stage1"): ([0.5319929, 1.5216834], [3.0, 3.9]),
     (1, "stage2"): ([0.5602260, 1.5397740], [2.9534087, 3.7465913]),
 }
+TRAIN_LOSSES = {"stage1": [7.95, 9.95, 2.6], "stage2": [7.8, 9.8, 1.4]}  # of round 0, means over the steps
 LOSSES = {0: [7.6, 9.5, 1.8], 1: [7.2602260, 9.0329567, 1.2465913]}
 REASON = "its weights are not finite after the stage"
 DECISIONS = [  # (place, clients averaged, Σ of their weights, p, excluded)
@@ -212,6 +214,23 @@ def _check_messages(by_rank: list[dict[str, Any]], world_size: int, per_slot: in
         assert decision["generation"] == 0
         assert decision["stop"] is None
     for rank, seen in enumerate(by_rank):
+        for key, told in seen["posted"]:
+            if "/slot/" in key:
+                _check_report(key, told, range(rank // per_slot, 3, world_size // per_slot))
         losses = [value["losses"] for key, value in seen["posted"] if key == f"round/0/rank/{rank}"]
         hosted = range(rank // per_slot, 3, world_size // per_slot) if rank % per_slot == 0 else []
         assert [sorted(loss) for loss in losses] == [[str(i) for i in hosted]]
+
+
+def _check_report(key: str, told: dict[str, Any], hosted: range) -> None:
+    """A leader's report of a stage: its clients' problems, and what they trained on."""
+    assert list(told) == [str(i) for i in hosted], key
+    steps = 2 if "stage1" in key else 1
+    for index, about in told.items():
+        bad = key.startswith("round/1/stage2") and index == "2"
+        assert set(about) == {"problem", "loss", "train_loss", "pairs"}
+        assert (about["problem"], about["loss"]) == (REASON if bad else None, None), key
+        assert about["pairs"] == 8 * steps
+        if key.startswith("round/0"):
+            expected = TRAIN_LOSSES[key.split("/")[2]][int(index)]
+            assert about["train_loss"] == pytest.approx(expected, abs=1e-5), key

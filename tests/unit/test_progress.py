@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -63,15 +64,24 @@ def line(round_index: int, losses: list[float | None]) -> dict[str, Any]:
     }
 
 
-def train(progress: Progress, clock: Clock, stage: Stage, losses: dict[str, float], seconds: float = 1.0) -> None:
+def train(
+    progress: Progress,
+    clock: Clock,
+    stage: Stage,
+    losses: dict[str, float],
+    seconds: float = 1.0,
+    others: dict[str, dict[str, Any]] | None = None,
+    **more: Any,
+) -> None:
+    """A stage of this slot's clients; others: what was heard of other slots'."""
     progress.begin_stage(stage)
     for client, loss in losses.items():
         on_step = progress.begin_client(client)
         for step in range(stage.num_steps):
             clock.seconds += seconds
             on_step(step, loss)
-        progress.end_client(loss)
-    progress.end_stage()
+    told = lambda loss: {"train_loss": loss if math.isfinite(loss) else None, "pairs": 8 * stage.num_steps}
+    progress.end_stage(stage, {client: told(loss) for client, loss in losses.items()} | (others or {}), **more)
 
 
 def test_a_pipe_gets_one_line_per_stage_and_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -92,6 +102,21 @@ def test_a_pipe_gets_one_line_per_stage_and_round(tmp_path: Path, caplog: pytest
         "4.0 s; about 8.0 s left",
     ]
     assert progress.console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_the_stage_line_covers_the_clients_of_other_slots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    progress, clock = make(tmp_path, clients=["north"], num_slots=3)
+    others = {"south": {"train_loss": 7.0, "pairs": 16}, "west": {"train_loss": None, "pairs": 0}}
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "feddra_ds"), progress:
+            train(progress, clock, STAGE1, {"north": 5.0}, others=others)
+            train(progress, clock, STAGE2, {"north": 5.0}, slot_only=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = [record.getMessage() for record in caplog.records]
+    assert "stage1: 3 clients × 2 steps, loss 6.0000, worst 7.0000 (south), 16 pairs/s, 2.0 s" in told[0]
+    assert "stage2: north of this slot × 3 steps, loss 5.0000" in told[-1]
 
 
 def test_a_stage_without_a_finite_loss_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -68,7 +68,8 @@ def test_a_running_run(run_with: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert [cell.strip() for cell in rows[0]] == ["north", "0.333", "0.317", "2.5000", "2.5000", "0.500", "0.625"]
     assert [cell.strip() for cell in rows[1]] == ["west", "0.333", "0.367", "2.7000", "2.7000", "–", "–"]
     (mean,), (pooled,) = (
-        [line.split("│") for line in text.splitlines() if line.startswith(name)] for name in ("mean", "all, one gallery")
+        [line.split("│") for line in text.splitlines() if line.startswith(name)]
+        for name in ("mean", "all, one gallery")
     )
     assert [cell.strip() for cell in mean] == ["mean", "", "", "2.6000", "2.6000", "0.500", "0.625"]
     assert [cell.strip() for cell in pooled] == ["all, one gallery", "", "", "", "", "0.400", "0.312"]
