@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from .data.console import next_step, print_table
 from .data.shards import open_dataset
 from .inference import Models, embed_clients, open_models, open_split
+from .labels import weakest
+from .logs import write_atomic
 from .measures import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, evaluate, joint_verdict, judged, zero_shot
 from .ranking import RECALL_AT
+from .run_files import EVALUATION_NAME
 
 CONTROL = {
     UNSURE: "The control is at chance.",
@@ -37,6 +41,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `evaluate`."""
+    parser.description = (
+        f"{parser.description} Of a run as a whole (no --clients, no control) it keeps the result in "
+        f"RUN/{EVALUATION_NAME}, which `feddra-ds report RUN` shows."
+    )
     add_model_arguments(parser)
     parser.add_argument("--split", default="val", metavar="NAME", help="split to measure on (default: val)")
     parser.add_argument(
@@ -71,15 +79,30 @@ def run(args: argparse.Namespace) -> int:
     trained = models.trained_on(dataset)
     held_out = [c for c in galleries if (c in dataset.held_out if trained is None else c not in trained)]
     result = evaluate(models, galleries, held_out, draws=args.bootstrap, seed=args.seed, shuffled=args.shuffled_texts)
-    result = {"model": str(models.source), "data": root, "split": args.split} | result
+    result = {"model": str(models.source), "round": models.round, "data": root, "split": args.split} | result
     result["without_split"] = [c for c in dataset.client_ids if c not in galleries]
     if not (args.no_zero_shot or args.shuffled_texts):
         result["zero_shot"], result["labels_left_out"] = zero_shot(models, galleries)
+    whole = args.clients is None and not args.shuffled_texts
+    kept = keep(models, result) if whole and models.is_run else None
     if args.json:
         print(json.dumps(result))
     else:
-        show(models, result)
+        show(models, result, kept)
     return 1 if result["control_at_chance"] is False else 0
+
+
+def keep(models: Models, result: dict[str, Any]) -> str | None:
+    """Write RUN/evaluation.json for `report`. Returns its path, or None where the run's folder cannot be written to."""
+    path = models.path / EVALUATION_NAME
+    try:
+        write_atomic(path, json.dumps(result) + "\n")
+    except OSError as error:
+        print(
+            f"feddra-ds: {path} cannot be written ({error.strerror}), so the report will not show this", file=sys.stderr
+        )
+        return None
+    return str(path)
 
 
 def split_ids(text: str | None) -> list[str] | None:
@@ -92,8 +115,8 @@ def split_ids(text: str | None) -> list[str] | None:
     return ids
 
 
-def show(models: Models, result: dict[str, Any]) -> None:
-    """The tables, and what they mean."""
+def show(models: Models, result: dict[str, Any], kept: str | None) -> None:
+    """The tables, and what they mean. kept: the file that `report` reads them from."""
     clients = result["clients"]
     if result["shuffled_texts"]:
         print(f"Control: the texts are in random orders, the mean of {NUM_SHUFFLES} of them is shown.")
@@ -118,6 +141,8 @@ def show(models: Models, result: dict[str, Any]) -> None:
         _zero_shot_table(result)
     if result["shuffled_texts"]:
         print(CONTROL[joint_verdict(result)])
+    if kept is not None:
+        print(f"\nkept in {kept}, which `feddra-ds report` shows")
     print()
     next_step(*_advice(models, result))
 
@@ -195,8 +220,7 @@ def _interval_table(result: dict[str, Any]) -> None:
 def _zero_shot_table(result: dict[str, Any]) -> None:
     rows = []
     for label, about in result["zero_shot"].items():
-        measured = {c: m for c, m in about["clients"].items() if m is not None and _is_enough(m)}
-        worst = min(measured, key=lambda c: measured[c]["auroc"]) if measured else None
+        worst = weakest(about["clients"])
         pooled = about[POOLED]
         rows.append(
             [
@@ -205,7 +229,7 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
                 int(pooled["positives"]) if "positives" in pooled else f"{about['classes']} classes",
                 f"{pooled['auroc']:.3f}",
                 f"{pooled['balanced_accuracy']:.3f}",
-                "–" if worst is None else f"{measured[worst]['auroc']:.3f} ({worst})",
+                "–" if worst is None else f"{worst[1]:.3f} ({worst[0]})",
             ]
         )
     if rows:
@@ -215,13 +239,6 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
         print("Zero-shot classification: the samples have no labels that could be told apart")
     for label, reason in result["labels_left_out"].items():
         print(f"  {label}: left out, {reason}")
-
-
-def _is_enough(measured: dict[str, float]) -> bool:
-    """Whether a client's AUROC says something: from five pairs of each side, or twenty of several classes."""
-    if "positives" not in measured:
-        return measured["n"] >= 20
-    return min(measured["positives"], measured["n"] - measured["positives"]) >= 5
 
 
 def _advice(models: Models, result: dict[str, Any]) -> list[str]:

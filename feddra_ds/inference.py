@@ -50,6 +50,19 @@ class Models:
         return next(iter(self.folders.values()))
 
     @property
+    def is_run(self) -> bool:
+        """Whether they were opened by their run's folder."""
+        return self.run is not None and self.run.path == self.path
+
+    @property
+    def round(self) -> int | None:
+        """The round after which a run's model was taken, which is its newest checkpoint's; None for an export."""
+        if not self.is_run or self.run is None:
+            return None
+        kept = self.run.checkpoints
+        return int(kept[-1].name.rpartition("-")[2]) if kept else self.run.rounds_done - 1
+
+    @property
     def shared(self) -> bool:
         """Whether all clients are served by one model."""
         return "" in self.folders

@@ -119,6 +119,17 @@ def zero_shot_scores(
     return image.astype(np.float64) @ means.T
 
 
+def weakest(clients: dict[str, dict[str, float] | None]) -> tuple[str, float] | None:
+    """(client, AUROC) of the least of `measure`'s by client, among those whose AUROC says something: from five pairs of
+    each side, or twenty of several classes. None where there is no such client."""
+
+    def is_enough(m: dict[str, float]) -> bool:
+        return min(m["positives"], m["n"] - m["positives"]) >= 5 if "positives" in m else m["n"] >= 20
+
+    known = {client: m["auroc"] for client, m in clients.items() if m is not None and is_enough(m)}
+    return min(known.items(), key=lambda item: item[1]) if known else None
+
+
 def measure(targets: NDArray[np.int64], scores: NDArray[np.float64]) -> dict[str, float] | None:
     """auroc and balanced_accuracy of scores (n, C) for targets (n,), -1 left out; None where only one class occurs.
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from .charts import NUM_COLOURS, NUM_SHADES
 from .data.console import next_step
 from .data.shards import open_dataset
-from .logs import write_atomic
+from .logs import listed, write_atomic
 from .progress import duration
 from .report_contents import context, number, percent, size
 from .run_files import RunFiles, open_run
@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     state = files.state()[0]
     if state in ("running", "starting"):
         follow.append(f"feddra-ds report {files.path}   # again, when more rounds are done")
-    elif state == "finished":
-        follow.append(f"feddra-ds evaluate {files.path}   # with confidence intervals, zero-shot and held-out clients")
-    else:
+    elif state != "finished":
         follow.append(f"{files.resume_command()}   # goes on with this run")
+    if (files.models or files.checkpoints) and not files.evaluation:
+        follow.append(f"feddra-ds evaluate {files.path}   # for the report too: held-out clients, intervals, zero-shot")
     next_step(*follow)
     return 0
 
@@ -87,7 +87,7 @@ def examples_of(files: RunFiles, data: str | None, num: int, max_pairs: int, see
 def render(files: RunFiles, examples: dict[str, Any]) -> str:
     """The page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "number": number, "duration": duration, "size": size}
+    environment.filters |= {"percent": percent, "number": number, "duration": duration, "size": size, "listed": listed}
     template = resources.files("feddra_ds").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
     values = context(files) | {"examples": examples, "colours": NUM_COLOURS, "shades": NUM_SHADES}
     return environment.from_string(template).render(values)

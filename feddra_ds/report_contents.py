@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,9 @@ import yaml
 from markupsafe import Markup
 
 from . import __version__, dro
-from .charts import NUM_COLOURS, Series, line_chart, stacked_bars
-from .data.shards import DataError, Dataset, open_dataset
+from .charts import Series, line_chart, stacked_bars
 from .progress import duration
+from .report_tables import both_ways, client_rows, evaluation, mean_gallery, recall_bars, skipped_rows, styles
 from .run_files import RunFiles
 
 STAGES = {
@@ -24,7 +23,6 @@ STAGES = {
     "evaluate": "evaluation",
     "checkpoint": "checkpoint",
 }
-_MAX_BARS = 12
 KEY_FACTS = {
     "strategy.name": "strategy",
     "schedule.rounds": "rounds",
@@ -66,7 +64,9 @@ def context(files: RunFiles) -> dict[str, Any]:
         "charts": charts(files) if lines else {},
         "clients": client_rows(files, val),
         "bars": recall_bars(files, val),
+        "mean": mean_gallery([val[client] for client in ids if client in val]),
         "pooled": val.get("all"),
+        "evaluation": evaluation(files),
         "val_round": val_round(lines),
         "split": files.get("evaluation.split"),
         "excluded": [{"round": x["round"], **item} for x in lines for item in x["excluded_clients"]],
@@ -87,13 +87,6 @@ def last_val(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def val_round(lines: list[dict[str, Any]]) -> int | None:
     """The round of last_val."""
     return next((line["round"] for line in reversed(lines) if line.get("val")), None)
-
-
-def both_ways(about: dict[str, float], k: int) -> float | None:
-    """Recall@k, the mean of both directions; None where the gallery is too small."""
-    if f"i2t_recall@{k}" not in about:
-        return None
-    return (about[f"i2t_recall@{k}"] + about[f"t2i_recall@{k}"]) / 2
 
 
 def tiles(files: RunFiles, val: dict[str, Any]) -> list[dict[str, str]]:
@@ -227,72 +220,6 @@ def charts(files: RunFiles) -> dict[str, Markup]:
     stages = [(label, [float(line["stage_seconds"].get(key, 0.0)) for line in lines]) for key, label in STAGES.items()]
     out["seconds"] = stacked_bars(stages, x, title="Seconds per stage of each round", unit="s")
     return out
-
-
-def styles(files: RunFiles) -> dict[str, str]:
-    """A colour per client; with more clients than colours, those whose weights moved furthest have one."""
-    ids, last = files.client_ids, files.lines[-1]
-    p = last.get("next_client_weights") or last["client_weights"]
-    ranked = sorted(range(len(ids)), key=lambda i: -abs(p[i] - 1 / len(ids)))
-    coloured = sorted(ranked[:NUM_COLOURS]) if len(ids) > NUM_COLOURS else list(range(len(ids)))
-    return {client: f"c{coloured.index(i)}" if i in coloured else "muted" for i, client in enumerate(ids)}
-
-
-def client_rows(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per client and per other gallery that was evaluated."""
-    lines, ids = files.lines, files.client_ids
-    pairs = training_pairs(files)
-    style = styles(files) if lines else {}
-    out = []
-    for name in [*ids, *(c for c in val if c not in ids and c != "all")]:
-        i = ids.index(name) if name in ids else None
-        last = lines[-1] if lines else {}
-        after = (last.get("next_client_weights") or last.get("client_weights")) if last else None
-        out.append(
-            {
-                "id": name,
-                "style": style.get(name, "muted"),
-                "pairs": pairs.get(name),
-                "p_first": lines[0]["client_weights"][i] if i is not None and lines else None,
-                "p_last": after[i] if i is not None and after else None,
-                "loss": last["client_losses"][i] if i is not None and last else None,
-                "val": val.get(name),
-                "recall": {k: both_ways(val[name], k) for k in (1, 5, 10)} if name in val else {},
-            }
-        )
-    return out
-
-
-def recall_bars(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the chart of recall@5 per client; of many clients, those that are lowest against their chance."""
-    rows = [row for row in client_rows(files, val) if row["val"]]
-    if len(rows) <= _MAX_BARS:
-        return rows
-    rows = [row for row in rows if row["recall"][5] is not None]
-    return sorted(rows, key=lambda row: row["recall"][5] - row["val"]["chance@5"])[:_MAX_BARS]
-
-
-def training_pairs(files: RunFiles) -> dict[str, int]:
-    """Training pairs by client, from the dataset where it is at hand."""
-    try:
-        dataset: Dataset = open_dataset(str(files.get("data.root")))
-        counts = {client: dataset.num_samples(client, "train") for client in dataset.clients}
-    except (DataError, OSError):
-        return {}
-    if len(files.client_ids) == 1 and files.client_ids[0] not in counts:  # the centralised strategy
-        wanted = files.get("clients.ids") or dataset.client_ids
-        counts[files.client_ids[0]] = sum(counts.get(c, 0) for c in wanted)
-    return counts
-
-
-def skipped_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    """(client, reason, samples) over all rounds."""
-    totals: Counter[tuple[str, str]] = Counter()
-    for line in lines:
-        for client, counts in line["skipped_samples"].items():
-            for reason, count in counts.items():
-                totals[client, reason] += count
-    return [(client, reason, count) for (client, reason), count in sorted(totals.items())]
 
 
 def shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from .config import get_path
 from .logs import read_metrics
 from .progress import FILE_NAME as PROGRESS_NAME
 
+EVALUATION_NAME = "evaluation.json"
 State = Literal["running", "finished", "stopped", "failed", "died", "silent", "starting", "unfinished"]
 _SILENCE_S = 120.0  # a run on another host that says nothing for longer than this, and than three rounds, is silent
 
@@ -26,12 +27,14 @@ class RunFiles:
     """What a run directory says.
 
     config: config.yaml as nested dicts. lines: metrics.jsonl, a dict a round. progress: progress.json, or {}.
+    evaluation: what `feddra-ds evaluate RUN` last kept, or {}.
     """
 
     path: Path
     config: dict[str, Any]
     lines: list[dict[str, Any]]
     progress: dict[str, Any]
+    evaluation: dict[str, Any]
 
     def get(self, key: str) -> Any:
         """The config's value at `section.key`, or None."""
@@ -140,10 +143,11 @@ def open_run(path: str | Path) -> RunFiles:
         raise ValueError(f"{root / 'config.yaml'} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{root / 'config.yaml'} holds no sections; is {root} a run?")
-    return RunFiles(root, config, read_metrics(root / "metrics.jsonl"), _read_progress(root / PROGRESS_NAME))
+    lines = read_metrics(root / "metrics.jsonl")
+    return RunFiles(root, config, lines, _read_json(root / PROGRESS_NAME), _read_json(root / EVALUATION_NAME))
 
 
-def _read_progress(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

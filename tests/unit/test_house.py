@@ -18,7 +18,7 @@ LAYERS = """
     objectives extensions masters engine compression aggregate adapter_sum steps client strategies server ranking evaluate
     checkpoint restore
     coordinator display progress rounds resume build train
-    run_files labels inference measures charts examples report_contents
+    run_files labels inference measures charts examples report_tables report_contents
     evaluate_command export_command probe report status
     memory selftest doctor_system doctor_config doctor_plan doctor cli __main__
 """.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -119,6 +120,53 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "<b>report</b>" in text, "reports are shown as they are, not as markup"
 
 
+def test_the_evaluation_section(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", make_config(tmp_path / "run", data), [make_line(r) for r in range(3)])
+    (run / "model").symlink_to(finished / "model")
+    soft = f"feddra-ds evaluate {run} adds what the model is worth against chance"
+    assert soft in write(run, "--examples", "0").text
+    assert f"feddra-ds evaluate {run}   # for the report too" in capsys.readouterr().out
+
+    for words in (["--clients", "north"], ["--shuffled-texts"]):
+        main(["evaluate", str(run), "--bootstrap", "20", *words])
+        assert not (run / "evaluation.json").exists(), "part of a run, or a control, is no evaluation of it"
+    assert main(["evaluate", str(run / "model"), "--bootstrap", "20"]) == 0
+    assert not (run / "evaluation.json").exists()
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--bootstrap", "50"]) == 0
+    assert f"kept in {run}/evaluation.json, which `feddra-ds report` shows" in capsys.readouterr().out
+
+    told = json.loads((run / "evaluation.json").read_text())
+    assert (told["round"], told["split"], told["data"]) == (2, "val", str(data))
+    page = write(run, "--examples", "0")
+    assert soft not in page.text
+    assert "its 95 % interval, after round 2, on val of" in page.text
+    assert "ended since" not in page.text
+    for name, about in (*told["clients"].items(), ("all, one gallery", told["pooled"])):
+        e = about["intervals"]["recall@1"]
+        held_out = " held out, test" if name == HELD_OUT else ""
+        shown = f"{percent(e['recall'])} ({percent(e['low'])} to {percent(e['high'])}) chance {percent(e['chance'])}"
+        assert f"{name}{held_out} {about['pairs']} {shown} {e['verdict']}" in page.text
+    assert "Without a val split, so not measured: west." in page.text
+    assert (
+        f"odd 25 {int(told['zero_shot']['odd']['pooled']['positives'])} {number(told['zero_shot']['odd']['pooled']['auroc'])}"
+        in page.text
+    )
+
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(make_line(3)) + "\n")
+    assert "1 round ended since:" in write(run, "--examples", "0").text
+
+
+def test_every_cell_has_its_label_on_a_phone(finished: Path) -> None:
+    assert main(["report", str(finished), "--examples", "0"]) == 0
+    text = (finished / "report.html").read_text()
+    for row in re.findall(r"<tbody>(.*?)</tbody>", text, re.S):
+        for cells in re.findall(r"<tr.*?>(.*?)</tr>", row, re.S):
+            for cell in re.findall(r"<td[^>]*>.*?</td>", cells, re.S)[1:]:
+                assert re.match(r"<td( colspan| data-label=|></td>)", cell), cell
+
+
 def test_a_page_without_examples_holds_no_pictures(finished: Path, tmp_path: Path) -> None:
     assert main(["report", str(finished), "--examples", "0", "--out", str(tmp_path / "page.html")]) == 0
     page = check_self_contained((tmp_path / "page.html").read_text())
@@ -143,7 +191,7 @@ def test_runs_that_have_little_to_show(data: Path, tmp_path: Path) -> None:
     )
     nobody = make_line(0, client_losses=[None] * 3, mean_loss=None, worst_loss=None, val={})
     assert (
-        "mean loss, one gallery –"
+        "mean – Evaluation against chance"
         in write(make_run(tmp_path / "nobody", make_config(tmp_path / "nobody", data), [nobody])).text
     )
 
