@@ -17,7 +17,7 @@ from .config import Config
 from .data.order import Position
 from .data.pipeline import Batch, ClientData
 from .engine import BUFFERS, Engine, PartState
-from .logs import logger
+from .logs import listed, logger
 from .losses import alignment_with_positives
 from .objectives import Anchors, Objective
 from .schedule import Stage
@@ -101,6 +101,7 @@ class LocalTrainer:
         engine.train()
         reads_losses = self.config.dro.evaluate_on == "anchors" and not stage.trains_backbone
         loss_sum, num_good, in_a_row, worst_run = 0.0, 0, 0, 0
+        skipped: list[int] = []
         anchor_losses: list[Tensor] = []
         for step, batch in enumerate(batches):
             value = self.step(batch, anchors_of(step), train_backbone=stage.trains_backbone, weight=loss_weight)
@@ -111,9 +112,13 @@ class LocalTrainer:
             else:
                 in_a_row += 1
                 worst_run = max(worst_run, in_a_row)
-                logger.warning("client %s: step %d of %s skipped, its loss is %s", client.id, step, stage.name, value)
+                skipped.append(step)
             if on_step is not None:
                 on_step(step, value)
+        if skipped:
+            steps = listed([str(step) for step in skipped])
+            logger.warning("client %s: %s skipped %d of %d steps, whose loss was not finite: %s",
+                           client.id, stage.name, len(skipped), stage.num_steps, steps)  # fmt: skip
         client.position = client.data.advance(client.position, stage.num_steps)
         problem = validate_update(engine, self.topology, stage.parts)
         if worst_run >= self.config.optimizer.max_skipped_steps:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .config import Config
-from .logs import logger
+from .logs import by_reason, listed, logger
 from .strategies import Strategy
 from .strategies.base import Vector
 from .topology import Topology, WaitTimeout
@@ -99,8 +99,8 @@ class Coordinator:
                     silent |= {self.client_ids[index]} & told
         included = [index for index in everyone if problems[index] is None]
         excluded = [{"id": self.client_ids[i], "reason": str(problems[i])} for i in everyone if problems[i] is not None]
-        for item in excluded:
-            logger.warning("round %d, %s: client %s is excluded: %s", round_index, stage, item["id"], item["reason"])
+        for reason, clients in by_reason(excluded).items():
+            logger.warning("round %d, %s: excluded, because %s: %s", round_index, stage, reason, listed(clients))
         self.excluded += [item for item in excluded if item not in self.excluded and item["id"] not in silent]
         if any(loss is not None for loss in losses) and round_index > 0:
             self.weights = self.next_weights(losses)  # of the model that the last round ended with (dro.evaluate_on)
@@ -112,7 +112,7 @@ class Coordinator:
         elif total <= 0:
             stop = "the clients that gave a valid update have weight 0 in p, so there is nothing to average"
         if stop is not None:
-            stop += "".join(f"; {item['id']}: {item['reason']}" for item in excluded)
+            stop += "".join(f"; {listed(clients)}: {reason}" for reason, clients in by_reason(excluded).items())
         if len(included) == len(self.client_ids):
             total = 1.0  # Σ p_i, spared its rounding
         generation = topology.plan.num_slots - len(live)

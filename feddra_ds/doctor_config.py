@@ -15,6 +15,7 @@ from .config import Config, ConfigError, load
 from .data.shards import DataError, Dataset
 from .doctor_system import Finding, check_disk
 from .encoders import count_parameters
+from .logs import listed
 from .report_contents import size
 from .schedule import steps_per_round
 from .topology import Launch, Plan
@@ -63,8 +64,8 @@ def _sharing(layout: Plan, num_ranks: int) -> Iterator[Finding]:
 def _data(config: Config, dataset: Dataset, ids: Sequence[str]) -> Iterator[Finding]:
     pairs = {client: dataset.num_samples(client, "train") for client in ids}
     step = steps_per_round(config) * config.data.batch_size
-    listed = ", ".join(f"{client} {count:,}" for client, count in pairs.items())
-    yield Finding("ok", "data", f"{sum(pairs.values()):,} train pairs: {listed}")
+    each = listed([f"{client} {count:,}" for client, count in pairs.items()], 20)
+    yield Finding("ok", "data", f"{sum(pairs.values()):,} train pairs: {each}")
     small = min(pairs, key=lambda client: pairs[client])
     text = f"a round shows every client {step:,} pairs, {step / pairs[small]:.1f} × all of {small}'s"
     yield Finding("ok", "round", text)

@@ -11,7 +11,7 @@ from .data.console import next_step, print_table
 from .data.shards import open_dataset
 from .inference import Models, embed_clients, open_models, open_split
 from .labels import weakest
-from .logs import write_atomic
+from .logs import listed, write_atomic
 from .measures import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, evaluate, joint_verdict, judged, zero_shot
 from .ranking import RECALL_AT
 from .run_files import EVALUATION_NAME
@@ -117,7 +117,6 @@ def split_ids(text: str | None) -> list[str] | None:
 
 def show(models: Models, result: dict[str, Any], kept: str | None) -> None:
     """The tables, and what they mean. kept: the file that `report` reads them from."""
-    clients = result["clients"]
     if result["shuffled_texts"]:
         print(f"Control: the texts are in random orders, the mean of {NUM_SHUFFLES} of them is shown.")
     _client_table(models, result)
@@ -130,12 +129,15 @@ def show(models: Models, result: dict[str, Any], kept: str | None) -> None:
         )
     print()
     _interval_table(result)
-    for client in result["without_split"]:
-        print(f"{client}: has no {result['split']} split, so it is not measured")
-    for client, about in clients.items():
-        if about["skipped"]:
-            reasons = ", ".join(f"{reason}: {n}" for reason, n in about["skipped"].items())
-            print(f"{client}: unreadable samples were left out ({reasons})")
+    if result["without_split"]:
+        print(f"no {result['split']} split, so not measured: {listed(result['without_split'])}")
+    skipped = [
+        f"{client} ({', '.join(f'{reason}: {n}' for reason, n in about['skipped'].items())})"
+        for client, about in result["clients"].items()
+        if about["skipped"]
+    ]
+    if skipped:
+        print(f"unreadable samples were left out: {listed(skipped)}")
     if "zero_shot" in result:
         print()
         _zero_shot_table(result)

@@ -29,6 +29,14 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def by_reason(excluded: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """Ids of excluded clients by their reason, so that a slot that is lost is one line."""
+    out: dict[str, list[str]] = {}
+    for item in excluded:
+        out.setdefault(item["reason"], []).append(item["id"])
+    return out
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.partial")

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from .data.console import next_step, print_table
+from .logs import by_reason, listed
 from .progress import duration
 from .run_files import RunFiles, open_run
 
@@ -96,8 +97,8 @@ def show(files: RunFiles, report: dict[str, Any]) -> None:
     print(f"  last checkpoint: {report['checkpoint'] or 'none yet'}")
     if report["skipped_samples"]:
         print(f"  skipped: {report['skipped_samples']} samples could not be read (metrics.jsonl names the reasons)")
-    for item in report["excluded_clients"]:
-        print(f"  excluded in the last round: {item['id']}: {item['reason']}")
+    for reason, clients in by_reason(report["excluded_clients"]).items():
+        print(f"  excluded in the last round: {listed(clients)}: {reason}")
     if files.lines:
         print()
         _table(files, report)

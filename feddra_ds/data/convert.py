@@ -22,6 +22,7 @@ from feddra_ds.data.shards import DataError, text_id
 from feddra_ds.data.split import choose_validation, components
 from feddra_ds.data.table import Columns, Row, Skip, read_rows
 from feddra_ds.data.writer import MAX_SHARD_BYTES, DatasetWriter, image_digest, safe_name
+from feddra_ds.logs import listed
 
 _READABLE = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _EXIF_ORIENTATION = 0x0112
@@ -272,14 +273,14 @@ def _report(args: argparse.Namespace, counts: dict[str, Counter[str]], skipped: 
     if skipped:
         print(f"{len(skipped)} rows were left out ({args.out / SKIPPED_NAME} lists them all):")
         print("\n".join(f"  {line}" for line in _skipped_lines(skipped)))
+    uneven = []
     for client, count in sorted(counts.items()):
         wanted = args.val_fraction * count.total()
         if abs(count["val"] - wanted) > max(1.0, 0.05 * count.total()):
-            loosen = "" if args.repeated_texts else "; --repeated-texts loosens it"
-            print(
-                f"{client}: {count['val']} of {count.total()} pairs are val, {wanted:.0f} were wanted: "
-                f"the patients, texts and pictures that must stay together allow no nearer split{loosen}"
-            )
+            uneven.append(f"{client} ({count['val']} of {count.total()} pairs are val, {wanted:.0f} were wanted)")
+    if uneven:
+        loosen = "" if args.repeated_texts else "; --repeated-texts loosens it"
+        print(f"patients, texts and pictures that must stay together allow no nearer split of {listed(uneven)}{loosen}")
     next_step(
         f"feddra-ds data inspect {args.out}",
         f"feddra-ds train --config configs/cxr_regions.yaml --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",

@@ -13,6 +13,7 @@ from feddra_ds.data.console import guarded, next_step, print_table, track
 from feddra_ds.data.images import BadSample, open_image
 from feddra_ds.data.shards import INDEX_NAME, DataError, Dataset, Samples, open_dataset, preflight
 from feddra_ds.data.writer import index_folder
+from feddra_ds.logs import listed
 
 _LABELS_SHOWN = 12
 _CLIENTS_SHOWN = 8
@@ -142,10 +143,13 @@ def _print_checks(
 ) -> None:
     for line in problems:
         print(f"PROBLEM  {line}")
+    bad = []
     for client, own in seen.items():
         if own.bad:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(own.bad.items()))
-            print(f"note     {client}: {reasons} among the {own.bad.total() + len(own.words)} pairs looked at")
+            bad.append(f"{client} ({reasons} among {own.bad.total() + len(own.words)})")
+    if bad:
+        print(f"note     unreadable among the pairs looked at: {listed(bad)}")
     if not problems:
         print(
             "ok       every shard is there and has its full size"

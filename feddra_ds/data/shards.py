@@ -21,6 +21,7 @@ import numpy as np
 
 from feddra_ds.data.remote import RemoteOptions, Store, is_remote
 from feddra_ds.data.samples import DataError, Samples, sha256_of, text_id
+from feddra_ds.logs import listed
 
 __all__ = ["DataError", "Dataset", "Samples", "open_dataset", "preflight", "sha256_of", "text_id"]
 
@@ -178,19 +179,22 @@ def preflight(
             problems += error.problems
     if pooled:
         counts = {"+".join(counts): sum(counts.values())} if counts else {}
-    for client, count in counts.items():
-        if count < batch_size:
-            problems.append(
-                f"data.batch_size: client {client} has {count} train pairs, fewer than a batch of {batch_size}; "
-                "lower data.batch_size or leave the client out with clients.ids"
-            )
-        elif count < eval_batch_size:
-            problems.append(f"dro.evaluation_batch_size: client {client} has {count} train pairs, fewer than "
-                            f"{eval_batch_size}; lower it")  # fmt: skip
+    small = [client for client, count in counts.items() if count < batch_size]
+    if small:
+        problems.append(f"data.batch_size: fewer train pairs than a batch of {batch_size}: {_with(counts, small)}; "
+                        "lower data.batch_size, or leave them out with clients.ids")  # fmt: skip
+    few = [client for client, count in counts.items() if batch_size <= count < eval_batch_size]
+    if few:
+        problems.append(f"dro.evaluation_batch_size: fewer train pairs than {eval_batch_size}: {_with(counts, few)}; "
+                        "lower it")  # fmt: skip
     if without_split:
-        problems.append(f"evaluation.split: {', '.join(without_split)} has no {eval_split} split; "
+        problems.append(f"evaluation.split: no {eval_split} split: {listed(without_split)}; "
                         "convert with --val-fraction, or set evaluation.every=0")  # fmt: skip
     return problems
+
+
+def _with(counts: dict[str, int], clients: Sequence[str]) -> str:
+    return listed([f"{client} ({counts[client]})" for client in clients])
 
 
 def _scan(root: Path) -> tuple[list[str], dict[str, Any], list[str]]:
@@ -239,7 +243,7 @@ def _missing_clients(root: str, wanted: Sequence[str], clients: list[str]) -> li
         if client not in clients:
             near = difflib.get_close_matches(client, clients, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            problems.append(f"clients.ids: no client {client} under {root}; {hint}there are: {', '.join(clients)}")
+            problems.append(f"clients.ids: no client {client} under {root}; {hint}there are: {listed(clients, 20)}")
     return problems
 
 

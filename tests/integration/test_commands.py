@@ -111,7 +111,7 @@ def test_evaluate_shows_everything_a_reader_needs(
     assert {"north", "south_and_the_islands", "mean", "worst", "spread", "all, one gallery"} <= set(rows)
     assert f"{HELD_OUT} (held out, test)" in rows
     assert "0.33 → 0.28" in rows["north"]
-    assert "west: has no val split, so it is not measured" in text
+    assert "no val split, so not measured: west" in text
     assert "recall@5 beyond chance" in text
     assert "× chance" in text
     assert "odd" in rows
@@ -178,7 +178,7 @@ def test_unreadable_pairs_are_counted_and_measured_once(tmp_path: Path, capsys: 
     assert result["clients"]["north"]["skipped"] == {"corrupt_image": 1}
     assert main(["evaluate", str(tmp_path / "run"), "--bootstrap", "20"]) == 0
     text = capsys.readouterr().out
-    assert "unreadable samples were left out (corrupt_image: 1)" in text
+    assert "unreadable samples were left out: north (corrupt_image: 1)" in text
     assert "the samples have no labels that could be told apart" in text
 
 
@@ -302,7 +302,10 @@ def test_doctor_on_a_config(exported: tuple[Path, Path], tmp_path: Path, capsys:
     assert "Next:\n  mend the problems above" in text
 
     assert main([*words, "--data.batch_size", "64", "--clients.minimum", "2"]) == 1
-    assert "client north has 12 train pairs, fewer than a batch of 64" in capsys.readouterr().out
+    assert (
+        "fewer train pairs than a batch of 64: north (12), south_and_the_islands (12), west (12); lower"
+        in capsys.readouterr().out
+    )
     assert main([*words, "--num-ranks", "4", "--topology.ranks_per_slot", "3"]) == 1
     assert "4 ranks do not divide into slots of 3" in capsys.readouterr().out
     assert main([*words, "--model.text.tokenizer", str(tmp_path / "none")]) == 1

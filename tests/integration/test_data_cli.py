@@ -71,7 +71,10 @@ def test_bad_pairs_are_noted_by_inspect(tmp_path: Path) -> None:
         for n, change in enumerate(({}, {"image": b"?"}, {"text": ""}, {"image": None}, {"text": None})):
             writer.add("a", "train", f"k{n}", **{**good, **change})
     seen = feddra("inspect", tmp_path / "data").stdout
-    assert "note     a: 1 corrupt_image, 2 empty_text, 1 missing_image among the 5 pairs looked at" in seen
+    assert (
+        "note     unreadable among the pairs looked at: a (1 corrupt_image, 2 empty_text, 1 missing_image among 5)"
+        in seen
+    )
     assert "kind=x" in seen
 
 

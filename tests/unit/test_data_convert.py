@@ -129,7 +129,10 @@ def test_a_report_that_everybody_shares_is_said_and_can_be_loosened(
     words = options(tmp_path, tmp_path / "o", csv=str(tmp_path / "t.csv"), image_column="i", text_column="t", client_column=None,
                     group_column=None, label_columns=None)  # fmt: skip
     assert run(*words) == 0
-    assert "all: 4 of 40 pairs are val, 10 were wanted" in capsys.readouterr().out
+    assert (
+        "no nearer split of all (4 of 40 pairs are val, 10 were wanted); --repeated-texts loosens it"
+        in capsys.readouterr().out
+    )
     assert run(*words, "--overwrite", "--repeated-texts") == 0
     assert "were wanted" not in capsys.readouterr().out
     assert open_dataset(tmp_path / "o").num_samples("all", "val") == 10

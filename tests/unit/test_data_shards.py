@@ -144,16 +144,16 @@ def test_a_root_without_clients(tmp_path: Path) -> None:
 
 def test_counts_that_cannot_work_are_named(root: Path, tmp_path: Path) -> None:
     small, _ = preflight(root, None, **CHECK | {"batch_size": 6, "eval_split": "test"})
-    assert small.startswith("data.batch_size: client beta has 5 train pairs, fewer than a batch of 6")
+    assert small.startswith("data.batch_size: fewer train pairs than a batch of 6: beta (5); lower")
     lines = preflight(root, None, **CHECK | {"eval_batch_size": 9, "eval_split": None})
-    assert lines == ["dro.evaluation_batch_size: client beta has 5 train pairs, fewer than 9; lower it"]
+    assert lines == ["dro.evaluation_batch_size: fewer train pairs than 9: beta (5); lower it"]
     (line,) = preflight(root, None, **CHECK | {"eval_split": "test"})
     assert line.startswith(
-        "evaluation.split: alpha, beta has no test split; convert with --val-fraction, or set evaluation.every=0"
+        "evaluation.split: no test split: alpha, beta; convert with --val-fraction, or set evaluation.every=0"
     )
     assert preflight(root, None, **CHECK | {"batch_size": 17}, pooled=True) == []
     (line,) = preflight(root, None, **CHECK | {"batch_size": 18}, pooled=True)
-    assert "client alpha+beta has 17 train pairs" in line
+    assert "alpha+beta (17)" in line
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from feddra_ds.logs import MetricsFile, read_metrics
+from feddra_ds.logs import MetricsFile, by_reason, listed, read_metrics
 
 
 def test_resume_drops_the_rounds_that_will_be_repeated(tmp_path: Path) -> None:
@@ -30,3 +30,15 @@ def test_a_line_that_a_kill_kept_from_the_file_comes_from_the_checkpoint(tmp_pat
 
 def test_no_file_is_no_lines(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_listed_names_a_few_and_counts_the_rest() -> None:
+    names = [f"c{i}" for i in range(8)]
+    assert listed(names) == "c0, c1, c2, c3, c4 and 3 more"
+    assert listed(names[:5]) == "c0, c1, c2, c3, c4"
+    assert listed(names, 1) == "c0 and 7 more"
+
+
+def test_exclusions_are_grouped_by_their_reason() -> None:
+    lost = [{"id": client, "reason": "slot 1 is gone"} for client in ("a", "c")]
+    assert by_reason([*lost, {"id": "b", "reason": "bad"}]) == {"slot 1 is gone": ["a", "c"], "bad": ["b"]}
