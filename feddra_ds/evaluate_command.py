@@ -124,8 +124,8 @@ def show(models: Models, result: dict[str, Any], kept: str | None) -> None:
     worst = result["worst_client"]
     if worst is not None:
         print(
-            f"recall@5 beyond chance (0 = chance, 1 = perfect): mean {worst['mean_skill@5']:+.3f}, "
-            f"worst {worst['skill@5']:+.3f} ({worst['id']}), spread {worst['spread_skill@5']:.3f}"
+            f"recall@5 beyond chance (0 = chance, 1 = perfect): mean {_signed(worst['mean_skill@5'])}, "
+            f"worst {_signed(worst['skill@5'])} ({worst['id']}), spread {worst['spread_skill@5']:.3f}"
         )
     print()
     _interval_table(result)
@@ -236,7 +236,9 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
         )
     if rows:
         columns = ["label", "pairs", "positive", "AUROC", "balanced acc.", "worst client's AUROC"]
-        print_table("Zero-shot classification by label names (chance: AUROC 0.5)", columns, rows)
+        print_table(
+            "Zero-shot classification by label names, over all of these galleries (chance: AUROC 0.5)", columns, rows
+        )
     else:
         print("Zero-shot classification: the samples have no labels that could be told apart")
     for label, reason in result["labels_left_out"].items():
@@ -265,6 +267,10 @@ def percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no -0.000
 
 
 def _trained(models: Models, root: str) -> list[str] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import adapters, checkpoint
 from .config import from_dict
+from .data.console import next_step
 from .export import MAX_SHARD_SIZE, load_pretrained, save_model, write_folder
 from .interchange import to_transformers
 from .restore import export_checkpoint, load_checkpoint
@@ -15,15 +16,23 @@ from .server import SHARED
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `feddra-ds export`."""
-    parser.add_argument("source", type=Path, help="a run directory, its model/, or an exported folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an existing export there is replaced")
+    parser.add_argument(
+        "source", type=Path, metavar="RUN_OR_MODEL", help="a run directory, its model/, or an exported folder"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help="folder to write; an existing export there is replaced"
+    )
     parser.add_argument(
         "--checkpoint",
+        metavar="ROUND",
         help="export this checkpoint of the run (a round's number, a folder's name or path) instead of its model/; "
         "a run without model/ gives its newest (default: model/)",
     )
     parser.add_argument(
-        "--client", default=SHARED, help="whose model, where each client keeps its own (default: the global model)"
+        "--client",
+        default=SHARED,
+        metavar="ID",
+        help="whose model, where each client keeps its own (default: the global model)",
     )
     parser.add_argument(
         "--format",
@@ -33,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "VisionTextDualEncoderModel, for linear heads without extra blocks; adapter writes the LoRA factors of a run's "
         "checkpoint in peft's format, and the alignment module (default: %(default)s)",
     )
-    parser.add_argument("--max-shard-size", default=MAX_SHARD_SIZE, help="largest weights file (default: %(default)s)")
+    parser.add_argument(
+        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="largest weights file (default: %(default)s)"
+    )
     parser.set_defaults(run=main)
 
 
@@ -52,18 +63,23 @@ def main(args: argparse.Namespace) -> int:
         folder = find_checkpoint(run, args.checkpoint)
         if args.format == "feddra":
             export_checkpoint(folder, args.client, args.out, max_shard_size=args.max_shard_size)
-            print(f"wrote {args.out}. Load it with feddra_ds.load_pretrained({str(args.out)!r})")
-            return 0
+            return _written(args.out)
         model, processor = load_checkpoint(folder, args.client)
     if args.format == "transformers":
         whole = to_transformers(model, processor)
         write_folder(whole.state_dict(), whole.config, processor, args.out, args.max_shard_size)
-        print(
-            f"wrote {args.out}. Load it with transformers.VisionTextDualEncoderModel.from_pretrained({str(args.out)!r})"
-        )
-    else:
-        save_model(model.state_dict(), model.config, processor, args.out, max_shard_size=args.max_shard_size)
-        print(f"wrote {args.out}. Load it with feddra_ds.load_pretrained({str(args.out)!r})")
+        print(f"wrote {args.out}")
+        next_step(f"transformers.VisionTextDualEncoderModel.from_pretrained({str(args.out)!r})   # in Python")
+        return 0
+    save_model(model.state_dict(), model.config, processor, args.out, max_shard_size=args.max_shard_size)
+    return _written(args.out)
+
+
+def _written(out: Path) -> int:
+    print(f"wrote {out}")
+    next_step(
+        f"feddra_ds.load_pretrained({str(out)!r})   # in Python", f"feddra-ds evaluate {out} --data FOLDER_OF_SHARDS"
+    )
     return 0
 
 
@@ -74,6 +90,7 @@ def _write_adapter(run: Path, args: argparse.Namespace) -> int:
     base = {side: getattr(config, side).pretrained or config.pretrained for side in ("vision", "text")}
     for path in adapters.save_adapter(model, args.out, base):
         print(f"wrote {path}")
+    next_step(f"peft.PeftModel.from_pretrained(encoder, {str(args.out / 'vision')!r})   # in Python; text alike")
     return 0
 
 

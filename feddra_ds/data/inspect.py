@@ -117,8 +117,8 @@ def _look_at(part: Samples, index: int, seen: _Seen) -> None:
     for name, value in labels.items() if isinstance(labels, dict) else ():
         if value in (1, True):
             seen.labels[name] += 1
-        elif isinstance(value, str) and value:
-            seen.labels[f"{name}={value}"] += 1
+        elif isinstance(value, str):  # a list's parts are labels of their own, as evaluate and probe take them
+            seen.labels.update({f"{name}={part.strip()}" for part in value.split("|") if part.strip()})
 
 
 def _print_labels(seen: dict[str, _Seen]) -> None:

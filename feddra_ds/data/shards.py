@@ -186,7 +186,7 @@ def preflight(
     few = [client for client, count in counts.items() if batch_size <= count < eval_batch_size]
     if few:
         problems.append(f"dro.evaluation_batch_size: fewer train pairs than {eval_batch_size}: {_with(counts, few)}; "
-                        "lower it")  # fmt: skip
+                        f"set it to {min(counts[c] for c in few)} or less")  # fmt: skip
     if without_split:
         problems.append(f"evaluation.split: no {eval_split} split: {listed(without_split)}; "
                         "convert with --val-fraction, or set evaluation.every=0")  # fmt: skip

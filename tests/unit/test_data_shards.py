@@ -146,7 +146,7 @@ def test_counts_that_cannot_work_are_named(root: Path, tmp_path: Path) -> None:
     small, _ = preflight(root, None, **CHECK | {"batch_size": 6, "eval_split": "test"})
     assert small.startswith("data.batch_size: fewer train pairs than a batch of 6: beta (5); lower")
     lines = preflight(root, None, **CHECK | {"eval_batch_size": 9, "eval_split": None})
-    assert lines == ["dro.evaluation_batch_size: fewer train pairs than 9: beta (5); lower it"]
+    assert lines == ["dro.evaluation_batch_size: fewer train pairs than 9: beta (5); set it to 5 or less"]
     (line,) = preflight(root, None, **CHECK | {"eval_split": "test"})
     assert line.startswith(
         "evaluation.split: no test split: alpha, beta; convert with --val-fraction, or set evaluation.every=0"
