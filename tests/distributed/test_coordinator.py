@@ -192,7 +192,7 @@ def test_a_stop_is_heard_by_all_before_the_coordinator_ends(dataset: Path, tmp_p
     by_rank = on_ranks(with_slow_readers, 4, config)
     (message,) = {message for message, _ in by_rank}
     assert message.startswith(
-        "round 0, stage2: 0 clients gave a valid update, clients.minimum is 1; north: its weights"
+        "round 0, stage2: 0 clients gave a valid update, clients.minimum is 1; north, south, west: its weights"
     )
     left, *read = [when for _, when in by_rank]
     assert left >= max(read), "the coordinator, which serves the store, left before the others had read why"

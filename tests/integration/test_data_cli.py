@@ -66,7 +66,7 @@ def test_bad_pairs_are_noted_by_inspect(tmp_path: Path) -> None:
 
     out = io.BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(out, "PNG")
-    good = {"image": out.getvalue(), "suffix": "png", "text": "a report", "info": {"labels": {"kind": "x"}}}
+    good = {"image": out.getvalue(), "suffix": "png", "text": "a report", "info": {"labels": {"kind": "x|y"}}}
     with DatasetWriter(tmp_path / "data") as writer:
         for n, change in enumerate(({}, {"image": b"?"}, {"text": ""}, {"image": None}, {"text": None})):
             writer.add("a", "train", f"k{n}", **{**good, **change})
@@ -75,7 +75,8 @@ def test_bad_pairs_are_noted_by_inspect(tmp_path: Path) -> None:
         "note     unreadable among the pairs looked at: a (1 corrupt_image, 2 empty_text, 1 missing_image among 5)"
         in seen
     )
-    assert "kind=x" in seen
+    assert "kind=x " in seen, "a list's parts are labels of their own"
+    assert "kind=y " in seen
 
 
 @pytest.mark.parametrize(
