@@ -72,7 +72,7 @@ class ReleasedPattern:
         self.model.backbone.requires_grad_(stage.trains_backbone)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         options = self.config.optimizer
-        optimizer = torch.optim.AdamW(trained, lr=stage.lr, weight_decay=options.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=stage.lr, weight_decay=options.weight_decay, fused=True)
         for batch in self.data[index].batches(self.positions[index], stage.num_steps):
             out = self.model(**inputs(batch))
             with torch.no_grad():

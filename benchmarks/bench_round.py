@@ -57,7 +57,7 @@ class PlainTraining:
             "steps_per_print": 10**9,
             **config.deepspeed,
         }
-        optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr)
+        optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=fragment, dist_init_required=False
         )

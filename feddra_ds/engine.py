@@ -63,6 +63,9 @@ class Engine:
         per_rank = max(1, config.data.batch_size // num_shards)
         micro_batch = min(per_rank, config.data.micro_batch_size or per_rank)
         self.num_micro_batches = -(-per_rank // micro_batch)
+        if self.zero_stage > 0:
+            num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            fragment["zero_optimization"]["reduce_bucket_size"] = bucket_elements(fragment, num_trained)
         fragment |= {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": self.num_micro_batches,
@@ -257,7 +260,13 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config, fragment: dict
             )
 
         return DeepSpeedCPUAdam(groups, lr=options.lr, betas=options.betas, eps=options.eps, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+
+
+def bucket_elements(fragment: Mapping[str, Any], num_trained: int) -> int:
+    """Elements of ZeRO's flat gradient buffer: DeepSpeed reserves 5e8 whatever the model; never more than it can fill."""
+    asked = get_path(dict(fragment), "zero_optimization.reduce_bucket_size")
+    return min(num_trained, int(float(5e8 if asked is None else asked)))
 
 
 def build_monitor(kinds: Sequence[str], output_dir: str, name: str) -> Any:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 from ..config import Config, get_path
-from ..engine import PARTS
+from ..engine import PARTS, bucket_elements
 from ..schedule import Stage, stages_of_round
 from ..strategies import build as build_strategy
 from .layout import Layout
@@ -29,7 +29,7 @@ class Miniature:
         self.optimizer = self.host if layout.offloads_optimizer else self.device
         self.strategy = build_strategy(config.strategy)
         zero = config.deepspeed.get("zero_optimization") or {}
-        self.bucket = int(float(zero.get("reduce_bucket_size", 5e8)))
+        self.bucket = bucket_elements(config.deepspeed, layout.trained)
         self.prefetch = int(float(zero.get("stage3_prefetch_bucket_size", 5e7)))
         self.max_live = int(float(zero.get("stage3_max_live_parameters", 1e9)))
         self.persistent = int(float(zero.get("stage3_param_persistence_threshold", 1e5)))
@@ -277,7 +277,6 @@ class Gradients:
     def step(self) -> None:
         """The optimizer's step, and the gradients gone."""
         lay = self.layout
-        self.run.optimizer.hold("optimizer's scratch", self._scratch())
         group = math.ceil(lay.largest_group / lay.ranks)
         if lay.zero_stage == 0:
             if lay.width < 4:
@@ -285,16 +284,4 @@ class Gradients:
         elif not lay.offloads_optimizer:
             sizes = [group * lay.width] + ([group * 4] if lay.width < 4 else [])
             self.device.hold("fp32 gradients", blocks(sizes))
-        self.run.optimizer.drop("optimizer's scratch")
         self.device.drop("fp32 gradients", "gradients")
-
-    def _scratch(self) -> Blocks:
-        """torch's AdamW: on a CPU two temporaries of the tensor it is at, on a GPU one of a whole group."""
-        lay = self.layout
-        if self.run.config.optimizer.name != "adamw" or lay.offloads_optimizer:
-            return Blocks()
-        group = math.ceil(lay.largest_group / lay.ranks)
-        if self.run.host is not self.device:
-            return blocks([4 * group])
-        largest = group if lay.zero_stage else max((n for _, sizes in lay.groups for n in sizes), default=0)
-        return blocks([4 * largest] * 2)

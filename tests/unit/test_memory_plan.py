@@ -16,7 +16,7 @@ from feddra_ds import build
 from feddra_ds.cli import main
 from feddra_ds.config import Config, from_dict, set_path
 from feddra_ds.doctor_plan import Machine, judge
-from feddra_ds.engine import parameter_groups
+from feddra_ds.engine import bucket_elements, parameter_groups
 from feddra_ds.memory import MemoryPlan, plan_memory
 from feddra_ds.memory.ledger import KEPT, LARGE, Blocks, Ledger, blocks
 from feddra_ds.memory.trace import Event, Sizes, StepTracer, peak
@@ -242,3 +242,9 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "elements"), [(None, 1000), (5e8, 1000), (64, 64)])
+def test_the_gradient_buffer_is_no_larger_than_what_trains(asked: float | None, elements: int) -> None:
+    zero = {"stage": 3} | ({} if asked is None else {"reduce_bucket_size": asked})
+    assert bucket_elements({"zero_optimization": zero}, 1000) == elements
