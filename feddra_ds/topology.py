@@ -49,10 +49,16 @@ class Plan:
         return [slot * self.ranks_per_slot + shard for slot in range(self.num_slots)]
 
     def describe(self) -> str:
-        return (
-            f"{self.world_size} ranks = {self.num_slots} slots × {self.ranks_per_slot} ranks, "
-            f"{self.num_clients} clients, at most {len(self.clients_of(0))} per slot"
+        ranks, slots, each, clients = (
+            f"{count} {word}{'s' * (count != 1)}"
+            for count, word in (
+                (self.world_size, "rank"),
+                (self.num_slots, "slot"),
+                (self.ranks_per_slot, "rank"),
+                (self.num_clients, "client"),
+            )
         )
+        return f"{ranks} = {slots} × {each}, {clients}, at most {len(self.clients_of(0))} per slot"
 
 
 def plan(world_size: int, num_clients: int, ranks_per_slot: int | None = None) -> Plan:

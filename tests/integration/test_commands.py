@@ -285,7 +285,7 @@ def test_doctor_on_a_config(exported: tuple[Path, Path], tmp_path: Path, capsys:
     words = ["doctor", "--no-self-test", "--config", str(path)]
     assert main([*words, "--num-ranks", "2", "--dro.evaluation_pairs", "64"]) == 0
     text = capsys.readouterr().out
-    assert "2 ranks = 2 slots × 1 ranks, 3 clients, at most 2 per slot" in text
+    assert "2 ranks = 2 slots × 1 rank, 3 clients, at most 2 per slot" in text
     assert "slots host 1 or 2 clients" in text
     assert "36 train pairs: north 12, south_and_the_islands 12, west 12" in text
     assert "a round shows every client 20 pairs, 1.7 × all of north's" in text

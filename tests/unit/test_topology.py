@@ -35,7 +35,7 @@ def test_every_rank_has_one_place_and_every_client_one_slot(world: int, clients:
 def test_the_default_takes_the_most_slots_that_divide() -> None:
     assert plan(8, 5).num_slots == 4
     assert plan(4, 5).ranks_per_slot == 1
-    assert plan(1, 5).describe() == "1 ranks = 1 slots × 1 ranks, 5 clients, at most 5 per slot"
+    assert plan(1, 5).describe() == "1 rank = 1 slot × 1 rank, 5 clients, at most 5 per slot"
 
 
 def test_refusals_say_what_fits() -> None:
