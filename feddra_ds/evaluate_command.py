@@ -236,9 +236,7 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
         )
     if rows:
         columns = ["label", "pairs", "positive", "AUROC", "balanced acc.", "worst client's AUROC"]
-        print_table(
-            "Zero-shot classification by label names, over all of these galleries (chance: AUROC 0.5)", columns, rows
-        )
+        print_table("Zero-shot by label names, all of these galleries (chance: AUROC 0.5)", columns, rows)
     else:
         print("Zero-shot classification: the samples have no labels that could be told apart")
     for label, reason in result["labels_left_out"].items():

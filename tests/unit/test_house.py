@@ -87,3 +87,13 @@ def test_importing_imports_neither_deepspeed_nor_triton() -> None:
 def test_no_module_imports_deepspeed_by_itself() -> None:
     # transformers' own modules import triton where it is installed, so only deepspeed is looked for here
     run_imports([f"feddra_ds.{name}" for name in sorted({module_of(p) for p in FILES} - {"__main__"})], ("deepspeed",))
+
+
+def test_the_file_map_is_that_of_the_files() -> None:
+    root = PACKAGE.parent
+    done = subprocess.run(
+        [sys.executable, root / "docs/file_map.py"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == (root / "docs/files.md").read_text(encoding="utf-8"), (
+        "run: python docs/file_map.py > docs/files.md"
+    )
