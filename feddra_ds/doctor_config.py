@@ -19,6 +19,7 @@ from .logs import listed
 from .report_contents import size
 from .schedule import steps_per_round
 from .topology import Launch, Plan
+from .weights.deferred import defer
 
 _BYTES_OF_ADAM = 16  # per parameter: fp32 weight, gradient and two moments
 
@@ -80,14 +81,9 @@ def _data(config: Config, dataset: Dataset, ids: Sequence[str]) -> Iterator[Find
 def _parameters(config: Config, layout: Plan, num_clients: int) -> Iterator[Finding]:
     try:
         tokenizer = build.tokenizer_of(config)
-        with torch.device("meta"):  # the shapes alone: no memory, no weights
-            model = build.model_of(config, tokenizer)
+        model, _ = defer(lambda: build.model_of(config, tokenizer))  # the shapes alone: no memory, no weights
     except ConfigError as error:
         yield from (_problem(line) for line in error.problems)
-        return
-    except (RuntimeError, NotImplementedError, OSError) as error:
-        yield Finding("note", "parameters", f"not counted without loading the weights: {str(error).splitlines()[0]}")
-        yield from check_disk(Path(config.run.output_dir), None)
         return
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total, aligner = count_parameters(model), count_parameters(model.aligner)

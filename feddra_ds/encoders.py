@@ -31,8 +31,10 @@ _WITHOUT_AUTO = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "
 
 
 def local_or_hub(name: str, key: str) -> str:
-    """`name` if it is a model folder here or could be a hub id. Raises ValueError naming `key`."""
+    """The model folder that `name` is or, a run's, holds; `name` itself if it could be a hub id. ValueError names `key`."""
     path = Path(name).expanduser()
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{key}: {name} has no config.json, so it is not a model folder")

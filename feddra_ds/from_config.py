@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import PreTrainedTokenizerBase
 
 from . import adapters
 from .config import Config, ConfigError
 from .data.tokens import load_tokenizer
-from .export import find_model
+from .encoders import local_or_hub
 from .model import DualEncoder, build_model, checkpoint_activations
 from .processing import DualEncoderProcessor, build_processor
 
@@ -18,9 +16,8 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """model.text.tokenizer, else the one beside the pretrained weights, else the shipped vocabulary. Raises ConfigError."""
     text, whole = config.model.text, config.model.pretrained
     try:
-        if whole is not None and (Path(whole) / "model" / "config.json").is_file():  # a run's folder
-            whole = str(find_model(whole))
-        return load_tokenizer(text.tokenizer or text.pretrained or whole)
+        beside = text.tokenizer or text.pretrained or (local_or_hub(whole, "model.pretrained") if whole else None)
+        return load_tokenizer(beside)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from . import encoders
@@ -84,8 +83,6 @@ def _from_whole(
 ) -> DualEncoder:
     """A DualEncoder from a model exported here, a CLIPModel or a VisionTextDualEncoderModel."""
     key, name = "model.pretrained", str(config.pretrained)
-    if (Path(name) / "model" / "config.json").is_file():  # a run directory
-        name = str(Path(name) / "model")
     old = encoders.load_config(name, key)
     source: Any = encoders.load_model(name, old, key)
     for encoder_config in (old.vision_config, old.text_config) if hasattr(old, "vision_config") else ():

@@ -381,6 +381,6 @@ def test_other_clients_are_refused(dataset: Path, tmp_path: Path) -> None:
 def test_a_run_that_starts_from_another_run_ends_with_a_model(dataset: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     on_ranks(run_all, 1, tree(dataset, first, schedule__rounds=1))
-    on_ranks(run_all, 1, tree(dataset, second, schedule__rounds=1, model__pretrained=str(first / "model")))
+    on_ranks(run_all, 1, tree(dataset, second, schedule__rounds=1, model__pretrained=str(first)))
     assert (second / "model" / "model.safetensors").is_file()
     assert (second / "model" / "tokenizer.json").is_file()
