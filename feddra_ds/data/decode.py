@@ -5,7 +5,9 @@ Legend: b pairs of this rank's part, S side of the image, T tokens.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,6 +43,9 @@ class Source:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoder": None}  # each process builds its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, tokenizer=sys.intern(state["tokenizer"]))  # one text for all sources of a worker
 
     def decode(self, task: Task) -> Decoded:
         """See `Decoder.decode`."""
@@ -108,12 +113,15 @@ class Decoded:
     bad: list[tuple[int, int, str]] = field(default_factory=list)
 
 
+_tokenizer = functools.lru_cache(maxsize=2)(Tokenizer.from_str)  # megabytes each, and all sources have the same
+
+
 class Decoder:
     """Decodes one source's tasks; holds what a process needs to keep between them."""
 
     def __init__(self, source: Source):
         self._source = weakref.ref(source)  # the source owns its decoder
-        self.tokenizer = Tokenizer.from_str(source.tokenizer)
+        self.tokenizer = _tokenizer(source.tokenizer)
         self._evaluations: dict[tuple[int | None, int], EvaluationOrder] = {}
 
     @property

@@ -7,6 +7,7 @@ does not know falls back to shorter pieces and in the end to characters, and nev
 
 from __future__ import annotations
 
+import functools
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def _shipped() -> PreTrainedTokenizerBase:
     return BertTokenizer(vocab=vocabulary(), do_lower_case=True, strip_accents=True, model_max_length=512)
 
 
+@functools.lru_cache(maxsize=2)  # a text of up to a megabyte, which all clients of a run share
 def freeze(tokenizer: PreTrainedTokenizerBase, text_length: int) -> tuple[str, int]:
     """(tokenizer.json with truncation at `text_length`, padding id): all that a worker needs, without transformers."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

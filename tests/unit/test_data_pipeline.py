@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -117,6 +118,15 @@ def test_a_stream_that_is_left_early_leaves_the_pool_usable(dataset: Dataset, po
     for _ in data.batches(Position(), 10):
         break
     assert len(list(data.batches(Position(), 2))) == 2
+
+
+def test_clients_share_what_tokenizes_their_texts(dataset: Dataset, pool: DecodePool) -> None:
+    one, other = (client_data(dataset, [client], pool=pool) for client in ("a", "b"))
+    for data in (one, other):
+        next(iter(data.batches(Position(0, 0), 1)))
+    assert one.source._decoder.tokenizer is other.source._decoder.tokenizer
+    in_a_worker = [pickle.loads(pickle.dumps(data.source)) for data in (one, other)]
+    assert in_a_worker[0].tokenizer is in_a_worker[1].tokenizer
 
 
 def test_pooled_clients_are_one_owner(dataset: Dataset, pool: DecodePool) -> None:
