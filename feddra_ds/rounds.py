@@ -128,7 +128,8 @@ class Run:
                 for client in self.clients:
                     if client.index in decision.included and client.aligner is not None:
                         self.server.add(client, self.aggregation_weight(client), client.aligner)
-            self.server.finish(self.topology, decision.total_weight)
+            with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
+                self.server.finish(self.topology, decision.total_weight)
         return samples
 
     def aggregation_weight(self, client: Client) -> float:
@@ -205,10 +206,11 @@ class Run:
                 out[name] = retrieval(sample)
         if not self.topology.is_slot_leader:
             return {}
-        pooled = [
-            torch.cat(gather_over_peers(torch.cat(x), self.topology))
-            for x in zip(*((s.image, s.text, s.text_ids) for s in samples), strict=True)
-        ]
+        with self.topology.peers_meet("retrieval over all clients"):
+            pooled = [
+                torch.cat(gather_over_peers(torch.cat(x), self.topology))
+                for x in zip(*((s.image, s.text, s.text_ids) for s in samples), strict=True)
+            ]
         if self.coordinator is not None and self.strategy.averages:
             out["all"] = retrieval(Embedded(pooled[0], pooled[1], pooled[2], 1.0))
         return out

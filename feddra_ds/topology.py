@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 _LONGEST_NAP = 0.25  # seconds between two looks at the store
+_ROLL_CALL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,38 @@ class Topology:
             options._timeout = timeout
             return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, rank, size, options))
         return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
+
+    @contextlib.contextmanager
+    def peers_meet(self, place: str) -> Iterator[None]:
+        """Around collectives over the peers: where a peer dies in one, WaitTimeout says which slots no longer answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if not isinstance(error, dist.DistError) and "gloo" not in first:
+                raise
+            traceback.clear_frames(
+                error.__traceback__
+            )  # they hold the group; without it the other peers fail at once too
+            self.peers = None
+            raise WaitTimeout(
+                f"rank {self.rank} lost {self._roll_call(place)} while the peers met for {place}; the same command goes on from "
+                f"the last checkpoint ({first})"
+            ) from None
+
+    def _roll_call(self, place: str) -> str:
+        """Who of the peers does not tell within seconds that this place failed for it too."""
+        key, deadline, silent = f"{place}/failed", time.monotonic() + _ROLL_CALL_S, []
+        with contextlib.suppress(dist.DistNetworkError):  # where the coordinator is gone, the store is
+            self.post(f"{key}/{self.rank}", True)
+        for slot in self.live_slots:
+            who = "the coordinator (rank 0)" if slot == 0 else f"slot {slot}"
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                self.fetch(f"{key}/{self.plan.peers_of(self.shard)[slot]}", sender=who, timeout_s=left)
+            except WaitTimeout:
+                silent.append(who)
+        return ", ".join(silent) or "a peer"
 
     # Messages: small JSON values by key, read by any number of ranks.
     def post(self, key: str, value: Any) -> None:

@@ -217,9 +217,9 @@ def _start(dataset: Path, out: Path, rank: int, port: int, world_size: int, **ch
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank(dataset: Path, tmp_path: Path, victim: int) -> None:
-    """Of a client's slot: the others finish. Of the coordinator: the others end, with its name, in a bounded time."""
+    """Of a client's slot, in stage 1: the others finish. Of the coordinator: the others end, with its name, in a bounded time."""
     port, out = free_port(), tmp_path / "run"
-    more = {**SETTINGS, "schedule__rounds": 12, "schedule__stage2_steps": 6, "clients__timeout_s": 20.0}
+    more = {**SETTINGS, "schedule__rounds": 6, "schedule__stage1_steps": 60, "clients__timeout_s": 20.0}
     ranks = [_start(dataset, out, rank, port, 3, **more) for rank in range(3)]
     try:
         deadline = time.monotonic() + 240
@@ -241,7 +241,7 @@ def test_a_killed_rank(dataset: Path, tmp_path: Path, victim: int) -> None:
         return
     assert [codes[0], codes[2]] == [0, 0], ranks[0][1].read_text()[-3000:]
     lines = metrics_of(out)
-    assert len(lines) == 12
+    assert len(lines) == 6
     assert lines[-1]["excluded_clients"] == [{"id": "south", "reason": "slot 1 was dropped in an earlier round"}]
     first = next(line for line in lines if line["excluded_clients"])
     assert "did not report within clients.timeout_s = 20 s" in first["excluded_clients"][0]["reason"]

@@ -85,7 +85,9 @@ def wait_in_vain() -> dict[str, Any]:
     out["peers"] = time.monotonic() - began
     topology.post(f"ready/{topology.rank}", True)
     topology.fetch(f"ready/{1 - topology.rank}", sender="the other rank", timeout_s=30)
+    topology.post(f"read/{topology.rank}", True)
     if topology.rank == 0:
+        topology.fetch("read/1", sender="rank 1", timeout_s=30)
         _end_of_process(topology)
         return out
     began = time.monotonic()
@@ -94,6 +96,33 @@ def wait_in_vain() -> dict[str, Any]:
     out["lost"], out["lost_after"] = str(error.value), time.monotonic() - began
     _end_of_process(topology)
     return out
+
+
+def lose_a_peer() -> str | None:
+    """Rank 1 of three slots ends while the others are in a sum with it; what rank 0 and 2 are told."""
+    import gc
+
+    from feddra_ds.aggregate import reduce_over_peers
+    from feddra_ds.topology import WaitTimeout
+
+    topology = _topology(3, 1, timeout_s=60.0)
+    told = None
+    if topology.rank == 1:
+        topology.peers = None
+        gc.collect()
+    else:
+        with pytest.raises(WaitTimeout) as error, topology.peers_meet("the average of round 2, stage1"):
+            reduce_over_peers(torch.ones(1 << 20), topology)
+        told = str(error.value)
+    if topology.rank == 1:
+        for rank in (0, 2):  # in the sum while this one is there
+            topology.fetch(f"told/{rank}", sender=f"rank {rank}")
+    topology.post(f"told/{topology.rank}", True)
+    if topology.rank == 0:  # serves the store, so it leaves last
+        for rank in (1, 2):
+            topology.fetch(f"told/{rank}", sender=f"rank {rank}")
+    _end_of_process(topology)
+    return told
 
 
 def _end_of_process(topology: Any) -> None:
@@ -153,6 +182,15 @@ def test_those_who_are_left_meet_again() -> None:
     assert by_rank[0]["3"] == (1.0, [0])
     assert "1" not in by_rank[1]
     assert by_rank[0]["live"] == [0]
+
+
+def test_a_peer_that_dies_in_an_average_is_named() -> None:
+    first, nobody, third = on_ranks(lose_a_peer, 3, timeout=90)
+    assert nobody is None
+    for rank, told in ((0, first), (2, third)):
+        assert told.startswith(
+            f"rank {rank} lost slot 1 while the peers met for the average of round 2, stage1; the same"
+        )
 
 
 def test_every_wait_ends_and_says_for_whom_it_was() -> None:
