@@ -32,7 +32,8 @@ quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, eva
 	$(BIN)/feddra-ds report $(QUICKSTART)/run
 
 SOURCES := pyproject.toml $(shell find feddra_ds tests configs launch benchmarks -name '*.py' -o -name '*.yaml')
-TEST_WORKERS ?= 2   # each keeps a pool of four ranks (3 GB), which wait more than they compute
+# Each worker keeps a pool of four ranks (3 GB), which wait more than they compute.
+TEST_WORKERS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(TEST_WORKERS) --dist loadfile
 FAST := $(PYTEST) -m "not slow and not gpu"
 

@@ -35,6 +35,16 @@ from .weights.deferred import defer, make_room
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
 
+def _cannot_be_made(folder: Path) -> list[str]:
+    """A line where the run's folder is none and cannot become one, or cannot be written to."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        return [f"run.output_dir: {nearest} is a file, so {folder} cannot be a folder; choose another"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"run.output_dir: {nearest} cannot be written to; choose another folder"]
+    return []
+
+
 def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
     """Everything about data, topology and device that can be wrong, before any process group starts.
 
@@ -52,6 +62,7 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
         pooled=strategy.pools_data,
         options=options_of(config.data),
     )
+    problems += _cannot_be_made(Path(config.run.output_dir).absolute())
     if problems:
         raise ConfigError(problems)
     dataset = open_dataset(str(config.data.root), config.clients.ids, options_of(config.data))

@@ -181,9 +181,10 @@ def show(verdict: Verdict, console: Console) -> None:
     """Tables of the peaks, biggest first, then the verdict."""
     plan, machine = verdict.plan, verdict.machine
     total = sum(plan.parameters.values())
+    ranks, clients = verdict.ranks_per_slot, verdict.clients_per_slot
     console.print(
-        f"{total:,} parameters, {plan.trained:,} trained; {verdict.ranks_per_slot} ranks a slot, "
-        f"{verdict.clients_per_slot} clients on one"
+        f"{total:,} parameters, {plan.trained:,} trained; on a slot {ranks} rank{'s' * (ranks != 1)} and "
+        f"{clients} client{'s' * (clients != 1)}"
     )
     for where in ("device", "host"):
         high = plan.peak(where)
@@ -191,8 +192,8 @@ def show(verdict: Verdict, console: Console) -> None:
             console.print(_table("memory" if plan.one_memory else where, high, total))
     if machine.device is not None:
         console.print(f"a GPU has {size(machine.device)}")
-    ranks = "" if machine.ranks_here == 1 else f", for {machine.ranks_here} ranks on this host"
-    console.print(f"free here: {size(machine.host)}{ranks}")
+    sharing = "" if machine.ranks_here == 1 else f", for {machine.ranks_here} ranks on this host"
+    console.print(f"free here: {size(machine.host)}{sharing}")
     if verdict.short is None:
         console.print("[green]fits[/green]")
         return

@@ -121,6 +121,7 @@ def show(models: Models, result: dict[str, Any], kept: str | None) -> None:
         print(f"Control: the texts are in random orders, the mean of {NUM_SHUFFLES} of them is shown.")
     _client_table(models, result)
     print("recall in %, image → text and text → image; p is the client's weight in the first round → after the last")
+    print("chance: a random order, in which equal reports count for each other; –: no more than k different reports")
     worst = result["worst_client"]
     if worst is not None:
         print(

@@ -162,8 +162,8 @@ def sentences(files: RunFiles, val: dict[str, Any]) -> list[str]:
         least = min(gained, key=lambda c: gained[c])
         above = sum(g > 0 for g in gained.values())
         out.append(
-            f"Recall@5 is above its chance level for {above} of {len(gained)} clients with a large enough gallery; "
-            f"it is lowest against it for {least}."
+            f"Recall@5 is higher than a random order's for {above} of {len(gained)} clients with a large enough gallery, by "
+            f"luck or not (intervals are below); it is lowest against it for {least}."
         )
     excluded = sorted({item["id"] for line in lines for item in line["excluded_clients"]})
     if excluded:

@@ -33,6 +33,11 @@ def run(path: str | None, overrides: dict[str, Any]) -> int:
     except ConfigError as error:
         for problem in error.problems:
             print(f"feddra-ds: {problem}", file=sys.stderr)
+        if path is None:
+            print(
+                "feddra-ds: --config: none was given, so each key has its default; configs/ has examples",
+                file=sys.stderr,
+            )
         return 2
 
 
@@ -49,7 +54,8 @@ def train(config: Config) -> int:
         run.topology.close()
     except Interrupted as stopped:
         logger.warning(
-            "stopped by a signal; the same command goes on from the last checkpoint in %s", config.run.output_dir
+            "stopped by a signal; the same command goes on from the last checkpoint, or: feddra-ds train --config %s/config.yaml",
+            config.run.output_dir,
         )
         return int(stopped.code or 1)
     except (TooFewClients, WaitTimeout, DataError) as error:

@@ -24,7 +24,7 @@ def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.
             return command(args)
         except DataError as error:
             for line in error.problems:
-                print(line, file=sys.stderr)
+                print(f"feddra-ds: {line}", file=sys.stderr)
             return 2
 
     run.__doc__ = command.__doc__

@@ -11,7 +11,7 @@ import numpy as np
 
 from feddra_ds.data.console import guarded, next_step, print_table, track
 from feddra_ds.data.images import BadSample, open_image
-from feddra_ds.data.shards import INDEX_NAME, DataError, Dataset, Samples, open_dataset, preflight
+from feddra_ds.data.shards import INDEX_NAME, DataError, Dataset, Samples, lost_folders, open_dataset, preflight
 from feddra_ds.data.writer import index_folder
 from feddra_ds.logs import listed
 
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.root)
     clients = [*dataset.client_ids, *dataset.held_out]
     splits = sorted({split for client in clients for split in dataset.splits(client)}, key=_split_order)
-    problems = preflight(args.root, clients, batch_size=0, eval_batch_size=0, eval_split=None, verify=False)
+    problems = lost_folders(dataset)
+    problems += preflight(args.root, clients, batch_size=0, eval_batch_size=0, eval_split=None, verify=False)
     if args.verify:
         shards = sum(len(dataset.shards(client)) for client in dataset.client_ids)
         steps = track(range(shards), shards, "verifying")

@@ -162,6 +162,8 @@ def preflight(
     clients = whole.clients
     wanted = list(ids) if ids is not None else [c for c in clients if c not in whole.held_out]
     problems = _missing_clients(str(root), wanted, clients)
+    if ids is None:
+        problems += lost_folders(whole)
     if not wanted:
         problems.append(f"clients.ids: {root} has no client to train on")
     counts: dict[str, int] = {}
@@ -235,6 +237,18 @@ def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
     if unsafe or not clients:
         return [f"data.root: {store.address(DATASET_NAME)}: names no clients, or bad ones: {unsafe}"], {}, []
     return [], info, clients
+
+
+def lost_folders(dataset: Dataset) -> list[str]:
+    """A line where dataset.json names clients that have no folder any more."""
+    named = dict.fromkeys([*dataset.info.get("clients", []), *dataset.info.get("held_out", [])])
+    lost = [client for client in named if client not in dataset.clients]
+    if not lost:
+        return []
+    return [
+        f"data.root: {dataset.address}/{DATASET_NAME} names {listed(lost)}, but there is no such folder with an {INDEX_NAME}; "
+        "bring it back, or say with clients.ids who takes part"
+    ]
 
 
 def _missing_clients(root: str, wanted: Sequence[str], clients: list[str]) -> list[str]:

@@ -73,6 +73,7 @@ def test_four_mistakes_four_lines_and_no_process_group(root: Path, tmp_path: Pat
         (["--data.batch_size", "21"], "south"),
         (["--evaluation.split", "test"], "test"),
         (["--data.root", "/nowhere"], "/nowhere"),
+        (["--run.output_dir", f"{__file__}/run"], "run.output_dir"),
         (["--topology.ranks_per_slot", "2"], "topology.ranks_per_slot"),
         (["--dro.fixed_weights", "[0.5, 0.5]"], "dro.fixed_weights"),
         (["--clients.minimum", "4"], "clients.minimum"),

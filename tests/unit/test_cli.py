@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from feddra_ds.cli import main, parse_overrides
@@ -43,3 +47,25 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([*command.split(), "--help"])
     assert stopped.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+def test_a_path_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    where = str(tmp_path / "file" / "data")
+    assert main(["data", "synth", "--num-pairs", "20", "--image-size", "16", "--out", where]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"feddra-ds: {tmp_path}/file")
+
+
+def test_a_config_that_nobody_gave_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data.batch_size", "x"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("feddra-ds: --config: none was given")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m feddra_ds train --help | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith("usage")
+    assert "Traceback" not in done.stderr

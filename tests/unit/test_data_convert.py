@@ -218,7 +218,7 @@ def test_mistakes_have_one_clear_line_each(folder: Path, tmp_path: Path, capsys,
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == len(lines)
     for error, line in zip(errors, lines, strict=True):
-        assert error.startswith(line.format(csv=folder / "table.csv"))
+        assert error.startswith("feddra-ds: " + line.format(csv=folder / "table.csv"))
     assert not (tmp_path / "out").exists()
 
 
@@ -237,7 +237,7 @@ def test_tables_that_cannot_be_used(folder: Path, tmp_path: Path, capsys, conten
     (folder / "table.csv").write_bytes(content)
     assert run(*options(folder, tmp_path / "out")) == 2
     error = capsys.readouterr().err
-    assert error.startswith("--csv: ")
+    assert error.startswith("feddra-ds: --csv: ")
     assert message in error
     assert not (tmp_path / "out").exists()
 

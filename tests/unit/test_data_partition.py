@@ -147,11 +147,11 @@ def test_mistakes_have_one_clear_line(root: Path, tmp_path: Path, capsys, words:
     assert run(str(root), "--out", str(tmp_path / "out"), *words) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert errors[0].startswith(message.format(root=root))
+    assert errors[0].startswith("feddra-ds: " + message.format(root=root))
     assert not (tmp_path / "out").exists()
 
 
 def test_root_and_out_must_differ(root: Path, capsys) -> None:
     assert run(str(root), "--out", str(root), "--overwrite") == 2
-    assert capsys.readouterr().err.startswith("--out: must be another folder than ROOT")
+    assert capsys.readouterr().err.startswith("feddra-ds: --out: must be another folder than ROOT")
     assert open_dataset(root).client_ids == ["a", "b"]

@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 from data_helpers import encoded, make_dataset
 
+from feddra_ds.cli import main
 from feddra_ds.data.shards import DataError, open_dataset, preflight, text_id
 from feddra_ds.data.writer import DatasetWriter, index_folder, safe_name
 
@@ -132,6 +134,15 @@ def test_missing_root_and_missing_client(root: Path) -> None:
         open_dataset(root, ["gamma"])
     with pytest.raises(DataError, match="is not a folder"):
         open_dataset(root / "nowhere")
+
+
+def test_a_client_whose_folder_is_gone_is_missed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(root / "beta")
+    (line,) = preflight(root, None, **CHECK)
+    assert "dataset.json names beta, but there is no such folder" in line
+    assert preflight(root, ["alpha"], **CHECK) == []  # said by the user
+    assert main(["data", "inspect", str(root)]) == 1
+    assert "dataset.json names beta" in capsys.readouterr().out
 
 
 def test_a_root_without_clients(tmp_path: Path) -> None:

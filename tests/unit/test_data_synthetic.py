@@ -254,7 +254,7 @@ def test_reports_vary_and_styles_differ() -> None:
 )
 def test_mistakes_have_one_clear_line(tmp_path: Path, capsys, words: list[str], message: str) -> None:
     assert run("--out", str(tmp_path / "out"), *words) == 2
-    assert capsys.readouterr().err.strip() == message
+    assert capsys.readouterr().err.strip() == f"feddra-ds: {message}"
     assert not (tmp_path / "out").exists()
 
 
