@@ -56,6 +56,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3 offload all": (1, {"deepspeed": OFFLOAD_ALL}),
     "resident anchors": (1, {"objective__anchors": "resident"}),
     "micro-batches of 1/4": (1, {"data__micro_batch_size": -4}),  # resolved below
+    "activation checkpointing": (1, {"model__activation_checkpointing": True}),
     "lora": (1, {"model__adapter": {"type": "lora", "r": 8}}),
     "4 clients": (1, {}),
     "one sync a round": (1, {"aggregate__after_stage1": False}),
