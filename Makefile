@@ -20,7 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 ifeq ($(shell command -v nvidia-smi),)
 quickstart: export OMP_NUM_THREADS = 1
 quickstart: export DS_ACCELERATOR = cpu
-TRAIN := deepspeed --quiet --num_accelerators 2 launch/train.py
+FREE_PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
+TRAIN = deepspeed --quiet --num_accelerators 2 --master_port $(FREE_PORT) launch/train.py
 else
 TRAIN := feddra-ds train
 endif

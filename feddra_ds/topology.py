@@ -135,9 +135,7 @@ class Topology:
         self.plan, self.rank, self.device, self.timeout_s = plan, launch.rank, device, timeout_s
         self.slot, self.shard = plan.slot_of(launch.rank), plan.shard_of(launch.rank)
         timeout = timedelta(seconds=timeout_s)
-        self.store = dist.TCPStore(
-            launch.address, launch.port, launch.world_size, launch.rank == 0, timeout, wait_for_workers=False
-        )
+        self.store = _meet(launch, timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"slot/{self.slot}", self.store),
@@ -275,6 +273,21 @@ class Topology:
         if self.is_coordinator:
             for rank in self.live_ranks:
                 self.fetch(f"left/{rank}", sender=f"rank {rank}", timeout_s=30)
+
+
+def _meet(launch: Launch, timeout: timedelta) -> dist.TCPStore:
+    """The store that rank 0 serves. Raises WaitTimeout where its port is taken, or nobody serves it in time."""
+    place = f"{launch.address}:{launch.port}"
+    try:
+        return dist.TCPStore(
+            launch.address, launch.port, launch.world_size, launch.rank == 0, timeout, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        if launch.rank == 0:
+            todo = "is another job using it? choose another: deepspeed --master_port PORT, or MASTER_PORT"
+            raise WaitTimeout(f"rank 0 cannot serve the run's store at {place}; {todo}") from error
+        first = str(error).splitlines()[0]
+        raise WaitTimeout(f"rank {launch.rank} cannot reach the coordinator (rank 0) at {place}: {first}") from None
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

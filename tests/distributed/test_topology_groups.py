@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,23 @@ def test_those_who_are_left_meet_again() -> None:
     assert by_rank[0]["3"] == (1.0, [0])
     assert "1" not in by_rank[1]
     assert by_rank[0]["live"] == [0]
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    from datetime import timedelta
+
+    from feddra_ds.topology import Launch, WaitTimeout, _meet
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            WaitTimeout, match=f"rank 0 cannot serve the run's store at 127.0.0.1:{port}; .*--master_port"
+        ):
+            _meet(Launch(0, 2, 0, "127.0.0.1", port), timedelta(seconds=5))
+    with pytest.raises(WaitTimeout, match=rf"rank 1 cannot reach the coordinator \(rank 0\) at 127.0.0.1:{port}"):
+        _meet(Launch(1, 2, 1, "127.0.0.1", port), timedelta(seconds=2))
 
 
 def test_a_peer_that_dies_in_an_average_is_named() -> None:
