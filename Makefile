@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-all lint bench clean
+.PHONY: help quickstart test test-all resolve lint bench clean
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -49,6 +49,12 @@ $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 
 test-all: $(VENV)/.tested        ## the slow tests too, but those that need a GPU (the fast ones only if a file has changed since they passed)
 	$(PYTEST) -m "slow and not gpu"
+
+# Reads metadata only. Local wheels are left out: what they make possible here may not resolve on a user's machine.
+resolve: $(VENV)/.installed      ## check that the packages resolve on the plain index, on every declared Python
+	@for python in $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml); do \
+	  env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(BIN)/uv pip compile -q --no-config --python-version $$python -c constraints.txt \
+	    --extra dev --extra gpu pyproject.toml -o /dev/null && echo "Python $$python: resolves" || exit 1; done
 
 lint: $(VENV)/.installed         ## ruff and mypy
 	$(BIN)/ruff check .

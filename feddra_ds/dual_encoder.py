@@ -73,8 +73,8 @@ class DualEncoderOutput(ModelOutput):
     """(B, D) fp32, unit norm."""
     text_embeds: Tensor | None = None
     """(B, D) fp32, unit norm."""
-    temperature: Tensor | float | None = None
-    """τ: an fp32 tensor (1,) where it is learned, else a float."""
+    temperature: Tensor | None = None
+    """τ: fp32 (1,), with a gradient where it is learned."""
     hidden: Hidden | None = None
     """The backbone's output, with return_hidden."""
 

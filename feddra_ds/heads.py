@@ -38,15 +38,16 @@ class Temperature(nn.Module):
             self.log_ratio = nn.Parameter(torch.zeros(1))
         else:
             self.register_parameter("log_ratio", None)
+            self.register_buffer("_placed", torch.empty(0), persistent=False)  # moves with the module; holds nothing
 
     def reset_parameters(self) -> None:
         if self.log_ratio is not None:
             nn.init.zeros_(self.log_ratio)
 
-    def forward(self) -> Tensor | float:
-        """τ, a float where it is fixed and an fp32 tensor (1,) where it is learned."""
+    def forward(self) -> Tensor:
+        """τ as an fp32 tensor (1,), a constant where it is fixed. ZeRO 3 takes nothing but tensors from a module."""
         if self.log_ratio is None:
-            return self.initial
+            return torch.full((1,), self.initial, device=self._placed.device)
         value = self.initial * self.log_ratio.float().exp()
         return value + (value.clamp(min=MIN_TEMPERATURE) - value).detach()
 

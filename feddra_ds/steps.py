@@ -70,7 +70,7 @@ class LocalStep:
         self, parts: list[tuple[slice, Batch]], anchors: AnchorSource, train_backbone: bool, weight: float
     ) -> float:
         images, texts, found, states = [], [], [], []
-        temperature: Tensor | float = 0.0
+        temperature: Tensor
         for rows, batch in parts:
             states.append(_random_state(self.engine.device))
             with torch.no_grad():
@@ -83,12 +83,8 @@ class LocalStep:
         if found[0] is not None:
             whole = Anchors(*(torch.cat(column) for column in zip(*found, strict=True)))  # type: ignore[arg-type]
         self.last_anchors = whole
-        leaves = [torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()]
-        learned = isinstance(temperature, Tensor)
-        if learned:
-            temperature = temperature.detach().requires_grad_()  # type: ignore[union-attr]
-            leaves.append(temperature)  # type: ignore[arg-type]
-        losses = self.objective(leaves[0], leaves[1], temperature, whole, self.group)
+        leaves = [x.detach().requires_grad_() for x in (torch.cat(images), torch.cat(texts), temperature)]
+        losses = self.objective(leaves[0], leaves[1], leaves[2], whole, self.group)
         value = float(losses.total.detach())
         if not math.isfinite(value):
             return value
@@ -97,8 +93,7 @@ class LocalStep:
             with _replayed(state, self.engine.device):  # the same dropout as in the first pass
                 out = self._forward(batch, train_backbone)
             carrier = (out.image_embeds * gradients[0][rows]).sum() + (out.text_embeds * gradients[1][rows]).sum()
-            if learned:
-                carrier = carrier + (out.temperature * gradients[2]).sum() / len(parts)
+            carrier = carrier + (out.temperature * gradients[2]).sum() / len(parts)
             self.engine.backward(carrier)
             self.engine.step()  # DeepSpeed steps at the last micro-batch
         return value

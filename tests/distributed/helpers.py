@@ -72,7 +72,11 @@ def _image(kind: str, place: str, draw: random.Random, suffix: str) -> bytes:
 
 # ---- configs
 def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    """A nested config of a small dual encoder; `changes` are dotted keys with `__` for the dot."""
+    """A nested config of a small dual encoder; `changes` are dotted keys with `__` for the dot.
+
+    It differs from the shipped defaults in sizes, in the place and number of what it writes, and in plain SGD, under
+    which a gradient of the wrong scale shows. What a test needs beyond that it says itself.
+    """
     from feddra_ds.config import set_path
 
     config: dict[str, Any] = {
@@ -85,7 +89,6 @@ def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
         },
         "data": {"root": str(root), "batch_size": 8, "image_size": 32, "text_length": 24},
         "clients": {"timeout_s": 150.0},
-        "objective": {"learnable_temperature": True, "impl": "chunked"},
         "dro": {"evaluation_pairs": 16, "evaluation_batch_size": 8},
         "schedule": {"rounds": 2, "stage1_steps": 2, "stage2_steps": 3},
         "optimizer": {"name": "sgd", "lr": 0.01, "weight_decay": 0.0},

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import largest_difference, make_config, metrics_of, on_each, run_all, tree, weights_of, zero
 
-SGD = {"schedule__rounds": 2}
+SGD = {"schedule__rounds": 2, "objective__learnable_temperature": True}
 ADAMW = {"schedule__rounds": 3, "optimizer__name": "adamw", "optimizer__lr": 3e-4, "optimizer__weight_decay": 0.05}
 
 # (ranks, ranks per slot, ZeRO stage, what else differs)
@@ -51,7 +51,7 @@ def _runs(dataset: Path, out: Path, layouts: Sequence[Layout], settings: dict[st
 
 def _compare_weights(dataset: Path, out: Path, layouts: Sequence[Layout]) -> None:
     one, *others = _runs(dataset, out, [(1, 1, 0, {}), *layouts], SGD)
-    first, last, lines = _initial_weights(dataset), weights_of(one, 1), metrics_of(one)
+    first, last, lines = _initial_weights(dataset, SGD), weights_of(one, 1), metrics_of(one)
     moved = largest_difference(first, last)
     assert moved > 1e-2, f"the runs hardly train ({moved:.1e}), so that agreeing says little"
     temperature = "aligner.temperature.log_ratio"
@@ -63,10 +63,10 @@ def _compare_weights(dataset: Path, out: Path, layouts: Sequence[Layout]) -> Non
         _compare_metrics(lines, metrics_of(folder), 1e-5, folder.name)
 
 
-def _initial_weights(dataset: Path) -> dict[str, np.ndarray]:
+def _initial_weights(dataset: Path, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     from feddra_ds import build
 
-    config = make_config(dataset, Path("unused"))
+    config = make_config(dataset, Path("unused"), **settings)
     build.seed_everything(config.run.seed)
     model = build.model_of(config, build.tokenizer_of(config))
     return {name: parameter.detach().flatten().numpy() for name, parameter in model.named_parameters()}

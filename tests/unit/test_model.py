@@ -187,7 +187,7 @@ def test_weight_decay_leaves_out_biases_norms_and_the_temperature() -> None:
 
 
 def test_temperature() -> None:
-    assert Temperature(0.07, learnable=False)() == 0.07
+    assert Temperature(0.07, learnable=False)().item() == pytest.approx(0.07)
     learned = Temperature(0.07, learnable=True)
     assert learned.log_ratio.shape == (1,)
     assert torch.allclose(learned(), torch.tensor([0.07]))
@@ -197,6 +197,21 @@ def test_temperature() -> None:
     with torch.no_grad():
         learned.log_ratio.fill_(log_ratio(0.05, 0.07))
     assert learned().item() == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_every_module_gives_tensors_or_containers(learnable: bool) -> None:
+    """DeepSpeed's ZeRO 3 looks for tensors in whatever a module returns, and fails on a number."""
+    model = build(num_extra_blocks=1, objective={"learnable_temperature": learnable})
+    seen = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
+    out = model(**batch(), return_hidden=True)
+    assert {"", "aligner.temperature", "backbone", "aligner.vision.head"} <= seen.keys()
+    wrong = {name: out for name, out in seen.items() if not isinstance(out, (torch.Tensor, tuple, list, dict, type(None)))}
+    assert not wrong
+    assert isinstance(out.temperature, torch.Tensor)
+    assert out.temperature.requires_grad == learnable
 
 
 def test_temperature_stops_at_its_least_value_and_can_come_back() -> None:

@@ -1,0 +1,87 @@
+"""Every shipped config, unchanged but for sizes, by the launcher that the README names: ZeRO 0 to 3, fp32 and bf16.
+
+What a test sets differently from a shipped default is what it does not test; so nothing else is set here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_dataset
+from spawn import free_port
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+from feddra_ds.data.tokens import load_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
+SIZES = {
+    "data.batch_size": 8,
+    "data.image_size": 32,
+    "data.text_length": 24,
+    "dro.evaluation_batch_size": 8,
+    "schedule.rounds": 1,
+    "schedule.stage1_steps": 1,
+    "schedule.stage2_steps": 2,
+}
+BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "three")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small encoders where a config names large ones of a hub."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    tokenizer = load_tokenizer(None)
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **BODY)).save_pretrained(folder / "vision")
+    BertModel(BertConfig(vocab_size=len(tokenizer), **BODY)).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    return {"model.vision.pretrained": str(folder / "vision"), "model.text.pretrained": str(folder / "text")}
+
+
+def _train(name: str, root: Path, out: Path, pretrained: dict[str, str], stage: int, bf16: bool, ranks: int) -> None:
+    text = (REPOSITORY / "configs" / name).read_text()
+    keys: dict[str, object] = {"data.root": root, "run.output_dir": out, **SIZES}
+    keys |= pretrained if "pretrained:" in text else {}
+    keys |= {"deepspeed.zero_optimization.stage": stage, "deepspeed.bf16.enabled": str(bf16).lower()}
+    options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command = [sys.executable, *launcher, "launch/train.py", "--config", f"configs/{name}", *options]
+    command += ["--topology.ranks_per_slot", str(ranks)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (line,) = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+    assert line["samples"] == 3 * 3 * 8
+    assert not line["excluded_clients"]
+    assert all(0 < loss < 20 for loss in line["client_losses"])
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_zero_3_on_two_ranks(name: str, root: Path, tmp_path: Path, pretrained: dict[str, str]) -> None:
+    _train(name, root, tmp_path / "run", pretrained, stage=3, bf16=False, ranks=2)
+
+
+OTHERS = [case for case in itertools.product(CONFIGS, range(4), (False, True), (1, 2)) if case[1:] != (3, False, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stage", "bf16", "ranks"), OTHERS)
+def test_every_stage_and_precision(
+    name: str, stage: int, bf16: bool, ranks: int, root: Path, tmp_path: Path, pretrained: dict[str, str]
+) -> None:
+    _train(name, root, tmp_path / "run", pretrained, stage, bf16, ranks)
