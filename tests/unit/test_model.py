@@ -208,7 +208,9 @@ def test_every_module_gives_tensors_or_containers(learnable: bool) -> None:
         module.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
     out = model(**batch(), return_hidden=True)
     assert {"", "aligner.temperature", "backbone", "aligner.vision.head"} <= seen.keys()
-    wrong = {name: out for name, out in seen.items() if not isinstance(out, (torch.Tensor, tuple, list, dict, type(None)))}
+    wrong = {
+        name: out for name, out in seen.items() if not isinstance(out, (torch.Tensor, tuple, list, dict, type(None)))
+    }
     assert not wrong
     assert isinstance(out.temperature, torch.Tensor)
     assert out.temperature.requires_grad == learnable
