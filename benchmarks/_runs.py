@@ -20,8 +20,10 @@ import _common
 import numpy as np
 from PIL import Image
 
-from feddra_ds.config import Config, from_dict, set_path
-from feddra_ds.data.writer import DatasetWriter
+from feddra_ds.common.tree import set_path
+from feddra_ds.config.load import from_dict
+from feddra_ds.config.schema import Config
+from feddra_ds.data.format.writer import DatasetWriter
 
 WORDS = ("opacity", "effusion", "nodule", "left", "right", "base", "apex", "small", "large", "clear", "normal", "chest")
 

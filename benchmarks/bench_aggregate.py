@@ -49,11 +49,15 @@ def flower_formula(results: list[tuple[list[np.ndarray], int]]) -> list[np.ndarr
 
 def child(argument: dict[str, Any]) -> dict[str, Any]:
     """One rank: its seconds by case, and the bytes that each case handed to collectives."""
-    from feddra_ds.build import check, model_of, tokenizer_of
-    from feddra_ds.engine import PARTS, Engine
-    from feddra_ds.schedule import stages_of_round
-    from feddra_ds.server import SHARED, Server
-    from feddra_ds.topology import Launch, Topology
+    from feddra_ds.checkpoint.format import SHARED
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.distributed.topology import Topology
+    from feddra_ds.engine.engine import Engine
+    from feddra_ds.engine.parts import PARTS
+    from feddra_ds.federation.schedule import stages_of_round
+    from feddra_ds.federation.server import Server
+    from feddra_ds.model.build import model_of, tokenizer_of
+    from feddra_ds.run.checks import check
 
     device = torch.device("cpu")
     place = Launch.from_environment()

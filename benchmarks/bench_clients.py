@@ -33,8 +33,8 @@ STEPS = {"schedule__stage1_steps": 2, "schedule__stage2_steps": 4}
 
 def child(argument: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run: per round its CPU and wall seconds and resident bytes afterwards."""
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.run.build import build
 
     torch.set_num_threads(1)
     run = build(from_dict(argument["tree"]))

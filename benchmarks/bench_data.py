@@ -27,16 +27,16 @@ from _common import append_row, interleaved_seconds, median_ratio, quantiles
 from _runs import print_table
 from PIL import Image
 
-from feddra_ds.config import DataConfig
-from feddra_ds.data.order import Position
-from feddra_ds.data.pool import DecodePool
-from feddra_ds.data.shards import Dataset, open_dataset
-from feddra_ds.data.streaming import build_data
-from feddra_ds.data.synth_image import render
-from feddra_ds.data.synth_reports import write_report
-from feddra_ds.data.synth_scene import SITES, draw_study, generator
-from feddra_ds.data.tokens import load_tokenizer
-from feddra_ds.data.writer import DatasetWriter
+from feddra_ds.config.schema import DataConfig
+from feddra_ds.data.format.dataset import Dataset, open_dataset
+from feddra_ds.data.format.writer import DatasetWriter
+from feddra_ds.data.loading.order import Position
+from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.streaming import build_data
+from feddra_ds.data.loading.tokens import load_tokenizer
+from feddra_ds.data.synthetic.image import render
+from feddra_ds.data.synthetic.reports import write_report
+from feddra_ds.data.synthetic.scene import SITES, draw_study, generator
 
 TEXT_LENGTH, HALF, AREA = 112, (0.5, 0.5, 0.5), 0.6
 

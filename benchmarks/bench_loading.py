@@ -37,27 +37,31 @@ CASES: dict[str, dict[str, Any]] = {
 
 def child(argument: dict[str, Any]) -> dict[str, Any]:
     """One rank: bytes above those before the model was built."""
-    from feddra_ds import build
-    from feddra_ds.config import from_dict
-    from feddra_ds.engine import Engine, import_deepspeed
-    from feddra_ds.topology import Launch, Topology, plan
-    from feddra_ds.weights.deferred import defer
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.distributed.plan import plan
+    from feddra_ds.distributed.topology import Topology
+    from feddra_ds.engine.bootstrap import import_deepspeed
+    from feddra_ds.engine.engine import Engine
+    from feddra_ds.model.build import model_of, tokenizer_of
+    from feddra_ds.model.weights.deferred import defer
+    from feddra_ds.run.build import seed_everything
 
     torch.set_num_threads(1)
     config = from_dict(argument["tree"])
     launch = Launch.from_environment()
     topology = Topology(plan(launch.world_size, 1, launch.world_size), launch, torch.device("cpu"), 300.0)
     import_deepspeed(topology.device)
-    tokenizer = build.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     small = from_dict(argument["small"])
-    build.model_of(small, tokenizer)  # what it imports is no part of the model's
-    build.seed_everything(config.run.seed)
+    model_of(small, tokenizer)  # what it imports is no part of the model's
+    seed_everything(config.run.seed)
     Path("/proc/self/clear_refs").write_text("5")
     before, start = _status_bytes("VmRSS"), time.monotonic()
     if argument["how"] == "whole":
-        model, weights = build.model_of(config, tokenizer), None
+        model, weights = model_of(config, tokenizer), None
     else:
-        model, weights = defer(lambda: build.model_of(config, tokenizer))
+        model, weights = defer(lambda: model_of(config, tokenizer))
         assert weights is not None
     engine = Engine(
         model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size, weights=weights
@@ -96,7 +100,7 @@ def write_folders(sizes: dict[str, int], folder: Path) -> None:
     """The encoders of `tree` as plain transformers folders."""
     from transformers import AutoConfig, AutoModel
 
-    from feddra_ds.data.tokens import load_tokenizer
+    from feddra_ds.data.loading.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(None)
     for side, section in tree(sizes, None, {})["model"].items():

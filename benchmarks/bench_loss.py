@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from _common import append_row, in_fresh_process, interleaved_times, median_ratio, peak_bytes_above_now, quantiles
 from torch import Tensor
 
-from feddra_ds.losses import fused_dro_loss
+from feddra_ds.losses.fused import fused_dro_loss
 from feddra_ds.losses.reference import reference_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

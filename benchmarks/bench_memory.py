@@ -113,8 +113,8 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run: its bytes by purpose, and its peak above the bytes before the model was built."""
     import deepspeed  # noqa: F401 (its own memory is no part of the model's)
 
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.run.build import build
 
     torch.set_num_threads(1)
     config = from_dict(argument["tree"])

@@ -47,8 +47,8 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 def child(argument: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run: its highest resident bytes by phase, and over all."""
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.run.build import build
 
     torch.set_num_threads(1)
     peaks: dict[str, int] = {}
@@ -76,14 +76,14 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
 
 def predict(tree: dict[str, Any], ranks: int) -> Any:
     """The plan of a config, as doctor makes it."""
-    from feddra_ds import build
-    from feddra_ds.config import from_dict
-    from feddra_ds.memory import plan_memory
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.doctor.memory.plan import plan_memory
+    from feddra_ds.model.build import model_of, tokenizer_of
 
     config = from_dict(tree)
-    tokenizer = build.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     with torch.device("meta"):
-        model = build.model_of(config, tokenizer)
+        model = model_of(config, tokenizer)
     return plan_memory(config, model, ranks_per_slot=ranks)
 
 

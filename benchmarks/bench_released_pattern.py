@@ -31,15 +31,19 @@ from _runs import FULL, QUICK, config_tree, discard_results, launch, print_table
 from torch import Tensor
 
 from feddra_ds import strategies
-from feddra_ds.build import build, build_clients, check, model_of, tokenizer_of
-from feddra_ds.config import Config, from_dict
-from feddra_ds.data.order import Position
-from feddra_ds.data.pipeline import Batch, ClientData
-from feddra_ds.objectives import Anchors
+from feddra_ds.config.load import from_dict
+from feddra_ds.config.schema import Config
+from feddra_ds.data.loading.batch import Batch
+from feddra_ds.data.loading.client_data import ClientData
+from feddra_ds.data.loading.order import Position
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.federation.schedule import Stage, stages_of_round
+from feddra_ds.model.build import model_of, tokenizer_of
+from feddra_ds.model.processor import build_processor
 from feddra_ds.objectives import build as build_objective
-from feddra_ds.processing import build_processor
-from feddra_ds.schedule import Stage, stages_of_round
-from feddra_ds.topology import Launch
+from feddra_ds.objectives.base import Anchors
+from feddra_ds.run.build import build, build_clients
+from feddra_ds.run.checks import check
 
 
 class ReleasedPattern:

@@ -31,10 +31,12 @@ import torch
 from _common import append_row, median_ratio
 from _runs import FULL, QUICK, config_tree, discard_results, print_table, write_clients
 
-from feddra_ds.build import build, model_of, tokenizer_of
-from feddra_ds.config import Config, from_dict
-from feddra_ds.data.order import Position
-from feddra_ds.rounds import Run
+from feddra_ds.config.load import from_dict
+from feddra_ds.config.schema import Config
+from feddra_ds.data.loading.order import Position
+from feddra_ds.model.build import model_of, tokenizer_of
+from feddra_ds.run.build import build
+from feddra_ds.run.rounds import Run
 
 
 class PlainTraining:

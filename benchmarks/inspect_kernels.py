@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from feddra_ds.losses import triton_kernels as kernels
-from feddra_ds.losses import triton_tiles as tiles
+from feddra_ds.losses import triton_launch as tiles
 
 FLOATS = {
     "rx",

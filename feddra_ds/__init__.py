@@ -10,7 +10,7 @@ __all__ = ["__version__", "load_pretrained"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_pretrained":  # on demand: importing the package stays light
-        from .export import load_pretrained
+        from feddra_ds.model.folder import load_pretrained
 
         return load_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

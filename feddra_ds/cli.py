@@ -11,14 +11,16 @@ from typing import Any
 
 import yaml
 
-from . import __version__
-from .config import ConfigError, dump, known_keys, load, set_path
+from feddra_ds import __version__
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.tree import set_path
+from feddra_ds.config.load import dump, known_keys, load
 
 # command: (module with add_arguments and run, what it does). Imported only when the command is asked for.
 COMMANDS = {
-    "evaluate": ("evaluate_command", "measure retrieval and zero-shot classification of a run or an exported model"),
+    "evaluate": ("evaluate", "measure retrieval and zero-shot classification of a run or an exported model"),
     "probe": ("probe", "train a linear classifier on a model's frozen image features"),
-    "export": ("export_command", "write the model of a run or of one of its checkpoints as a folder of its own"),
+    "export": ("export", "write the model of a run or of one of its checkpoints as a folder of its own"),
     "report": ("report", "write a run's report.html, one self-contained page"),
     "status": ("status", "show where a run in the background stands"),
     "doctor": ("doctor", "check this machine, and with --config whether a run can start on it"),
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module_name, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         if name in (argv if argv is not None else sys.argv[1:])[:1]:
-            module = import_module(f".{module_name}", __package__)
+            module = import_module(f"feddra_ds.commands.{module_name}")
             module.add_arguments(command)
             if command.get_default("run") is None:
                 command.set_defaults(run=module.run)
@@ -86,7 +88,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from .train import run
+    from feddra_ds.run.train import run
 
     overrides = parse_overrides(rest)
     if args.print_config:
@@ -126,12 +128,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """Subcommands of `data`, each with its own module."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     for name, module_name, about in (
-        ("synth", "synthetic", "make radiograph-like images with reports for five sites"),
-        ("convert", "convert", "turn a CSV and a folder of images into shards per client"),
-        ("partition", "partition", "split labelled shards over clients by a Dirichlet draw"),
-        ("inspect", "inspect", "show what a folder of shards holds"),
+        ("synth", "synthetic.hospitals", "make radiograph-like images with reports for five sites"),
+        ("convert", "sources.convert", "turn a CSV and a folder of images into shards per client"),
+        ("partition", "sources.partition", "split labelled shards over clients by a Dirichlet draw"),
+        ("inspect", "format.inspect", "show what a folder of shards holds"),
     ):
-        module = import_module(f".data.{module_name}", __package__)
+        module = import_module(f"feddra_ds.data.{module_name}")
         sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from feddra_ds.collectives import Group, all_sum
+from feddra_ds.distributed.collectives import Group, all_sum
 from feddra_ds.losses.types import Kind
 
 
@@ -30,7 +30,7 @@ class Spec:
 
     @property
     def tiles(self) -> Any:
-        return importlib.import_module("feddra_ds.losses." + {"triton": "triton_tiles"}.get(self.impl, self.impl))
+        return importlib.import_module("feddra_ds.losses." + {"triton": "triton_launch"}.get(self.impl, self.impl))
 
 
 class Columns(NamedTuple):

@@ -24,7 +24,7 @@ def resolve_impl(impl: Impl, image: Tensor) -> Impl:
         problem = _triton_limit(image.dtype, image.shape[1] <= MAX_TRITON_DIM)
         if problem:
             raise ValueError(f"impl='triton' {problem}; use impl='chunked'")
-        from feddra_ds.losses.triton_tiles import INTERPRETED
+        from feddra_ds.losses.triton_launch import INTERPRETED
 
         if image.device.type not in (("cpu", "cuda", "meta") if INTERPRETED else ("cuda", "meta")):
             raise ValueError(
@@ -59,9 +59,9 @@ def _auto(device: str, dtype: torch.dtype, fits: bool) -> Impl:
 def _triton_failure() -> str:
     """Why the kernels do not run here, found by running them on a tiny batch; empty when they do."""
     try:
-        from feddra_ds.losses import triton_tiles
+        from feddra_ds.losses import triton_launch
 
-        smoke_test(triton_tiles, "cuda")
+        smoke_test(triton_launch, "cuda")
     except Exception as error:  # whatever a compiler or driver may raise: the loss still has to run
         return f"failed here: {type(error).__name__}: {error}"
     return ""

@@ -1,4 +1,4 @@
-"""The tile loops as Triton kernels; chunked.py's header has the mathematics, triton_tiles.py the launches.
+"""The tile loops as Triton kernels; chunked.py's header has the mathematics, triton_launch.py the launches.
 
 Embeddings are read as they are (bfloat16, float16, float32) and multiplied with float32 accumulation; the products
 are scaled by 1/‖x‖, 1/‖y‖ and 1/τ afterwards, so normalising rounds nothing. Nothing is summed with atomics: for one

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..config import ObjectiveConfig
-from .base import Anchors, Objective
-from .ita import ImageTextAlignment
+from feddra_ds.config.schema import ObjectiveConfig
+from feddra_ds.objectives.base import Anchors, Objective
+from feddra_ds.objectives.ita import ImageTextAlignment
 
 __all__ = ["Anchors", "ImageTextAlignment", "Objective", "build"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from ..losses import DroLoss
+from feddra_ds.losses.types import DroLoss
 
 
 class Anchors(NamedTuple):

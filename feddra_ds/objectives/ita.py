@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import ObjectiveConfig
-from ..losses import DroLoss, fused_dro_loss
-from .base import Anchors
+from feddra_ds.config.schema import ObjectiveConfig
+from feddra_ds.losses.fused import fused_dro_loss
+from feddra_ds.losses.types import DroLoss
+from feddra_ds.objectives.base import Anchors
 
 
 class ImageTextAlignment:

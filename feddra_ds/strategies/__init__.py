@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..config import StrategyConfig
-from .base import Strategy
-from .centralized import Centralized
-from .fedavg import FedAvg
-from .feddra import FedDRA
-from .local import Local
+from feddra_ds.config.schema import StrategyConfig
+from feddra_ds.strategies.base import Strategy
+from feddra_ds.strategies.centralized import Centralized
+from feddra_ds.strategies.fedavg import FedAvg
+from feddra_ds.strategies.feddra import FedDRA
+from feddra_ds.strategies.local import Local
 
 STRATEGIES: dict[str, type[Strategy]] = {"feddra": FedDRA, "fedavg": FedAvg, "local": Local, "centralized": Centralized}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import dro
-from ..config import Config
+from feddra_ds.config.schema import Config
+from feddra_ds.strategies import robust_weights
 
 Vector = NDArray[np.float64]
 
@@ -22,7 +22,9 @@ class Strategy:
     def center(self, config: Config, num_samples: Sequence[int]) -> Vector:
         """c of equation (4), (N,)."""
         return (
-            dro.samples_center(num_samples) if config.dro.center == "samples" else dro.uniform_center(len(num_samples))
+            robust_weights.samples_center(num_samples)
+            if config.dro.center == "samples"
+            else robust_weights.uniform_center(len(num_samples))
         )
 
     def initial_weights(self, config: Config, center: Vector) -> Vector:
@@ -39,4 +41,4 @@ class Strategy:
             return p
         # η is stated for the sum of the two directions; their mean halves every loss
         eta = config.dro.step_size * (2.0 if config.objective.direction_reduction == "mean" else 1.0)
-        return dro.update_weights(p, losses, eta, config.dro.radius, center)
+        return robust_weights.update_weights(p, losses, eta, config.dro.radius, center)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Strategy
+from feddra_ds.strategies.base import Strategy
 
 
 class Centralized(Strategy):

@@ -40,7 +40,7 @@ KINDS = ("opacity", "effusion", "nodule")
 # ---- data
 def write_dataset(root: Path, clients: Mapping[str, int] | None = None, *, num_val: int = NUM_VAL) -> Path:
     """A dataset of 40 px PNG and JPEG images with short reports: kinds in a corner, differently mixed per client."""
-    from feddra_ds.data.writer import DatasetWriter
+    from feddra_ds.data.format.writer import DatasetWriter
 
     with DatasetWriter(root) as writer:
         for number, (client, num_train) in enumerate((clients or CLIENTS).items()):
@@ -77,7 +77,7 @@ def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
     It differs from the shipped defaults in sizes, in the place and number of what it writes, and in plain SGD, under
     which a gradient of the wrong scale shows. What a test needs beyond that it says itself.
     """
-    from feddra_ds.config import set_path
+    from feddra_ds.common.tree import set_path
 
     config: dict[str, Any] = {
         "run": {"output_dir": str(out), "device": "cpu", "monitor": [], "seed": 3},
@@ -102,7 +102,7 @@ def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
 
 def make_config(root: Path, out: Path, **changes: Any) -> Any:
     """The validated config of `tree`."""
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
 
     return from_dict(tree(root, out, **changes))
 
@@ -197,8 +197,8 @@ def run_all(config_tree: dict[str, Any]) -> dict[str, Any]:
 
 def build_run(config_tree: dict[str, Any]) -> Any:
     """The `Run` of this rank."""
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.run.build import build
 
     return build(from_dict(config_tree))
 
@@ -209,7 +209,7 @@ def watched(config_tree: dict[str, Any], faults: Sequence[Fault] = ()) -> dict[s
     stages: per client and stage its masters before the first step and after the last one, its buffers and its result;
     error: the message of TooFewClients where the run ended with it, else None.
     """
-    from feddra_ds.coordinator import TooFewClients
+    from feddra_ds.common.errors import TooFewClients
 
     run = build_run(config_tree)
     stages: list[dict[str, Any]] = []
@@ -274,7 +274,7 @@ def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
     """Put the faults of this client's stage in place, and take them out again."""
     import torch
 
-    from feddra_ds import client as client_module
+    from feddra_ds.federation import client as client_module
 
     validate, batches = client_module.validate_update, client.data.batches
     mine = [fault for fault in faults if fault.shard == run.topology.shard]
@@ -341,7 +341,7 @@ def assemble(pieces_by_rank: Sequence[list[tuple[str, int, Any]]]) -> dict[str, 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl without times and memory, which never count in "equal"."""
-    from feddra_ds.logs import read_metrics
+    from feddra_ds.run.metrics_file import read_metrics
 
     lines = read_metrics(out / "metrics.jsonl")
     for line in lines:
@@ -352,7 +352,8 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
 
 def weights_of(out: Path, round_index: int, owner: str = "global") -> dict[str, np.ndarray]:
     """The trained parameters of a checkpoint by name, fp32, flat."""
-    from feddra_ds.checkpoint import SavedModel, folder_of
+    from feddra_ds.checkpoint.format import folder_of
+    from feddra_ds.checkpoint.load import SavedModel
 
     saved = SavedModel(folder_of(out, round_index), owner).parameters()
     return {name: tensor.flatten().numpy() for name, tensor in saved.items()}

@@ -97,7 +97,7 @@ def test_padding_is_nobodys_business(dataset: Path, tmp_path: Path) -> None:
 def _validate_with_bad_padding(config_tree: dict[str, Any]) -> tuple[bool, str | None, str | None]:
     from helpers import build_run, finish
 
-    from feddra_ds.aggregate import validate_update
+    from feddra_ds.federation.aggregation.admission import validate_update
 
     run = build_run(config_tree)
     padded = 0
@@ -179,7 +179,8 @@ BATCHNORM = {"model__head__norm": "batchnorm", **FASTER}
 
 
 def _buffers_of(out: Path, round_index: int) -> dict[str, np.ndarray]:
-    from feddra_ds.checkpoint import SavedModel, folder_of
+    from feddra_ds.checkpoint.format import folder_of
+    from feddra_ds.checkpoint.load import SavedModel
 
     return {
         name: tensor.numpy() for name, tensor in SavedModel(folder_of(out, round_index), "global").buffers().items()

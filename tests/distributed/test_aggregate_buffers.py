@@ -12,10 +12,10 @@ from helpers import finish, on_each, tree
 
 def average_by_hand(config: dict[str, Any], included: list[int]) -> dict[str, Any]:
     """Clients of this one slot whose every float is index + 1 and every integer 10 · (index + 1), averaged uniformly."""
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
-    from feddra_ds.schedule import stages_of_round
-    from feddra_ds.server import SHARED
+    from feddra_ds.checkpoint.format import SHARED
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.federation.schedule import stages_of_round
+    from feddra_ds.run.build import build
 
     run = build(from_dict(config))
     server = run.server

@@ -82,7 +82,7 @@ class _Cut(Exception):
 
 def refusal(config_tree: dict[str, Any]) -> list[str]:
     """The problems that a run is refused with, on this rank."""
-    from feddra_ds.config import ConfigError
+    from feddra_ds.common.errors import ConfigError
 
     with pytest.raises(ConfigError) as error:
         build_run(config_tree)
@@ -147,8 +147,9 @@ def _break(folder: Path, how: str) -> str:
 def test_broken_checkpoints_are_passed_over_and_runs_repeat_from_the_older_one(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from feddra_ds.checkpoint import check, find_newest, folder_of, partial_of
-    from feddra_ds.logs import logger
+    from feddra_ds.checkpoint.choose import find_newest
+    from feddra_ds.checkpoint.format import check, folder_of, partial_of
+    from feddra_ds.common.logs import logger
 
     monkeypatch.setattr(logger, "propagate", True)
     whole = tmp_path / "whole"
@@ -184,7 +185,10 @@ def test_broken_checkpoints_are_passed_over_and_runs_repeat_from_the_older_one(
 
 
 def test_what_is_not_a_checkpoint_is_named(tmp_path: Path) -> None:
-    from feddra_ds.checkpoint import CheckpointError, SavedModel, find_newest, read_coordinator
+    from feddra_ds.checkpoint.choose import find_newest
+    from feddra_ds.checkpoint.format import read_coordinator
+    from feddra_ds.checkpoint.load import SavedModel
+    from feddra_ds.common.errors import CheckpointError
 
     assert find_newest(tmp_path) is None
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
@@ -197,8 +201,10 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(dataset: Path, tmp_path: Path) -> None:
-    from feddra_ds.checkpoint import CheckpointError, SavedModel, folder_of
-    from feddra_ds.masters import Fragment
+    from feddra_ds.checkpoint.format import folder_of
+    from feddra_ds.checkpoint.load import SavedModel
+    from feddra_ds.common.errors import CheckpointError
+    from feddra_ds.engine.masters import Fragment
 
     on_each(run_all, [(tree(dataset, tmp_path, schedule__rounds=1, evaluation__every=0),)])
     saved = SavedModel(folder_of(tmp_path, 0), "global")

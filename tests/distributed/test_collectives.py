@@ -8,7 +8,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 from torch import Tensor
 
-from feddra_ds.collectives import (
+from feddra_ds.distributed.collectives import (
     RingShift,
     all_max,
     all_sum,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from spawn import free_port, run_ranks
 
-from feddra_ds.compression import Codec, CompressedSum
+from feddra_ds.federation.aggregation.compression import Codec, CompressedSum
 
 SIZES = (1000, 1, 4099, 300)  # flat tensors; nothing divides anything
 BUCKET = 2048  # three buckets, the last not full

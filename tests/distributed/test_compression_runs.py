@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import finish, largest_difference, metrics_of, on_each, on_ranks, run_all, tree, weights_of, zero
 
-from feddra_ds.checkpoint import SavedFragments, folder_of
-from feddra_ds.masters import Fragment
+from feddra_ds.checkpoint.format import folder_of
+from feddra_ds.checkpoint.load import SavedFragments
+from feddra_ds.engine.masters import Fragment
 
 ADAMW = {
     "optimizer__name": "adamw",
@@ -71,8 +72,8 @@ def test_resume_continues_to_the_bit(dataset: Path, tmp_path: Path, ranks_per_sl
 
 def owed_when_resumed(config: dict[str, Any]) -> dict[str, Any]:
     """What this rank's server owes after it has read a checkpoint: parameter → [(first element, values)]."""
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.run.build import build
 
     run = build(from_dict(config))
     assert run.server.residuals is not None
@@ -123,10 +124,10 @@ def test_model_and_residuals_together_are_the_exact_model(dataset: Path, tmp_pat
 
 def settle(config: dict[str, Any]) -> dict[str, float]:
     """A round by hand on one slot which owes 0.5 of everything: the clients' weights do not move, one is left out."""
-    from feddra_ds.build import build
-    from feddra_ds.config import from_dict
-    from feddra_ds.schedule import stages_of_round
-    from feddra_ds.server import SHARED
+    from feddra_ds.checkpoint.format import SHARED
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.federation.schedule import stages_of_round
+    from feddra_ds.run.build import build
 
     run = build(from_dict(config))
     server, engine = run.server, run.engine

@@ -37,7 +37,7 @@ SETTINGS = {"topology__ranks_per_slot": 1, "optimizer__lr": 0.03, "clients__time
 # ---- inside a rank
 def with_a_sleeper(config_tree: dict[str, Any], sleeper: int, round_index: int, stage_name: str) -> dict[str, Any]:
     """All rounds; in one of them rank `sleeper` trains so slowly that the coordinator decides without it."""
-    from feddra_ds.coordinator import TooFewClients
+    from feddra_ds.common.errors import TooFewClients
 
     run = build_run(config_tree)
     run_stage, all_clients = run.trainer.run_stage, run.run_stage
@@ -81,7 +81,7 @@ def with_slow_readers(config_tree: dict[str, Any]) -> tuple[str, float]:
 
     Returns why it stopped, and when the rank had read it, on the host's one clock; the coordinator: when it left.
     """
-    from feddra_ds.coordinator import TooFewClients
+    from feddra_ds.common.errors import TooFewClients
 
     run = build_run(config_tree)
     fetch, read_at = run.topology.fetch, []
@@ -110,7 +110,7 @@ def positions_after_a_resume(config_tree: dict[str, Any]) -> dict[str, Any]:
 
 # ---- tests
 def test_a_slot_that_does_not_report_is_dropped_and_the_others_regroup(dataset: Path, tmp_path: Path) -> None:
-    from feddra_ds.logs import read_metrics
+    from feddra_ds.run.metrics_file import read_metrics
 
     config = tree(dataset, tmp_path, schedule__rounds=3, **SETTINGS)
     by_rank = on_ranks(with_a_sleeper, 3, config, 1, 1, "stage2")

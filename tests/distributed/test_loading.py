@@ -26,18 +26,22 @@ def initial(config_tree: dict[str, Any]) -> dict[str, Any]:
     """This rank's initial masters of a run, and how far the weights of its forward are from the plain model's, cast."""
     import torch
 
-    from feddra_ds import build
-    from feddra_ds.config import from_dict
-    from feddra_ds.engine import Engine
-    from feddra_ds.topology import Launch, Topology, plan
-    from feddra_ds.weights.deferred import defer
+    pass
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.distributed.plan import plan
+    from feddra_ds.distributed.topology import Topology
+    from feddra_ds.engine.engine import Engine
+    from feddra_ds.model.build import model_of, tokenizer_of
+    from feddra_ds.model.weights.deferred import defer
+    from feddra_ds.run.build import seed_everything
 
     config, launch = from_dict(config_tree), Launch.from_environment()
     topology = Topology(plan(launch.world_size, 1, launch.world_size), launch, torch.device("cpu"), 60.0)
-    build.seed_everything(config.run.seed)
-    plain = dict(build.model_of(config, build.tokenizer_of(config)).named_parameters())
-    build.seed_everything(config.run.seed)
-    model, weights = defer(lambda: build.model_of(config, build.tokenizer_of(config)))
+    seed_everything(config.run.seed)
+    plain = dict(model_of(config, tokenizer_of(config)).named_parameters())
+    seed_everything(config.run.seed)
+    model, weights = defer(lambda: model_of(config, tokenizer_of(config)))
     assert weights is not None
     engine = Engine(
         model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size, weights=weights
@@ -60,23 +64,24 @@ def peaks(rank: int, world_size: int, config_tree: dict[str, Any], how: str) -> 
     """Host memory in bytes: of the model, held when the engine stands, and the most on the way."""
     import torch
 
-    from feddra_ds import build
-    from feddra_ds.config import from_dict
-    from feddra_ds.engine import Engine, import_deepspeed
-    from feddra_ds.weights.deferred import defer
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.engine.bootstrap import import_deepspeed
+    from feddra_ds.engine.engine import Engine
+    from feddra_ds.model.build import model_of, tokenizer_of
+    from feddra_ds.model.weights.deferred import defer
 
     small, config, device = from_dict(config_tree), from_dict(config_tree), torch.device("cpu")
     for side in ("vision", "text"):
         getattr(small.model, side).config.update(BODY)
-    tokenizer = build.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     import_deepspeed(device)
-    build.model_of(small, tokenizer)  # imports
+    model_of(small, tokenizer)  # imports
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     if how == "whole":
-        model, weights = build.model_of(config, tokenizer), None
+        model, weights = model_of(config, tokenizer), None
     else:
-        model, weights = defer(lambda: build.model_of(config, tokenizer))
+        model, weights = defer(lambda: model_of(config, tokenizer))
         assert weights is not None
     engine = Engine(model, config, device=device, shard=rank, num_shards=world_size, weights=weights)
     del model, weights
@@ -98,8 +103,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT, and a BERT without pooler under the names of a masked language model, with the shipped vocabulary."""
     from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel
 
-    from feddra_ds.data.tokens import load_tokenizer
-    from feddra_ds.weights.tensor_files import Shape, write_shards
+    from feddra_ds.data.loading.tokens import load_tokenizer
+    from feddra_ds.model.weights.tensor_files import Shape, write_shards
 
     root = tmp_path_factory.mktemp("pretrained")
     tokenizer = load_tokenizer(None)

@@ -23,9 +23,11 @@ from helpers import (
 )
 from test_checkpoint import load_and_go_on
 
-from feddra_ds import adapters, build
-from feddra_ds.config import ConfigError
-from feddra_ds.topology import Launch
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.model import lora
+from feddra_ds.model.build import model_of, tokenizer_of
+from feddra_ds.run.checks import check
 
 RULES = ("factors", "product", "freeze_a")
 
@@ -37,14 +39,14 @@ def _settings(rule: str, **more: Any) -> dict[str, Any]:
 
 def _shapes(dataset: Path, rule: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     config = make_config(dataset, Path("unused"), **_settings(rule))
-    model = build.model_of(config, build.tokenizer_of(config))
-    return {n: tuple(p.shape) for n, p in model.named_parameters()}, adapters.trained_names(model)
+    model = model_of(config, tokenizer_of(config))
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}, lora.trained_names(model)
 
 
 def _updates(flat: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """All that trains, with B A in the place of factors, whose signs and rotations say nothing."""
     found = {name: values.reshape(shapes[name]) for name, values in flat.items()}
-    for a, b in adapters.pairs(list(found)):
+    for a, b in lora.pairs(list(found)):
         found[b] = found[b] @ found.pop(a)
     return found
 
@@ -83,12 +85,12 @@ def test_the_average_is_that_of_the_clients_own_adapters(dataset: Path, tmp_path
     ]
     p = metrics_of(tmp_path)[0]["client_weights"]
     assert len(p) == len(states) > 1
-    wanted = {name: tensor.numpy() for name, tensor in adapters.average(states, p, rule).items()}
+    wanted = {name: tensor.numpy() for name, tensor in lora.average(states, p, rule).items()}
     found = weights_of(tmp_path, 0)
     assert largest_difference(_updates(wanted, shapes), _updates(found, shapes)) <= 1e-6
     if rule != "product":
         return
-    plain = {name: tensor.numpy() for name, tensor in adapters.average(states, p, "factors").items()}
+    plain = {name: tensor.numpy() for name, tensor in lora.average(states, p, "factors").items()}
     assert largest_difference(_updates(plain, shapes), _updates(found, shapes)) > 1e-5, "the rules can be told apart"
 
 
@@ -126,4 +128,4 @@ def test_lora_saved_on_two_ranks_goes_on_at_one_and_four(dataset: Path, tmp_path
 def test_products_are_not_averaged_from_rounded_deltas(dataset: Path, tmp_path: Path) -> None:
     config = make_config(dataset, tmp_path, **_settings("product", aggregate__precision="int8"))
     with pytest.raises(ConfigError, match=r"aggregate.precision: int8 .* use fp32, or factors or freeze_a"):
-        build.check(config, Launch.from_environment())
+        check(config, Launch.from_environment())

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from losses_parity import Case, draw, evaluate
 
 import feddra_ds.losses
-from feddra_ds.engine import import_deepspeed
-from feddra_ds.losses import fused_dro_loss
+from feddra_ds.engine.bootstrap import import_deepspeed
+from feddra_ds.losses.fused import fused_dro_loss
 
 ROWS, DIM = 7, 5  # per rank
 SHARED = ("temperature gradient", "bias gradient")

@@ -26,20 +26,23 @@ def _engine(config: Any, whole: bool = False) -> tuple[Any, Any, Any]:
     """
     import torch
 
-    from feddra_ds import build
-    from feddra_ds.engine import Engine
-    from feddra_ds.topology import Launch, Topology, plan
-    from feddra_ds.weights.deferred import defer
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.distributed.plan import plan
+    from feddra_ds.distributed.topology import Topology
+    from feddra_ds.engine.engine import Engine
+    from feddra_ds.model.build import model_of, tokenizer_of
+    from feddra_ds.model.weights.deferred import defer
+    from feddra_ds.run.build import seed_everything
 
     launch = Launch.from_environment()
     topology = Topology(plan(launch.world_size, 1, launch.world_size), launch, torch.device("cpu"), 60.0)
-    build.seed_everything(config.run.seed)
-    model = build.model_of(config, build.tokenizer_of(config))
+    seed_everything(config.run.seed)
+    model = model_of(config, tokenizer_of(config))
     plain, initial = copy.deepcopy(model), None
     if not whole:
         after = torch.get_rng_state()
-        build.seed_everything(config.run.seed)
-        model, initial = defer(lambda: build.model_of(config, build.tokenizer_of(config)))
+        seed_everything(config.run.seed)
+        model, initial = defer(lambda: model_of(config, tokenizer_of(config)))
         assert initial is not None
     engine = Engine(
         model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size, weights=initial
@@ -74,7 +77,7 @@ def _forward_gap(engine: Any, plain: Any) -> float:
 
 
 def _steps(engine: Any, topology: Any, rate: float, count: int = 1) -> None:
-    from feddra_ds.losses import fused_dro_loss
+    from feddra_ds.losses.fused import fused_dro_loss
 
     engine.set_learning_rates({"aligner": rate, "backbone": rate})
     engine.train()
@@ -119,16 +122,16 @@ def _adopt(engine: Any, plain: Any) -> None:
 
 def examine(config_tree: dict[str, Any], optimizer: str | None = None, whole: bool = False) -> dict[str, Any]:
     """Everything that is asked of one engine, on each rank of its slot."""
-    from feddra_ds import engine as engine_module
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.engine.optimizer import build_optimizer
 
-    kept = engine_module.build_optimizer
+    kept = build_optimizer
     if optimizer == "fused":
-        engine_module.build_optimizer = _fused_adam  # type: ignore[assignment]
+        build_optimizer = _fused_adam  # type: ignore[assignment]
     try:
         engine, plain, topology = _engine(from_dict(config_tree), whole)
     finally:
-        engine_module.build_optimizer = kept
+        build_optimizer = kept
     seen: dict[str, Any] = {
         "class": type(engine._ds.optimizer).__name__,
         "zero": engine.zero_stage,
@@ -308,7 +311,7 @@ def _check_all(results: dict[str, list[Any]], world_size: int) -> None:
 
 
 def test_an_optimizer_that_was_never_tried_is_refused() -> None:
-    from feddra_ds.masters import find_masters
+    from feddra_ds.engine.masters import find_masters
 
     class NewOptimizer:
         pass
@@ -318,11 +321,11 @@ def test_an_optimizer_that_was_never_tried_is_refused() -> None:
 
 
 def test_groups_are_parts_and_decay_is_for_matrices_alone(dataset: Path) -> None:
-    from feddra_ds import build
-    from feddra_ds.engine import parameter_groups
+    from feddra_ds.engine.optimizer import parameter_groups
+    from feddra_ds.model.build import model_of, tokenizer_of
 
     config = make_config(dataset, Path("unused"))
-    model = build.model_of(config, build.tokenizer_of(config))
+    model = model_of(config, tokenizer_of(config))
     groups = parameter_groups(model, 0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [(group["part"], group["weight_decay"]) for group in groups] == [

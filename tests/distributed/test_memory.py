@@ -16,7 +16,7 @@ def resident_by_round(rank: int, world_size: int, config_tree: dict[str, Any]) -
 
     import psutil
 
-    from feddra_ds.rounds import peak_memory
+    from feddra_ds.run.rounds import peak_memory
 
     run = build_run(config_tree)
     process, resident = psutil.Process(), []

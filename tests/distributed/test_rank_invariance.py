@@ -64,11 +64,12 @@ def _compare_weights(dataset: Path, out: Path, layouts: Sequence[Layout]) -> Non
 
 
 def _initial_weights(dataset: Path, settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    from feddra_ds import build
+    from feddra_ds.model.build import model_of, tokenizer_of
+    from feddra_ds.run.build import seed_everything
 
     config = make_config(dataset, Path("unused"), **settings)
-    build.seed_everything(config.run.seed)
-    model = build.model_of(config, build.tokenizer_of(config))
+    seed_everything(config.run.seed)
+    model = model_of(config, tokenizer_of(config))
     return {name: parameter.detach().flatten().numpy() for name, parameter in model.named_parameters()}
 
 

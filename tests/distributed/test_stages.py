@@ -35,8 +35,8 @@ ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 3e-4, "optimizer__weight_d
 # ---- inside a rank
 def train_clients(config_tree: dict[str, Any], order: list[int]) -> list[Any]:
     """Both stages of one client after the other on one new engine; the engine's masters after each of them."""
-    from feddra_ds.data.order import Position
-    from feddra_ds.schedule import stages_of_round
+    from feddra_ds.data.loading.order import Position
+    from feddra_ds.federation.schedule import stages_of_round
 
     run, out = build_run(config_tree), []
     for index in order:

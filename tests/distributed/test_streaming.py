@@ -20,7 +20,7 @@ PAIRS = {"mine": 96, "other": 24}
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
     """(address, paths asked for) of a flaky server with two clients in many small shards."""
-    from feddra_ds.data.writer import DatasetWriter
+    from feddra_ds.data.format.writer import DatasetWriter
 
     root = tmp_path_factory.mktemp("served") / "data"
     with DatasetWriter(root, max_shard_bytes=16_000) as writer:
@@ -63,13 +63,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
 
 def stream_one_pass(rank: int, world_size: int, address: str, cache: str) -> dict[str, Any]:
     """What this rank reads until its readers have passed once over their shards."""
-    from feddra_ds.config import DataConfig
-    from feddra_ds.data.order import Position
-    from feddra_ds.data.pool import DecodePool
-    from feddra_ds.data.remote import RemoteOptions
-    from feddra_ds.data.shards import open_dataset
-    from feddra_ds.data.streaming import build_data
-    from feddra_ds.data.tokens import load_tokenizer
+    from feddra_ds.config.schema import DataConfig
+    from feddra_ds.data.format.dataset import open_dataset
+    from feddra_ds.data.format.remote import RemoteOptions
+    from feddra_ds.data.loading.order import Position
+    from feddra_ds.data.loading.pool import DecodePool
+    from feddra_ds.data.loading.streaming import build_data
+    from feddra_ds.data.loading.tokens import load_tokenizer
 
     options = RemoteOptions(timeout_s=10, first_pause_s=0.01, cache_dir=cache, shuffle_buffer=10)
     dataset = open_dataset(address, options=options)

@@ -13,7 +13,9 @@ from helpers import build_run, finish, leave_topology, on_ranks, tree, zero
 
 
 def _topology(num_clients: int, per_slot: int, timeout_s: float = 60.0) -> Any:
-    from feddra_ds.topology import Launch, Topology, plan
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.distributed.plan import plan
+    from feddra_ds.distributed.topology import Topology
 
     launch = Launch.from_environment()
     return Topology(plan(launch.world_size, num_clients, per_slot), launch, torch.device("cpu"), timeout_s)
@@ -24,7 +26,7 @@ def sums(per_slot: int) -> dict[str, Any]:
     """Collectives of both kinds, each rank putting in 10 to the power of its rank."""
     import torch.distributed as dist
 
-    from feddra_ds.aggregate import gather_over_peers, reduce_over_peers
+    from feddra_ds.federation.aggregation.peers import gather_over_peers, reduce_over_peers
 
     topology = _topology(4, per_slot)
     mine = torch.tensor([10.0**topology.rank])
@@ -48,7 +50,7 @@ def sums(per_slot: int) -> dict[str, Any]:
 
 def regroup() -> dict[str, Any]:
     """Four slots, of which two are dropped, one after the other; the others' sums afterwards."""
-    from feddra_ds.aggregate import gather_over_peers, reduce_over_peers
+    from feddra_ds.federation.aggregation.peers import gather_over_peers, reduce_over_peers
 
     topology = _topology(4, 1)
     out: dict[str, Any] = {}
@@ -71,7 +73,7 @@ def regroup() -> dict[str, Any]:
 
 def wait_in_vain() -> dict[str, Any]:
     """Messages that nobody sends, a peer that does not come, and a store that is gone."""
-    from feddra_ds.topology import WaitTimeout
+    from feddra_ds.common.errors import WaitTimeout
 
     topology = _topology(2, 1, timeout_s=2.0)
     out: dict[str, Any] = {}
@@ -103,8 +105,8 @@ def lose_a_peer() -> str | None:
     """Rank 1 of three slots ends while the others are in a sum with it; what rank 0 and 2 are told."""
     import gc
 
-    from feddra_ds.aggregate import reduce_over_peers
-    from feddra_ds.topology import WaitTimeout
+    from feddra_ds.common.errors import WaitTimeout
+    from feddra_ds.federation.aggregation.peers import reduce_over_peers
 
     topology = _topology(3, 1, timeout_s=60.0)
     told = None
@@ -139,8 +141,8 @@ def _end_of_process(topology: Any) -> None:
 
 def steps_apart(config_tree: dict[str, Any]) -> int:
     """ZeRO-3 with 3 steps on one slot and 7 on the other, which hangs where DeepSpeed sees one world; then an average."""
-    from feddra_ds.aggregate import reduce_over_peers
-    from feddra_ds.schedule import Stage
+    from feddra_ds.federation.aggregation.peers import reduce_over_peers
+    from feddra_ds.federation.schedule import Stage
 
     run = build_run(config_tree)
     client = run.clients[0]
@@ -188,7 +190,9 @@ def test_those_who_are_left_meet_again() -> None:
 def test_a_port_that_is_taken_is_named() -> None:
     from datetime import timedelta
 
-    from feddra_ds.topology import Launch, WaitTimeout, _meet
+    from feddra_ds.common.errors import WaitTimeout
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.distributed.topology import _meet
 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

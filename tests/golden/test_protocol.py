@@ -59,9 +59,10 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
     from helpers import Fault, finish, inject, pieces_of
     from torch import nn
 
-    from feddra_ds import build as build_module
-    from feddra_ds import rounds as rounds_module
-    from feddra_ds.config import from_dict
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.run import build as build_module
+    from feddra_ds.run import rounds as rounds_module
+    from feddra_ds.run.build import build
 
     class Part(nn.Module):
         def __init__(self, start: list[float]):
@@ -117,7 +118,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
         patch.object(build_module, "model_of", lambda *_: Linear()),
         patch.object(build_module, "build_objective", lambda *_: Objective()),
     ):
-        run = build_module.build(from_dict(config_tree))
+        run = build(from_dict(config_tree))
     rows = run.config.data.batch_size // run.topology.plan.ranks_per_slot
     for client in run.clients:
         client.data.batches = lambda _, steps, name=client.id: (Batch(name, rows) for _ in range(steps))

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from losses_parity import KINDS, Case, all_cases, assert_parity, check_extreme, check_nan, draw, evaluate, train
 
 import feddra_ds.losses
-from feddra_ds.losses import dispatch, fused_dro_loss
+from feddra_ds.losses import dispatch
+from feddra_ds.losses.fused import fused_dro_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -155,7 +156,7 @@ def test_the_group_path_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         embeddings = draw((300, 64), torch.bfloat16, "cuda")
         case = Case("ita", True, True, True)
         alone = evaluate(embeddings, case, "triton")
-        monkeypatch.setattr(feddra_ds.losses, "group_size", lambda group: 2 if group is not None else 1)
+        monkeypatch.setattr(feddra_ds.losses.fused, "group_size", lambda group: 2 if group is not None else 1)
         grouped = evaluate(embeddings, case, "triton", group=dist.group.WORLD, exchange="gather")
         torch.testing.assert_close(grouped, alone, rtol=1e-3, atol=1e-5)
     finally:

@@ -15,11 +15,11 @@ from data_helpers import encoded
 from helpers import tree, write_dataset
 from run_helpers import CLIENTS, HELD_OUT, add_model, make_config, make_data, make_line, make_run
 
-from feddra_ds import selftest
 from feddra_ds.cli import main
-from feddra_ds.data.writer import DatasetWriter
-from feddra_ds.doctor_system import check_disk, check_network, check_software
-from feddra_ds.inference import open_models
+from feddra_ds.data.format.writer import DatasetWriter
+from feddra_ds.doctor import selftest
+from feddra_ds.doctor.machine import check_disk, check_network, check_software
+from feddra_ds.evaluation.models import open_models
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from feddra_ds.dro import chi2_divergence
+from feddra_ds.strategies.robust_weights import chi2_divergence
 
 REPOSITORY = Path(__file__).parents[2]
 CXR = REPOSITORY.parent / "shared" / "data" / "cxr"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from feddra_ds.data.shards import open_dataset
+from feddra_ds.data.format.dataset import open_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -62,7 +62,7 @@ def test_a_damaged_dataset_is_told_by_inspect(tmp_path: Path) -> None:
 
 
 def test_bad_pairs_are_noted_by_inspect(tmp_path: Path) -> None:
-    from feddra_ds.data.writer import DatasetWriter
+    from feddra_ds.data.format.writer import DatasetWriter
 
     out = io.BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(out, "PNG")

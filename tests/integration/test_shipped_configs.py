@@ -18,7 +18,7 @@ from helpers import write_dataset
 from spawn import free_port
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from feddra_ds.data.tokens import load_tokenizer
+from feddra_ds.data.loading.tokens import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from feddra_ds.config import DataConfig
-from feddra_ds.data.pipeline import ClientData
-from feddra_ds.data.pool import DecodePool
-from feddra_ds.data.shards import Dataset
-from feddra_ds.data.tokens import load_tokenizer
-from feddra_ds.data.writer import DatasetWriter
+from feddra_ds.config.schema import DataConfig
+from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.format.writer import DatasetWriter
+from feddra_ds.data.loading.client_data import ClientData
+from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.tokens import load_tokenizer
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feddra_ds.losses import fused_dro_loss
+from feddra_ds.losses.fused import fused_dro_loss
 
 KINDS = ["ita", "siglip"]
 UPSTREAM = -3.7  # a gradient that arrives at the loss

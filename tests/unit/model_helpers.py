@@ -10,8 +10,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import BertTokenizer, PreTrainedModel
 
-from feddra_ds.config import ModelConfig, ObjectiveConfig
-from feddra_ds.model import DualEncoder, build_model
+from feddra_ds.config.schema import ModelConfig, ObjectiveConfig
+from feddra_ds.model.build import build_model
+from feddra_ds.model.dual_encoder import DualEncoder
 
 BODY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 VISION = {"model_type": "vit", "patch_size": 8, **BODY}

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from data_helpers import encoded
 
-from feddra_ds.build import model_of, tokenizer_of
-from feddra_ds.config import Config, dump, from_dict
-from feddra_ds.data.writer import DatasetWriter
-from feddra_ds.export import save_model
-from feddra_ds.processing import build_processor
+from feddra_ds.config.load import dump, from_dict
+from feddra_ds.config.schema import Config
+from feddra_ds.data.format.writer import DatasetWriter
+from feddra_ds.model.build import model_of, tokenizer_of
+from feddra_ds.model.folder import save_model
+from feddra_ds.model.processor import build_processor
 
 CLIENTS = ["north", "south_and_the_islands", "west"]
 HELD_OUT = "beyond"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from feddra_ds.cli import main, parse_overrides
-from feddra_ds.config import ConfigError, known_keys
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.config.load import known_keys
 
 
 def test_overrides_are_yaml_values_and_the_last_wins() -> None:

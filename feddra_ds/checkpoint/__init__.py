@@ -1,0 +1,1 @@
+"""Fragments and folders: writing, choosing, loading checkpoints. Knows no server."""

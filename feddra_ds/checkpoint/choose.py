@@ -1,0 +1,128 @@
+"""Which checkpoint a run goes on from, and whether its config may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from feddra_ds.checkpoint.format import check, folder_of, read_coordinator
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.logs import logger
+from feddra_ds.config.schema import Config
+from feddra_ds.distributed.topology import Topology
+
+# Keys that may differ between a checkpoint and the run that resumes it: they do not change the mathematics.
+FREE_ON_RESUME = (
+    "run.output_dir",
+    "run.resume",
+    "run.device",
+    "run.monitor",
+    "data.root",
+    "data.num_workers",
+    "data.prefetch",
+    "data.verify",
+    "data.streaming.timeout_s",
+    "data.streaming.retries",
+    "data.streaming.cache_dir",
+    "data.streaming.cache_bytes",
+    "data.streaming.allow_pipe",
+    "data.replay_cache_bytes",
+    "data.max_bad_fraction",
+    "data.micro_batch_size",
+    "clients.timeout_s",
+    "clients.minimum",
+    "objective.impl",
+    "objective.anchors",
+    "schedule.rounds",
+    "topology",
+    "checkpoint",
+    "evaluation",
+    "deepspeed",
+)
+
+
+def agree_on_checkpoint(config: Config, topology: Topology) -> Path | None:
+    """The checkpoint that all ranks resume from, chosen by the coordinator, or None. Raises ConfigError on every rank."""
+    message: dict[str, Any] = {}
+    if topology.is_coordinator:
+        try:
+            folder = choose_checkpoint(config)
+            message = {"folder": None if folder is None else str(folder), "problems": []}
+        except ConfigError as error:
+            message = {"folder": None, "problems": error.problems}
+        topology.post("resume", message)
+    message = topology.fetch("resume", sender="the coordinator (rank 0)")
+    if message["problems"]:
+        raise ConfigError(message["problems"])
+    if topology.is_coordinator and message["folder"]:
+        logger.info("resuming from %s", message["folder"])
+    return Path(message["folder"]) if message["folder"] else None
+
+
+def choose_checkpoint(config: Config) -> Path | None:
+    """run.resume: the newest whole checkpoint (auto), none (never), or the one named. Raises ConfigError."""
+    run_dir, wanted = Path(config.run.output_dir), config.run.resume
+    if wanted == "never":
+        if any((run_dir / "checkpoints").glob("round-*")):
+            raise ConfigError(
+                [f"run.resume: never, but {run_dir} holds checkpoints; choose another run.output_dir, or auto"]
+            )
+        return None
+    if wanted == "auto":
+        folder = find_newest(run_dir)
+    else:
+        folder = Path(wanted)
+        problem = check(folder)
+        if problem is not None:
+            raise ConfigError([f"run.resume: {wanted} is not a whole checkpoint: {problem}"])
+    if folder is not None:
+        saved = read_coordinator(folder)["config"]
+        conflicts = differences(saved, config.model_dump(mode="json"))
+        if conflicts:
+            raise ConfigError([f"{line}; keep it, or start anew in another run.output_dir" for line in conflicts])
+    return folder
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line per key whose value in a checkpoint's config differs and matters, the key first."""
+    out = []
+    for key in sorted(saved.keys() | now.keys()):
+        path = prefix + key
+        if path in FREE_ON_RESUME:
+            continue
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and path not in ("model.adapter",):
+            out += differences(a, b, f"{path}.")
+        elif a != b:
+            out.append(f"{path}: is {b!r}, but the checkpoint was trained with {a!r}")
+    return out
+
+
+def find_checkpoint(run: Path, name: str | None) -> Path:
+    """A run's checkpoint by path, folder name or round number; the newest whole one where `name` is None.
+
+    Raises ValueError.
+    """
+    if name is None:
+        newest = find_newest(run)
+        if newest is None:
+            raise ValueError(f"{run} has neither a model/ nor a whole checkpoint")
+        return newest
+    candidates = [Path(name), run / "checkpoints" / name]
+    if name.isdigit():
+        candidates.append(folder_of(run, int(name)))
+    for folder in candidates:
+        if (folder / "manifest.json").is_file():
+            return folder
+    there = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("round-*"))) or "none"
+    raise ValueError(f"--checkpoint {name}: no such checkpoint of {run}; it has {there}")
+
+
+def find_newest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run; broken ones are passed over with a warning."""
+    for folder in sorted((run_dir / "checkpoints").glob("round-*"), reverse=True):
+        problem = check(folder)
+        if problem is None:
+            return folder
+        logger.warning("checkpoint %s is passed over: %s", folder, problem)
+    return None

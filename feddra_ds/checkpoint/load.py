@@ -1,0 +1,97 @@
+"""Checkpoints: each rank writes its shard aside, the coordinator writes the manifest last and renames the folder.
+
+    checkpoints/round-000012/            state after round 12
+        weights/OWNER/shard-00000-of-00002.safetensors    fp32 fragments: flat ranges of named parameters
+        weights/OWNER/buffers.safetensors
+    residuals/slot-00000/shard-…      where deltas travel rounded: what rounding has kept of that slot's (compression.py)
+        coordinator.json                 p, the position of each client in its data, the resolved config
+        manifest.json                    bytes and sha256 of every file; without it the folder is not a checkpoint
+
+OWNER is `global`, or a client's id where each keeps its own model. Fragments know no ranks: what was saved at one
+number of ranks per client loads at any other, and at any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from feddra_ds.checkpoint.format import files_of
+from feddra_ds.common.errors import CheckpointError
+from feddra_ds.engine.engine import Engine
+from feddra_ds.engine.masters import Fragment
+
+
+class SavedFragments:
+    """Reads flat ranges of named parameters from one folder of a checkpoint, in any partition."""
+
+    def __init__(self, folder: Path, name: str):
+        """folder: the checkpoint's; name: of the folder within it that holds the fragments."""
+        self.folder = folder / name
+        paths = [folder / file for file in files_of(folder) if file.startswith(f"{name}/shard-")]
+        if not paths:
+            raise CheckpointError(f"{self.folder} holds no shard-*.safetensors")
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # name → (first, last, file)
+        for file in self._files:
+            metadata = file.metadata()
+            self.shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
+            for name, start in json.loads(metadata["starts"]).items():
+                length = file.get_slice(name).get_shape()[0]
+                self._pieces.setdefault(name, []).append((start, start + length, file))
+
+    def read(self, fragment: Fragment) -> Tensor:
+        """Elements of one fragment, flat fp32. Raises CheckpointError where the checkpoint lacks some of them."""
+        out = torch.empty(fragment.length)
+        wanted, found = (fragment.start, fragment.start + fragment.length), 0
+        for first, last, file in self._pieces.get(fragment.name, []):
+            low, high = max(first, wanted[0]), min(last, wanted[1])
+            if low < high:
+                out[low - wanted[0] : high - wanted[0]] = file.get_slice(fragment.name)[low - first : high - first]
+                found += high - low
+        if found != fragment.length:
+            raise CheckpointError(
+                f"{self.folder}: parameter {fragment.name} has {found} of the {fragment.length} elements wanted; "
+                "was the checkpoint written by another model config?"
+            )
+        return out
+
+    @property
+    def names(self) -> Set[str]:
+        """The parameters that are there."""
+        return self._pieces.keys()
+
+    def parameter(self, name: str) -> Tensor:
+        """One whole parameter, fp32, in its shape."""
+        shape = self.shapes[name]
+        return self.read(Fragment(name, 0, int(torch.Size(shape).numel()), 0)).view(shape)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The whole model's trained parameters by name, fp32, in their shapes."""
+        return {name: self.parameter(name) for name in self.names}
+
+
+class SavedModel(SavedFragments):
+    """Reads one owner's model from a checkpoint."""
+
+    def __init__(self, folder: Path, owner: str):
+        super().__init__(folder, f"weights/{owner}")
+
+    def buffers(self) -> dict[str, Tensor]:
+        path = self.folder / "buffers.safetensors"
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def load_into(self, engine: Engine) -> None:
+        """Write this model into an engine. Collective over the slot."""
+        engine.load(self.read)
+        saved = self.buffers()
+        with torch.no_grad():
+            for name, live in engine.buffers().items():
+                live.copy_(saved[name])

@@ -1,0 +1,192 @@
+"""`feddra-ds doctor`: whether this machine can run a training, and with --config whether this one can start."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from feddra_ds.common.console import next_step
+from feddra_ds.common.text import size
+from feddra_ds.config.load import load
+from feddra_ds.doctor.finding import Finding
+from feddra_ds.doctor.machine import (
+    check_deepspeed,
+    check_disk,
+    check_gloo,
+    check_hardware,
+    check_network,
+    check_software,
+)
+from feddra_ds.doctor.memory.ledger import High
+from feddra_ds.doctor.memory.verdict import Verdict, judge, machine_here
+
+_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `doctor`."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="check this config too: data, topology, parameters, disk; --section.key value come on top, as in `train`",
+    )
+    parser.add_argument(
+        "--num-ranks", type=int, default=1, metavar="N", help="ranks that will be launched, over all hosts (default: 1)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="bound of each test that is run (default: 120)"
+    )
+    parser.add_argument("--no-self-test", action="store_true", help="do not import DeepSpeed nor start two gloo ranks")
+    parser.add_argument(
+        "--plan", action="store_true", help="predict a rank's peak memory instead; needs --config, builds no weights"
+    )
+    parser.add_argument(
+        "--gpu", type=float, metavar="GIB", help="plan for a GPU of so many GiB, whether or not one is here"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0, or 1 where there is a problem. Raises ValueError for bad options."""
+    if args.num_ranks < 1:
+        raise ValueError(f"--num-ranks: must be at least 1, got {args.num_ranks}")
+    if args.timeout <= 0:
+        raise ValueError(f"--timeout: must be more than 0 seconds, got {args.timeout:g}")
+    if args.rest and args.config is None:
+        raise ValueError(f"{args.rest[0]}: config keys need --config FILE beside them")
+    if args.gpu is not None and (not args.plan or args.gpu <= 0):
+        raise ValueError(f"--gpu: is a number of GiB for --plan, got {args.gpu:g}")
+    if args.plan:
+        if args.config is None:
+            raise ValueError("--plan: needs --config FILE")
+        from feddra_ds.commands.doctor import run_plan
+
+        return run_plan(args.config, args.overrides, args.num_ranks, args.gpu, args.json)
+    findings: list[Finding] = []
+    console = Console(soft_wrap=True)
+
+    def tell(found: Iterator[Finding]) -> None:
+        for finding in found:
+            findings.append(finding)
+            if not args.json:
+                console.print(_line(finding))
+
+    tell(check_software())
+    tell(check_hardware())
+    tell(check_network())
+    if not args.no_self_test:
+        tell(check_deepspeed(args.timeout))
+        tell(check_gloo(args.timeout))
+    if args.config is None:
+        tell(check_disk(Path.cwd(), None))
+    else:
+        from feddra_ds.doctor.run_config import check_config
+
+        tell(check_config(args.config, args.overrides, args.num_ranks))
+    problems = sum(f.level == "problem" for f in findings)
+    if args.json:
+        print(json.dumps({"problems": problems, "findings": [asdict(f) for f in findings]}))
+    else:
+        warnings = sum(f.level == "warning" for f in findings)
+        print(f"{problems} problems, {warnings} warnings")
+        next_step(*_advice(args, problems))
+    return 1 if problems else 0
+
+
+def _line(finding: Finding) -> Text:
+    line = Text(f"{finding.level:<8}", style=_STYLES[finding.level])
+    line.append(f" {finding.what}: ", style="bold")
+    line.append(finding.found, style="default")
+    if finding.todo:
+        line.append(f"\n         → {finding.todo}", style="default")
+    return line
+
+
+def _advice(args: argparse.Namespace, problems: int) -> list[str]:
+    again = "feddra-ds doctor" + (f" --config {args.config}" if args.config else "")
+    if problems:
+        return [f"mend the problems above, then again: {again}"]
+    if args.config is None:
+        return ["feddra-ds doctor --config FILE   # checks data, topology and parameters of a run"]
+    keys = " ".join(args.rest)
+    if args.num_ranks > 1:
+        return [f"deepspeed --num_accelerators {args.num_ranks} launch/train.py --config {args.config} {keys}".rstrip()]
+    return [f"feddra-ds train --config {args.config} {keys}".rstrip()]
+
+
+def run_plan(path: str, overrides: dict[str, Any], num_ranks: int, gpu_gib: float | None, as_json: bool) -> int:
+    """Plan, print; 0 where it fits, else 1. Raises ConfigError."""
+    config = load(path, overrides)
+    verdict = judge(config, num_ranks, machine_here(config.run.device, num_ranks, gpu_gib))
+    if as_json:
+        import json
+
+        print(json.dumps(as_dict(verdict)))
+    else:
+        show(verdict, Console(soft_wrap=True))
+    return 0 if verdict.short is None else 1
+
+
+def as_dict(verdict: Verdict) -> dict[str, Any]:
+    """The verdict as plain data; bytes."""
+    plan = verdict.plan
+    return {
+        "fits": verdict.short is None,
+        "short": verdict.short,
+        "ranks_per_slot": verdict.ranks_per_slot,
+        "clients_per_slot": verdict.clients_per_slot,
+        "parameters": plan.parameters,
+        "trained": plan.trained,
+        "machine": asdict(verdict.machine),
+        "peak": {where: plan.bytes_of(where) for where in ("device", "host")},
+        "phases": {
+            where: {name: high.total for name, high in getattr(plan, where).items()} for where in ("device", "host")
+        },
+        "items": {where: high.items for where in ("device", "host") if (high := plan.peak(where)) is not None},
+        "changes": [asdict(change) for change in verdict.changes],
+    }
+
+
+def show(verdict: Verdict, console: Console) -> None:
+    """Tables of the peaks, biggest first, then the verdict."""
+    plan, machine = verdict.plan, verdict.machine
+    total = sum(plan.parameters.values())
+    ranks, clients = verdict.ranks_per_slot, verdict.clients_per_slot
+    console.print(
+        f"{total:,} parameters, {plan.trained:,} trained; on a slot {ranks} rank{'s' * (ranks != 1)} and "
+        f"{clients} client{'s' * (clients != 1)}"
+    )
+    for where in ("device", "host"):
+        high = plan.peak(where)
+        if high is not None:
+            console.print(_table("memory" if plan.one_memory else where, high, total))
+    if machine.device is not None:
+        console.print(f"a GPU has {size(machine.device)}")
+    sharing = "" if machine.ranks_here == 1 else f", for {machine.ranks_here} ranks on this host"
+    console.print(f"free here: {size(machine.host)}{sharing}")
+    if verdict.short is None:
+        console.print("[green]fits[/green]")
+        return
+    console.print(f"[bold red]does not fit[/bold red]: {verdict.short}. What would help, each alone:")
+    for change in verdict.changes:
+        console.print(f"  {change.option()}   saves {size(change.saves)}" + (" and fits" if change.fits else ""))
+
+
+def _table(title: str, high: High, parameters: int) -> Table:
+    table = Table(title=f"{title} of a rank at its peak, in {high.phase}", title_justify="left")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    table.add_column("per parameter", justify="right")
+    for name, amount in high.items.items():
+        table.add_row(name, size(amount), f"{amount / parameters:.2f}")
+    table.add_section()
+    table.add_row("sum", size(high.total), f"{high.total / parameters:.2f}")
+    return table

@@ -1,0 +1,66 @@
+"""What the data commands share: printing for terminals and pipes alike, and one way to fail."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track as rich_track
+from rich.table import Table
+
+from feddra_ds.common.errors import DataError
+
+T = TypeVar("T")
+
+
+def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command's run(args): a DataError becomes its lines on stderr and the exit status 2."""
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            return command(args)
+        except DataError as error:
+            for line in error.problems:
+                print(f"feddra-ds: {line}", file=sys.stderr)
+            return 2
+
+    run.__doc__ = command.__doc__
+    return run
+
+
+def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, with a progress bar on a terminal (stderr) and nothing in a pipe."""
+    console = Console(stderr=True)
+    return iter(rich_track(items, what, total=total, console=console, transient=True, disable=not console.is_terminal))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], total: bool = False) -> None:
+    """A table on stdout; the first column is text, the others are numbers. total: the last row is a sum."""
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    body = [[_cell(value) for value in row] for row in rows]
+    for number, row in enumerate(body):
+        table.add_row(*row, style="bold" if total and number == len(body) - 1 else None)
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width, and rich would wrap at 80 columns
+        console = Console(width=200)
+    console.print(table)
+
+
+def next_step(*lines: str) -> None:
+    """How every command ends: what to do next."""
+    print("Next:")
+    for line in lines:
+        print(f"  {line}")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,79 @@
+"""Contradictions between keys, each valid on its own."""
+
+from __future__ import annotations
+
+from feddra_ds.common.tree import get_path
+from feddra_ds.config.schema import Config
+
+# Fragments that would break the federation silently: (path, what to do instead).
+REFUSED_FRAGMENT_KEYS: dict[str, str] = {
+    "scheduler": "overwrites the stage's learning rates, unfreezing the backbone; use schedule.warmup_rounds and schedule.decay",
+    "optimizer": "set the optimizer section instead: stages need its two parameter groups",
+    "zero_optimization.round_robin_gradients": "permutes the partitions that peers average; remove it",
+    "tensorboard": "would write once per slot; use run.monitor",
+    "wandb": "would write once per slot; use run.monitor",
+    "csv_monitor": "would write once per slot; use run.monitor",
+    "comet": "would write once per slot; use run.monitor",
+    "train_batch_size": "set data.batch_size",
+    "train_micro_batch_size_per_gpu": "set data.batch_size and data.micro_batch_size",
+    "gradient_accumulation_steps": "set data.micro_batch_size",
+}
+
+
+def contradictions(config: Config) -> list[str]:
+    """Problems between keys, each valid on its own. One line each, the key first."""
+    c, out = config, []
+    if c.data.root is None:
+        out.append("data.root: is needed; a folder that `feddra-ds data convert` or `feddra-ds data synth` wrote")
+    if c.schedule.stage1_steps + c.schedule.stage2_steps == 0:
+        out.append("schedule.stage2_steps: both stages have 0 steps, so nothing would train")
+    if c.schedule.warmup_rounds >= c.schedule.rounds:
+        out.append(
+            f"schedule.warmup_rounds: {c.schedule.warmup_rounds} leaves none of the {c.schedule.rounds} rounds after the warm-up"
+        )
+    if c.clients.ids is not None:
+        if not c.clients.ids:
+            out.append("clients.ids: is empty; null takes all clients under data.root")
+        repeated = sorted({i for i in c.clients.ids if c.clients.ids.count(i) > 1})
+        if repeated:
+            out.append(f"clients.ids: {', '.join(repeated)} named more than once")
+        if c.clients.minimum > max(1, len(c.clients.ids)):
+            out.append(
+                f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids"
+            )
+    if c.data.micro_batch_size is not None and c.model.head.norm == "batchnorm":
+        out.append(
+            "data.micro_batch_size: splits the batch that model.head.norm=batchnorm takes statistics over; use layernorm"
+        )
+    weights = c.dro.fixed_weights
+    if weights is not None:
+        if min(weights, default=-1.0) < 0 or abs(sum(weights) - 1) > 1e-6:
+            out.append(f"dro.fixed_weights: must be ≥ 0 and sum to 1, got {weights}")
+        if c.clients.ids is not None and len(weights) != len(c.clients.ids):
+            out.append(f"dro.fixed_weights: {len(weights)} weights for {len(c.clients.ids)} clients")
+    if c.dro.evaluate_on == "anchors":
+        if c.objective.anchor_weight == 0 or c.schedule.stage1_steps == 0:
+            out.append("dro.evaluate_on: anchors needs objective.anchor_weight > 0 and schedule.stage1_steps > 0")
+        if not c.aggregate.after_stage1:
+            out.append(
+                "dro.evaluate_on: anchors moves p at the aggregation after stage 1, so aggregate.after_stage1 must be true"
+            )
+        if c.data.batch_size < c.dro.evaluation_batch_size:
+            out.append(
+                f"dro.evaluation_batch_size: {c.dro.evaluation_batch_size} is more than data.batch_size = {c.data.batch_size}, "
+                "whose batches dro.evaluate_on=anchors reads the losses off"
+            )
+        if c.dro.apply != "aggregate":
+            out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use sample")
+    for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):
+        if encoder.pretrained is not None and encoder.config is not None:
+            out.append(f"model.{name}.config: contradicts model.{name}.pretrained; give one of them")
+    for path, advice in REFUSED_FRAGMENT_KEYS.items():
+        if get_path(c.deepspeed, path) not in (None, False):
+            out.append(f"deepspeed.{path}: {advice}")
+    stage = get_path(c.deepspeed, "zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
+        out.append(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
+    if get_path(c.deepspeed, "bf16.enabled") and get_path(c.deepspeed, "fp16.enabled"):
+        out.append("deepspeed.fp16.enabled: contradicts deepspeed.bf16.enabled; give one of them")
+    return out

@@ -1,0 +1,142 @@
+"""Loading and cross-checking the config: every problem is found, named by its key, and reported at once.
+
+A config is YAML with `--section.key value` on top. Precedence, low to high: the defaults below, the strategy's
+defaults (`STRATEGY_DEFAULTS`), the YAML file, the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.section import Section
+from feddra_ds.common.tree import get_path, merge
+from feddra_ds.config.checks import contradictions
+from feddra_ds.config.schema import Config
+
+# Config defaults of each strategy; what it *does* differently is in strategies/.
+STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "feddra": {},
+    "fedavg": {
+        "dro": {"radius": 0.0},
+        "objective": {"anchor_weight": 0.0},
+        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
+    },
+    "local": {
+        "dro": {"radius": 0.0},
+        "objective": {"anchor_weight": 0.0},
+        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
+    },
+    "centralized": {
+        "dro": {"radius": 0.0},
+        "objective": {"anchor_weight": 0.0},
+        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
+    },
+}
+
+
+def from_dict(user: dict[str, Any]) -> Config:
+    """Validate a nested dict of what the user gave.
+
+    Raises ConfigError with one line for each problem: unknown keys, bad values and contradictions alike.
+    """
+    strategy = get_path(user, "strategy.name") or "feddra"
+    tree = merge(STRATEGY_DEFAULTS.get(strategy, {}), user)
+    problems: list[str] = []
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            problems.append(f"{key}: {_message(item['type'], item['msg'], key, item['input'])}")
+            _prune(tree, [str(part) for part in item["loc"]])
+        config = Config.model_validate(tree)  # without the bad values, so that contradictions are found as well
+    problems += contradictions(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def load(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a YAML file (or none) and put nested `overrides` on top. Raises ConfigError."""
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError([f"--config: cannot read {path}: {error.strerror}"]) from error
+        except yaml.YAMLError as error:
+            raise ConfigError([f"--config: {path} is not YAML: {' '.join(str(error).split())}"]) from error
+        if not isinstance(tree, dict):
+            raise ConfigError([f"--config: {path} must be sections of keys, got {type(tree).__name__}"])
+    return from_dict(merge(tree, overrides or {}))
+
+
+def dump(config: Config) -> str:
+    """The resolved tree as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def known_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every key of the tree as `section.key` → its pydantic FieldInfo (type, default, description)."""
+    out: dict[str, Any] = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            out |= known_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = info
+    return out
+
+
+def _message(kind: str, text: str, key: str, value: Any) -> str:
+    """What is wrong with `key`, from pydantic's kind of error and its text."""
+    if kind == "extra_forbidden":
+        return (
+            f"unknown section{_or(_close(key, _sections()))}"
+            if isinstance(value, dict)
+            else f"unknown key{_or(_nearest(key))}"
+        )
+    if kind == "model_type":
+        first = next(name for name in known_keys() if name.startswith(f"{key}."))
+        return f"is a section, whose keys are set one by one, such as {first} (got {value!r})"
+    return f"{text.replace('Input should be', 'must be', 1)} (got {value!r})"
+
+
+def _nearest(key: str) -> list[str]:
+    """The known keys that `key` may mean, best first: those of the same last part, else the one most alike."""
+    keys, leaf = list(known_keys()), key.rpartition(".")[2]
+    same = [name for name in keys if name.rpartition(".")[2] == leaf]
+    if same:
+        return sorted(same, key=lambda name: -difflib.SequenceMatcher(None, key, name).ratio())
+    leaves = {name.rpartition(".")[2]: name for name in reversed(keys)}
+    whole, part = _close(key, keys), [leaves[name] for name in _close(leaf, list(leaves))]
+    return whole or part if "." in key else part or whole
+
+
+def _sections() -> list[str]:
+    return sorted({name[:dot] for name in known_keys() for dot in range(len(name)) if name[dot] == "."})
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+
+
+def _or(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names[:3])}?" if names else "; `feddra-ds train --help` lists all keys"
+
+
+def _prune(tree: dict[str, Any], loc: list[str]) -> None:
+    """Remove the deepest dict entry on the way to `loc` (a list's bad item removes the list)."""
+    node: Any = tree
+    for depth, part in enumerate(loc):
+        child = node.get(part) if isinstance(node, dict) else None
+        if depth == len(loc) - 1 or not isinstance(child, dict):
+            if isinstance(node, dict):
+                node.pop(part, None)
+            return
+        node = child

@@ -1,0 +1,67 @@
+"""docs/configuration.md, written from the config classes: `python -m feddra_ds.config.reference > docs/configuration.md`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from feddra_ds.config.checks import REFUSED_FRAGMENT_KEYS
+from feddra_ds.config.load import STRATEGY_DEFAULTS, known_keys
+
+
+def reference() -> str:
+    """The configuration reference as Markdown."""
+    out = [
+        "# Configuration reference",
+        "",
+        "Written from the config classes (`python -m feddra_ds.config.reference > docs/configuration.md`); a test keeps it so.",
+        "YAML sections of keys; `--section.key value` on the command line goes on top; `feddra-ds train --print_config` shows",
+        "the resolved tree. Every problem of a config is reported at once, each with its key, before any process starts.",
+    ]
+    section = None
+    for key, info in known_keys().items():
+        head = key.split(".")[0]
+        if head != section:
+            section = head
+            out += ["", f"## {section}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        default = info.get_default(call_default_factory=True)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        cells = (
+            f"`{key}`",
+            _type(info.annotation) + _bounds(info),
+            f"`{shown}`",
+            " ".join((info.description or "").split()),
+        )
+        out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    out += [
+        "",
+        "## What a strategy presets",
+        "",
+        "Keys that you give override these.",
+        "",
+        "| strategy | presets |",
+        "|---|---|",
+    ]
+    for name, tree in STRATEGY_DEFAULTS.items():
+        presets = ", ".join(f"`{s}.{k} = {v}`" for s, keys in tree.items() for k, v in keys.items())
+        out.append(f"| {name} | {presets or 'the defaults above'} |")
+    out += ["", "## DeepSpeed fragments that are refused", "", "| key | why, and what to do |", "|---|---|"]
+    out += [f"| `deepspeed.{key}` | {advice} |" for key, advice in REFUSED_FRAGMENT_KEYS.items()]
+    return "\n".join(out) + "\n"
+
+
+def _type(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    text = re.sub(r"typing\.|NoneType", lambda m: "null" if m.group() == "NoneType" else "", text)
+    text = re.sub(r"Literal\[(.*?)\]", lambda m: m.group(1).replace("'", "").replace(", ", " | "), text)
+    return text.replace("None", "null")
+
+
+def _bounds(info: Any) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = [f"{sign} {getattr(m, name)}" for m in info.metadata for name, sign in signs.items() if hasattr(m, name)]
+    return f", {', '.join(found)}" if found else ""
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

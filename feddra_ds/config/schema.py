@@ -1,0 +1,253 @@
+"""The sections of the config and their keys: types, bounds, defaults, and what each means.
+
+`config.py` loads, merges and cross-checks them; `feddra-ds train --help` prints them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from feddra_ds.common.section import Section
+
+
+class RunConfig(Section):
+    output_dir: str = "runs/feddra"
+    """Folder of the run: config.yaml, metrics.jsonl, events/, checkpoints/, model/, report.html."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: initial weights, order of samples, augmentation, evaluation samples."""
+    resume: str = "auto"
+    """auto (continue from the newest whole checkpoint in output_dir), never, or the path of a checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA where there is one."""
+    monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(["tensorboard"])
+    """Where DeepSpeed's monitor writes the round's scalars (from the coordinator only), under output_dir/events."""
+
+
+class EncoderConfig(Section):
+    pretrained: str | None = None
+    """A Hugging Face id or a local folder with weights; null builds `config` with random weights."""
+    config: dict[str, Any] | None = None
+    """Keys of the transformers config when pretrained is null, e.g. {model_type: vit, hidden_size: 192, …}."""
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    """One vector of the tokens: auto is the encoder's own habit; mean leaves the start faster from random weights."""
+
+
+class TextEncoderConfig(EncoderConfig):
+    tokenizer: str | None = None
+    """A tokenizer's id or folder; null takes the one beside `pretrained`, else the vocabulary shipped here."""
+
+
+class HeadConfig(Section):
+    kind: Literal["mlp", "linear"] = "mlp"
+    """mlp: Linear-norm-ReLU-Linear (the paper's); linear: one Linear."""
+    hidden_dim: int = Field(2048, ge=1)
+    """Width of the mlp's hidden layer."""
+    norm: Literal["layernorm", "batchnorm", "none"] = "layernorm"
+    """Norm inside the mlp. batchnorm is the release's; its statistics couple samples and are averaged over clients."""
+
+
+class ModelConfig(Section):
+    pretrained: str | None = None
+    """A folder or id of a whole VisionTextDualEncoder/CLIP model, or of a model exported here, to start from."""
+    vision: EncoderConfig = EncoderConfig()
+    text: TextEncoderConfig = TextEncoderConfig()
+    embedding_dim: int = Field(128, ge=1)
+    """D, the size of the shared embedding (the paper's code: 128)."""
+    num_top_blocks: int = Field(1, ge=0)
+    """Top transformer blocks of each encoder that belong to the alignment module (trained in stage 1)."""
+    num_extra_blocks: int = Field(0, ge=0)
+    """Extra transformer blocks put on each encoder for the alignment module (the release's form)."""
+    head: HeadConfig = HeadConfig()
+    activation_checkpointing: bool = False
+    """Keep nothing inside the encoders' blocks for the backward pass, which computes them again: less memory, more time."""
+    adapter: dict[str, Any] | None = None
+    """null, or {type: lora, r: …, alpha: …, target_modules: […], aggregation: factors|product|freeze_a}."""
+
+
+class AugmentConfig(Section):
+    crop_scale: float = Field(0.6, gt=0, le=1)
+    """Smallest area fraction of the random resized crop; 1.0 takes the whole image."""
+    flip: bool = False
+    """Mirror half of the images. Off by default: a mirrored chest has its heart on the wrong side."""
+    brightness: float = Field(0.1, ge=0, lt=1)
+    """Largest relative change of brightness and of contrast."""
+
+
+class StreamingConfig(Section):
+    shuffle_buffer: int = Field(1000, ge=1)
+    """Samples that data.order=streaming mixes at a time, per reader."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Longest time in seconds without a byte from a remote data.root before an attempt is given up."""
+    retries: int = Field(5, ge=0)
+    """Further attempts at a remote file, with doubling pauses."""
+    cache_dir: str | None = None
+    """Where copies of remote shards are kept; null: ~/.cache/feddra_ds."""
+    cache_bytes: int = Field(50 << 30, ge=0)
+    """Most bytes of that cache, per dataset."""
+    allow_pipe: bool = False
+    """Let a `pipe:` data.root run programs on this machine."""
+
+
+class DataConfig(Section):
+    root: str | None = None
+    """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it), or its address."""
+    batch_size: int = Field(72, ge=1)
+    """Pairs in one optimizer step of one client, over all its ranks."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Pairs per rank held with their graph at a time (two-pass gradient caching); null: the rank's whole part."""
+    image_size: int = Field(224, ge=8)
+    """Side in pixels of the square image that the model sees."""
+    text_length: int = Field(112, ge=4)
+    """Tokens per text; longer texts are cut."""
+    order: Literal["exact", "streaming"] = "exact"
+    """exact: a seeded order that knows no ranks, read by offset. streaming: whole shards through a buffer, rank-dependent."""
+    num_workers: int = Field(0, ge=0)
+    """Worker processes that decode, per rank; 0 decodes in a background thread."""
+    prefetch: int = Field(2, ge=1)
+    """Batches decoded ahead, per worker."""
+    streaming: StreamingConfig = StreamingConfig()
+    replay_cache_bytes: int = Field(2 << 30, ge=0)
+    """Host bytes per rank for stage 2's decoded batches, so that the replay decodes once; beyond it, twice."""
+    augment: AugmentConfig = AugmentConfig()
+    verify: bool = False
+    """Check every shard's sha256 against index.json before training."""
+    max_bad_fraction: float = Field(0.05, ge=0, le=1)
+    """The run fails when more than this fraction of a client's samples is unreadable."""
+
+
+class ClientsConfig(Section):
+    ids: list[str] | None = None
+    """Clients to train on, in this order; null takes all under data.root, sorted."""
+    minimum: int = Field(1, ge=1)
+    """The run stops when fewer clients than this give a valid update in a round."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """Longest wait in seconds for another rank or client, after which the wait ends with its name."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["ita"] = "ita"
+    """Local objective: ita is the image-text alignment of equation (1)."""
+    temperature: float = Field(0.07, gt=0)
+    """τ of equation (1), or its initial value when it is learned."""
+    learnable_temperature: bool = False
+    """Train log τ as part of the alignment module."""
+    alignment_weight: float = Field(1.0, gt=0)
+    """λ₁ of equation (3)."""
+    anchor_weight: float = Field(1.0, ge=0)
+    """λ₂ of equation (3), stated for direction_reduction = sum; 0 computes no anchors."""
+    anchors: Literal["replay", "resident"] = "replay"
+    """Stage 2's anchors: replay computes them before the first step, resident keeps a frozen copy of the model."""
+    direction_reduction: Literal["sum", "mean"] = "sum"
+    """Sum (the release) or mean (the CLIP habit) of the two directions; step_size and anchor_weight are rescaled."""
+    impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """Which implementation of the loss runs."""
+
+
+class DroConfig(Section):
+    radius: float = Field(1.0, ge=0)
+    """ρ of equation (4); 0 pins the weights to the centre, (N − 1)/2 and more allows the whole simplex."""
+    step_size: float = Field(0.5, ge=0)
+    """η of equation (4), stated for direction_reduction = sum (the release: 0.01 × 50)."""
+    apply: Literal["aggregate", "loss", "both"] = "aggregate"
+    """Where p acts: the server's average, the client's loss (almost a no-op under Adam), or both."""
+    center: Literal["uniform", "samples"] = "uniform"
+    """Centre c of the ball: 1/N, or each client's share of the training pairs."""
+    fixed_weights: list[float] | None = None
+    """Pins p, one weight per client in the order of the clients; null lets it move."""
+    evaluation_pairs: int = Field(256, ge=1)
+    """Most training pairs per client in the losses that move p; the same number for every client."""
+    evaluation_batch_size: int = Field(32, ge=2)
+    """Batch size of those losses, the same for every client (chance is 2 log of it)."""
+    evaluate_on: Literal["sample", "anchors"] = "sample"
+    """sample: a fixed sample after each round. anchors: read off the next round's stage-1 anchor pass, no extra forward."""
+
+
+class ScheduleConfig(Section):
+    rounds: int = Field(25, ge=1)
+    """Rounds of the run."""
+    stage1_steps: int = Field(20, ge=0)
+    """Local steps of stage 1 (backbone frozen); 0 leaves the stage out."""
+    stage2_steps: int = Field(50, ge=0)
+    """Local steps of stage 2 (everything trains); 0 leaves the stage out."""
+    stage2_start: Literal["client", "global"] = "client"
+    """Stage 2 starts from the client's own aligner (the release), or from the aggregated one."""
+    warmup_rounds: int = Field(0, ge=0)
+    """Rounds of linear learning-rate warm-up."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate over the rounds after the warm-up."""
+    min_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """Fraction of optimizer.lr at which the decay ends."""
+
+
+class StrategyConfig(Section):
+    name: Literal["feddra", "fedavg", "local", "centralized"] = "feddra"
+    """The federated algorithm; it sets defaults of other keys, which keys given by you override."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Local optimizer."""
+    lr: float = Field(2e-5, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging constants."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's ε."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay (not on biases, norms and the temperature)."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """SGD's momentum."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """Steps in a row with a non-finite loss or gradient after which a client's update is excluded."""
+
+
+class TopologyConfig(Section):
+    ranks_per_slot: int | None = Field(None, ge=1)
+    """Ranks of one client slot; null takes as many slots as divide the world, up to one per client."""
+
+
+class AggregateConfig(Section):
+    precision: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """What travels between peers: fp32 or bf16 weights, or blockwise quantised deltas with error feedback."""
+    block_size: int = Field(256, ge=16)
+    """Elements that share one scale in int8 and int4."""
+    after_stage1: bool = True
+    """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(1, ge=1)
+    """Rounds between checkpoints (the last round always has one)."""
+    keep: int = Field(3, ge=0)
+    """Newest checkpoints kept; 0 keeps all."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(1, ge=0)
+    """Rounds between retrieval evaluations on `split`; 0 never (the last round is evaluated otherwise)."""
+    split: str = "val"
+    """Split of the shards that retrieval is measured on."""
+    max_pairs: int = Field(2048, ge=2)
+    """Most pairs per client in the gallery (a fixed, seeded sample)."""
+    batch_size: int = Field(64, ge=1)
+    """Pairs per rank in one evaluation forward."""
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    dro: DroConfig = DroConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: dict[str, Any] = Field({})
+    """A plain DeepSpeed JSON fragment, passed through (zero_optimization, bf16, fp16, …)."""
+    topology: TopologyConfig = TopologyConfig()
+    aggregate: AggregateConfig = AggregateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,0 +1,1 @@
+"""What lies on disk: shards, their index, reading and writing them."""

@@ -1,0 +1,206 @@
+"""The shard contract: WebDataset tars plus an index which lists every sample's place in its tar.
+
+    ROOT/dataset.json                        what the whole is: clients, held-out clients, how it was made
+    ROOT/<client>/index.json                 each shard's bytes and sha256, each sample's key, offsets and text id
+    ROOT/<client>/{train,val,test}-%06d.tar  <key>.{jpg|jpeg|png}, <key>.txt, <key>.json
+
+Samples are read by offset with one `pread` each, so any order costs the same. Only jpg, jpeg, png, txt and json are
+ever decoded: there is no pickle, and no member name chooses code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feddra_ds.common.errors import DataError
+from feddra_ds.common.files import sha256
+from feddra_ds.common.text import listed
+from feddra_ds.data.format.remote import RemoteOptions, Store, is_remote
+from feddra_ds.data.format.samples import Samples
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
+INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
+FORMAT, VERSION = "feddra-shards", 1
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)  # an index is data: it must not name files elsewhere
+
+
+class Dataset:
+    """A folder, or an address, with one folder of shards per client.
+
+    client_ids: those to train on. held_out: those kept for testing transfer. clients: all. info: dataset.json.
+    """
+
+    def __init__(self, root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None):
+        self.options = options or RemoteOptions()
+        self.store = Store(str(root), self.options) if is_remote(root) else None
+        self.root = Path(root) if self.store is None else self.store.folder
+        self.address = str(root)
+        problems, self.info, self.clients = _scan(self.root) if self.store is None else _scan_remote(self.store)
+        if problems:
+            raise DataError(problems)
+        held_out = set(self.info.get("held_out", []))
+        self.held_out = [c for c in self.clients if c in held_out]
+        self.client_ids = list(ids) if ids is not None else [c for c in self.clients if c not in held_out]
+        missing = missing_clients(self.address, self.client_ids, self.clients)
+        if missing:
+            raise DataError(missing)
+        self._indexes: dict[str, dict[str, Any]] = {}
+
+    def index(self, client: str) -> dict[str, Any]:
+        """The client's index.json. Raises DataError when it is missing or broken."""
+        if client not in self._indexes:
+            if self.store is not None:
+                self.store.text(f"{client}/{INDEX_NAME}")
+            self._indexes[client] = _read_json(self.root / client / INDEX_NAME)
+        return self._indexes[client]
+
+    def splits(self, client: str) -> list[str]:
+        """The client's splits, those with samples."""
+        return [name for name, part in self.index(client)["splits"].items() if part["samples"]]
+
+    def num_samples(self, client: str, split: str) -> int:
+        """Pairs of the client in `split`; 0 where it has no such split."""
+        part = self.index(client)["splits"].get(split)
+        return len(part["samples"]) if part else 0
+
+    def samples(self, client: str, split: str) -> Samples:
+        """The client's samples in index order. Raises DataError when the split is missing."""
+        part = self.index(client)["splits"].get(split)
+        if not part or not part["samples"]:
+            have = ", ".join(self.splits(client)) or "nothing"
+            raise DataError(
+                f"{self.address}/{client}/{INDEX_NAME}: client {client} has no {split} split; it has {have}"
+            )
+        rows = part["samples"]
+        place = lambda *names: np.array(
+            [next((row[n] for n in names if n in row), (-1, 0)) for row in rows], dtype=np.int64
+        ).reshape(len(rows), 2)
+        return Samples(
+            store=self.store,
+            client=client,
+            split=split,
+            paths=[self._place(client, shard) for shard in part["shards"]],
+            keys=[row["key"] for row in rows],
+            shard=np.array([row["shard"] for row in rows], dtype=np.int32),
+            image=place(*IMAGE_SUFFIXES),
+            text=place("txt"),
+            info=place("json"),
+            text_ids=np.array([int(row.get("text_id", "0"), 16) for row in rows], dtype=np.int64),
+        )
+
+    def _place(self, client: str, shard: dict[str, Any]) -> str:
+        if self.store is None:
+            return str(self.root / client / shard["file"])
+        return self.store.expect(f"{client}/{shard['file']}", shard["bytes"], shard["sha256"])
+
+    def shards(self, client: str) -> list[tuple[Path, dict[str, Any]]]:
+        """(path, {file, bytes, sha256, samples}) of every shard of the client, over its splits."""
+        parts = self.index(client)["splits"].values()
+        return [(self.root / client / shard["file"], shard) for part in parts for shard in part["shards"]]
+
+    def verify(self, progress: Callable[[str], None] | None = None) -> list[str]:
+        """Compare every shard's sha256 with its index.json; a line for each that differs. Reads everything once."""
+        problems = []
+        for client in self.client_ids:
+            for path, shard in self.shards(client):
+                if progress is not None:
+                    progress(f"{client}/{shard['file']}")
+                try:
+                    found = sha256(path if self.store is None else self.store.local(self._place(client, shard)))
+                except OSError as error:
+                    problems.append(f"{path}: cannot be read: {error.strerror}")
+                    continue
+                except DataError as error:  # a remote shard is checked as it arrives
+                    problems += error.problems
+                    continue
+                if found != shard["sha256"]:
+                    problems.append(f"{path}: sha256 differs from {INDEX_NAME}: the shard was changed or damaged; "
+                                    f"convert {client} again or restore the file")  # fmt: skip
+        return problems
+
+
+def open_dataset(root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None) -> Dataset:
+    """Open the dataset under `root`; `ids` chooses and orders the clients (null: all but the held-out, sorted).
+
+    root: a folder, or an address (https://, s3://, …), whose files are fetched as `options` say.
+    Raises DataError for a missing root, a client that is not there, an index that cannot be read.
+    """
+    return Dataset(root, ids, options)
+
+
+def _scan(root: Path) -> tuple[list[str], dict[str, Any], list[str]]:
+    """(problems, dataset.json or {}, sorted client folders) of a root."""
+    if not root.is_dir():
+        near = difflib.get_close_matches(root.name, _folders(root.parent), n=1) if root.parent.is_dir() else []
+        hint = f"; did you mean {root.parent / near[0]}?" if near else "; `feddra-ds data convert` makes one"
+        return [f"data.root: {root} is not a folder{hint}"], {}, []
+    info: dict[str, Any] = {}
+    if (root / DATASET_NAME).is_file():
+        try:
+            info = _read_json(root / DATASET_NAME)
+        except DataError as error:
+            return error.problems, {}, []
+    clients = [name for name in _folders(root) if (root / name / INDEX_NAME).is_file()]
+    if not clients:
+        tars = sorted(root.glob("*/*.tar"))
+        why = f"no folder under {root} has an {INDEX_NAME}; `feddra-ds data convert` makes them"
+        if tars:
+            why = f"{tars[0].parent} has no {INDEX_NAME}; `feddra-ds data inspect {root} --write-index` makes it"
+        return [f"data.root: {why}"], info, []
+    return [], info, clients
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
+    """The same of an address, by its dataset.json."""
+    try:
+        store.text(DATASET_NAME)
+        info = _read_json(store.folder / DATASET_NAME)
+    except DataError as error:
+        return [f"data.root: {problem}" for problem in error.problems], {}, []
+    clients = sorted({*info.get("clients", []), *info.get("held_out", [])})
+    unsafe = [c for c in clients if not isinstance(c, str) or not re.fullmatch(r"[\w-]+", c, re.ASCII)]
+    if unsafe or not clients:
+        return [f"data.root: {store.address(DATASET_NAME)}: names no clients, or bad ones: {unsafe}"], {}, []
+    return [], info, clients
+
+
+def missing_clients(root: str, wanted: Sequence[str], clients: list[str]) -> list[str]:
+    problems = []
+    for client in wanted:
+        if client not in clients:
+            near = difflib.get_close_matches(client, clients, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            problems.append(f"clients.ids: no client {client} under {root}; {hint}there are: {listed(clients, 20)}")
+    return problems
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}); was it cut off? convert again") from error
+    if not isinstance(content, dict) or (path.name == INDEX_NAME and not _is_index(content)):
+        raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION}; convert again")
+    return content
+
+
+def _is_index(content: dict[str, Any]) -> bool:
+    splits = content.get("splits")
+    if content.get("version") != VERSION or not isinstance(splits, dict):
+        return False
+    if not all(isinstance(part, dict) and {"shards", "samples"} <= set(part) for part in splits.values()):
+        return False
+    return all(_SHARD_NAME.fullmatch(shard["file"]) for part in splits.values() for shard in part["shards"])

@@ -1,0 +1,103 @@
+"""Everything about a dataset that training would trip over, found before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from feddra_ds.common.errors import DataError
+from feddra_ds.common.text import listed
+from feddra_ds.data.format.dataset import DATASET_NAME, INDEX_NAME, Dataset, missing_clients
+from feddra_ds.data.format.remote import RemoteOptions
+
+
+def preflight(
+    root: str | Path | None,
+    ids: Sequence[str] | None,
+    *,
+    batch_size: int,
+    eval_batch_size: int,
+    eval_split: str | None,
+    verify: bool,
+    pooled: bool = False,
+    progress: Callable[[str], None] | None = None,
+    options: RemoteOptions | None = None,
+) -> list[str]:
+    """Everything that training would trip over, a line each, beginning with the config key or the file.
+
+    batch_size, eval_batch_size: data.batch_size and dro.evaluation_batch_size. eval_split: the split that retrieval is
+    measured on, or None when it never is. pooled: the clients' pairs count together (the centralised strategy).
+    Reads files only; needs no process group.
+    """
+    if root is None:
+        return ["data.root: is needed; a folder that `feddra-ds data convert` or `feddra-ds data synth` wrote"]
+    try:
+        whole = Dataset(root, [], options)
+    except DataError as error:
+        return error.problems
+    clients = whole.clients
+    wanted = list(ids) if ids is not None else [c for c in clients if c not in whole.held_out]
+    problems = missing_clients(str(root), wanted, clients)
+    if ids is None:
+        problems += lost_folders(whole)
+    if not wanted:
+        problems.append(f"clients.ids: {root} has no client to train on")
+    counts: dict[str, int] = {}
+    without_split = []
+    for client in (c for c in wanted if c in clients):
+        try:
+            dataset = Dataset(root, [client], options)
+            problems += _shard_problems(dataset, client) if dataset.store is None else []
+            counts[client] = dataset.num_samples(client, "train")
+            if eval_split is not None and not dataset.num_samples(client, eval_split):
+                without_split.append(client)
+            if verify:
+                problems += [p for p in dataset.verify(progress) if p.split(":")[0] not in " ".join(problems)]
+        except DataError as error:
+            problems += error.problems
+    if pooled:
+        counts = {"+".join(counts): sum(counts.values())} if counts else {}
+    small = [client for client, count in counts.items() if count < batch_size]
+    if small:
+        problems.append(f"data.batch_size: fewer train pairs than a batch of {batch_size}: {_with(counts, small)}; "
+                        "lower data.batch_size, or leave them out with clients.ids")  # fmt: skip
+    few = [client for client, count in counts.items() if batch_size <= count < eval_batch_size]
+    if few:
+        problems.append(f"dro.evaluation_batch_size: fewer train pairs than {eval_batch_size}: {_with(counts, few)}; "
+                        f"set it to {min(counts[c] for c in few)} or less")  # fmt: skip
+    if without_split:
+        problems.append(f"evaluation.split: no {eval_split} split: {listed(without_split)}; "
+                        "convert with --val-fraction, or set evaluation.every=0")  # fmt: skip
+    return problems
+
+
+def _with(counts: dict[str, int], clients: Sequence[str]) -> str:
+    return listed([f"{client} ({counts[client]})" for client in clients])
+
+
+def lost_folders(dataset: Dataset) -> list[str]:
+    """A line where dataset.json names clients that have no folder any more."""
+    named = dict.fromkeys([*dataset.info.get("clients", []), *dataset.info.get("held_out", [])])
+    lost = [client for client in named if client not in dataset.clients]
+    if not lost:
+        return []
+    return [
+        f"data.root: {dataset.address}/{DATASET_NAME} names {listed(lost)}, but there is no such folder with an {INDEX_NAME}; "
+        "bring it back, or say with clients.ids who takes part"
+    ]
+
+
+def _shard_problems(dataset: Dataset, client: str) -> list[str]:
+    """A missing, empty or half-written shard, each with its file."""
+    problems = []
+    for path, shard in dataset.shards(client):
+        if not path.is_file():
+            problems.append(f"{path}: is missing, though {INDEX_NAME} lists it with {shard['samples']} samples")
+        elif (size := path.stat().st_size) != shard["bytes"]:
+            state = "is empty" if size == 0 else "was half written or changed"
+            problems.append(
+                f"{path}: {state}: {size} bytes, not {shard['bytes']} as in {INDEX_NAME}; convert {client} again"
+            )
+        elif not shard["samples"]:
+            problems.append(f"{path}: is an empty shard, with no samples; convert {client} again")
+    return problems

@@ -1,0 +1,308 @@
+"""Datasets at an address: shards come through a local cache, with retries, a bound on every wait, and a check.
+
+http(s) goes through the standard library, whose timeouts hold; s3, gs, … through fsspec (each needs its own package);
+`pipe:COMMAND {path}` runs a program and is refused unless the user opts in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from feddra_ds.common.errors import DataError
+from feddra_ds.common.files import sha256
+
+_BLOCK = 1 << 20
+_LONGEST_PAUSE_S = 30.0
+_FINAL_STATUS = frozenset({400, 401, 403, 404, 405, 410})
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """How remote data is fetched, and how streaming shuffles.
+
+    timeout_s: longest time without a byte before an attempt is given up. retries: further attempts, with doubling
+    pauses. cache_dir: where shards are kept (null: ~/.cache/feddra_ds). cache_bytes: most of them, per dataset.
+    allow_pipe: let `pipe:` addresses run programs. shuffle_buffer: samples that streaming mixes at a time.
+    """
+
+    timeout_s: float = 60.0
+    retries: int = 5
+    first_pause_s: float = 0.5
+    cache_dir: str | None = None
+    cache_bytes: int = 50 << 30
+    allow_pipe: bool = False
+    shuffle_buffer: int = 1000
+
+
+class _GiveUp(Exception):
+    """An attempt failed in a way that another attempt cannot mend."""
+
+
+def is_remote(root: str | Path) -> bool:
+    """Whether a data root is an address rather than a folder."""
+    return "://" in str(root) or str(root).startswith("pipe:")
+
+
+@dataclass
+class Store:
+    """A dataset's files at an address, and their copies here. Picklable; safe for many processes at once.
+
+    expected: address → (bytes, sha256) of every file that has to be checked.
+    """
+
+    root: str
+    options: RemoteOptions = RemoteOptions()
+    expected: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.root.startswith("pipe:") and not self.options.allow_pipe:
+            raise DataError(
+                "data.root: pipe: runs a program here; it is refused unless data.streaming.allow_pipe is true"
+            )
+        if self.root.startswith("pipe:") and "{path}" not in self.root:
+            raise DataError("data.root: a pipe: command needs {path} where the file's path under the root goes")
+
+    @property
+    def folder(self) -> Path:
+        """Where the copies are."""
+        base = self.options.cache_dir or str(Path.home() / ".cache" / "feddra_ds")
+        return Path(base) / hashlib.sha256(self.root.encode()).hexdigest()[:16]
+
+    def address(self, relative: str) -> str:
+        """The address of a file under the root."""
+        return self.root.replace("{path}", relative) if "{path}" in self.root else f"{self.root.rstrip('/')}/{relative}"
+
+    def expect(self, relative: str, size: int, sha256: str) -> str:
+        """Remember what a shard must be; returns its address."""
+        address = self.address(relative)
+        self.expected[address] = (size, sha256)
+        return address
+
+    def text(self, relative: str) -> str:
+        """A small text file, fetched afresh. Raises DataError."""
+        path = self.folder / relative
+        self._fetch(self.address(relative), path, None)
+        return path.read_text(encoding="utf-8")
+
+    def copy_of(self, address: str) -> Path:
+        """Where the copy of an expected file is, or will be."""
+        name = hashlib.sha256(address.encode()).hexdigest()[:24]
+        return self.folder / "shards" / f"{name}.tar"
+
+    def local(self, address: str) -> Path:
+        """The local copy of a shard, fetched when it is not here. Raises DataError within a bounded time."""
+        path, expected = self.copy_of(address), self.expected[address]
+        if not _has_size(path, expected[0]):
+            with self._locked(path, address):
+                if not _has_size(path, expected[0]):  # another process may have fetched it meanwhile
+                    self._fetch(address, path, expected)
+                    self._make_room(path)
+        os.utime(path)  # most recently used
+        return path
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path, address: str) -> Iterator[None]:
+        """One process fetches a file; the others wait for it, as long as it might take and no longer."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        patience = 10 * self.options.timeout_s * (self.options.retries + 1)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            end = time.monotonic() + patience
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise DataError(
+                            f"{address}: another process did not finish fetching it in {patience:.0f} s"
+                        ) from None
+                    time.sleep(0.05)
+            yield
+
+    def _fetch(self, address: str, path: Path, expected: tuple[int, str] | None) -> None:
+        attempts, last = self.options.retries + 1, ""
+        start = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(min(_LONGEST_PAUSE_S, self.options.first_pause_s * 2 ** (attempt - 1)))
+            try:
+                _download(address, aside, self.options.timeout_s)
+                if expected is not None:
+                    _check(aside, expected)
+                os.replace(aside, path)
+                return
+            except _GiveUp as error:
+                raise DataError(f"{address}: {error}") from error
+            except (OSError, ValueError, EOFError) as error:
+                last = _reason(error)
+            finally:
+                aside.unlink(missing_ok=True)
+        waited = time.monotonic() - start
+        raise DataError(f"{address}: not fetched in {attempts} attempts and {waited:.0f} s; the last one said: {last}")
+
+    def _make_room(self, keep: Path) -> None:
+        """Drop the copies that were used longest ago. A process that has one open goes on reading it."""
+        copies = []
+        for path in keep.parent.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                copies.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
+            if total <= self.options.cache_bytes:
+                break
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def _check(path: Path, expected: tuple[int, str]) -> None:
+    size, digest = expected
+    if path.stat().st_size != size:
+        raise ValueError(f"{path.stat().st_size} bytes came, index.json says {size}")
+    if sha256(path) != digest:
+        raise ValueError("its sha256 differs from index.json")
+
+
+def _download(address: str, path: Path, timeout_s: float) -> None:
+    """Copy an address to a file. Raises TimeoutError when no byte comes for `timeout_s`, whatever the library does."""
+    last_byte = [time.monotonic()]
+    outcome: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            with _open(address, timeout_s) as source, path.open("wb") as out:
+                while block := source.read(_BLOCK):
+                    last_byte[0] = time.monotonic()
+                    out.write(block)
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, name="feddra-fetch", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(min(0.2, timeout_s))
+        if thread.is_alive() and time.monotonic() - last_byte[0] > timeout_s:
+            raise TimeoutError(f"no byte for {timeout_s:g} s")
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+@contextlib.contextmanager
+def _open(address: str, timeout_s: float) -> Iterator[Any]:
+    if address.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(address, timeout=timeout_s) as response:
+                yield _Whole(response)
+        except urllib.error.HTTPError as error:
+            if error.code in _FINAL_STATUS:
+                raise _GiveUp(f"the server says {error.code} {error.reason}") from error
+            raise
+    elif address.startswith("pipe:"):
+        with _program(shlex.split(address[len("pipe:") :])) as out:
+            yield out
+    else:
+        import fsspec
+
+        try:
+            opened = fsspec.open(address, "rb")
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # the protocol's own package is missing, or nobody knows the protocol
+            raise _GiveUp(str(error)) from error
+        try:
+            with opened as source:
+                yield source
+        except (FileNotFoundError, PermissionError) as error:
+            raise _GiveUp(f"{type(error).__name__}: {error}") from error
+
+
+class _Whole:
+    """A response that raises when the connection ends before the announced length."""
+
+    def __init__(self, response: Any):
+        self.response, self.got = response, 0
+        length = response.headers.get("Content-Length")
+        self.length = None if length is None else int(length)
+
+    def read(self, size: int) -> bytes:
+        block: bytes = self.response.read1(size)
+        self.got += len(block)
+        if not block and self.length is not None and self.got < self.length:
+            raise EOFError(f"the connection ended after {self.got} of {self.length} bytes")
+        return block
+
+
+@contextlib.contextmanager
+def _program(command: list[str]) -> Iterator[IO[bytes]]:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        try:
+            yield child.stdout
+            if child.wait(10):
+                raise OSError(f"{command[0]} ended with status {child.returncode}")
+        finally:
+            child.kill()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server says {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class FetchAhead:
+    """Fetches shards before they are needed, one after the other, in a background thread."""
+
+    def __init__(self, fetch: Callable[[str], object]):
+        self._fetch = fetch
+        self._wanted: list[str] = []
+        self._known: set[str] = set()
+        self._lock = threading.Lock()
+        self._running = False
+
+    def want(self, addresses: list[str]) -> None:
+        """Fetch these next, unless they were asked for lately. Failures are left to the reader, which tries again."""
+        with self._lock:
+            fresh = [address for address in addresses if address not in self._known]
+            self._known = set(addresses)
+            self._wanted = (self._wanted + fresh)[-64:]
+            if self._wanted and not self._running:
+                self._running = True
+                threading.Thread(target=self._work, name="feddra-ahead", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._wanted:
+                    self._running = False
+                    return
+                address = self._wanted.pop(0)
+            with contextlib.suppress(DataError, OSError):
+                self._fetch(address)

@@ -1,0 +1,1 @@
+"""From disk to a batch: order, decoding, workers, a client's data."""

@@ -1,0 +1,185 @@
+"""Batches of one data owner: training batches by position, and fixed evaluation samples.
+
+Legend: B pairs in a client's batch over all its ranks, b this rank's part of it, S side of the image, T tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from feddra_ds.common.errors import DataError
+from feddra_ds.config.schema import DataConfig
+from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.loading.batch import Batch
+from feddra_ds.data.loading.decode import Decoded, Source, Task
+from feddra_ds.data.loading.images import Augment
+from feddra_ds.data.loading.order import Order, Position
+from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.tokens import freeze
+
+
+class ClientData:
+    """One split of one data owner (or of several pooled), as one rank of its slot sees it.
+
+    shard, num_shards: this rank's index and the ranks of its slot; the caller checks that they divide the batch.
+    pool: the decoder to share; without one, this object makes its own.
+
+    Raises DataError for a client without this split, and ValueError for one with fewer training pairs than a batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        client_ids: Sequence[str],
+        split: str,
+        *,
+        config: DataConfig,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        shard: int = 0,
+        num_shards: int = 1,
+        pool: DecodePool | None = None,
+    ):
+        assert config.batch_size % num_shards == 0, (config.batch_size, num_shards)
+        parts = [dataset.samples(client, split) for client in client_ids]
+        name, total = "+".join(client_ids), sum(len(part) for part in parts)
+        tokenizer_json, pad_id = freeze(tokenizer, config.text_length)
+        self.source = Source(
+            name=name,
+            parts=parts,
+            seed=seed,
+            order=Order(seed, name, total, config.batch_size) if split == "train" else None,
+            image_size=config.image_size,
+            augment=Augment(config.augment.crop_scale, config.augment.flip, config.augment.brightness),
+            tokenizer=tokenizer_json,
+            pad_id=pad_id,
+            text_length=config.text_length,
+        )
+        self.num_samples, self.split = total, split
+        self.shard, self.num_shards = shard, num_shards
+        self._part = slice(shard * (config.batch_size // num_shards), (shard + 1) * (config.batch_size // num_shards))
+        self.pool = pool or DecodePool(config.num_workers, config.prefetch)
+        self._mean, self._std = (torch.tensor(list(v)).reshape(3, 1, 1) for v in (image_mean, image_std))
+        self._root = dataset.address
+        self._max_bad_fraction = config.max_bad_fraction
+        self._ahead: dict[Position, Future[Decoded]] = {}
+        self._lock = threading.Lock()
+        self._bad: dict[int, str] = {}
+        self._counted: set[tuple[int, int]] = set()
+        self._skipped: Counter[str] = Counter()
+
+    def batches(self, position: Position, num_steps: int) -> Iterator[Batch]:
+        """This rank's part of the next `num_steps` training batches, augmented.
+
+        A pure function of (seed, client, position): called twice, it gives the same batches, whatever the number of
+        ranks and workers. Raises DataError when too many samples are bad or the loader fails.
+        """
+        positions = (self.advance(position, step) for step in range(num_steps))
+        return self._stream(map(self._training_task, positions), self._take_ahead)
+
+    def prefetch(self, position: Position, num_steps: int) -> None:
+        """Start the first of the batches that `batches(position, …)` will be asked for, while something else runs."""
+        wanted = [self.advance(position, step) for step in range(min(num_steps, self.pool.depth))]
+        for stale in set(self._ahead) - set(wanted):
+            self._ahead.pop(stale).cancel()
+        for place in wanted:
+            if place not in self._ahead:
+                self._ahead[place] = self.pool.submit(self.source, self._training_task(place))
+
+    def advance(self, position: Position, num_steps: int) -> Position:
+        """The position after `num_steps` batches from `position`."""
+        return self._order.advance(position, num_steps)
+
+    def evaluation_size(self, num_pairs: int | None) -> int:
+        """Pairs, over all ranks, that `evaluation_batches(num_pairs, …)` gives."""
+        return self.num_samples if num_pairs is None else min(num_pairs, self.num_samples)
+
+    def evaluation_batches(self, num_pairs: int | None, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        """This rank's contiguous part of a fixed sample of `num_pairs` (None: all), in batches of `batch_size`.
+
+        The sample is drawn without repeats by (seed, client), in the same order for any number of ranks; the parts
+        have ceil(pairs / ranks) pairs, the last ones fewer, perhaps none. No augmentation. A bad sample is replaced by
+        one outside the sample, or, where there is none, by one from another batch, so that sizes never depend on it.
+        """
+        assert seed is None or seed == self.source.seed, "the evaluation sample is drawn by the run's seed"
+        size = self.evaluation_size(num_pairs)
+        per_rank = -(-size // self.num_shards)
+        first, last = min(self.shard * per_rank, size), min((self.shard + 1) * per_rank, size)
+        starts = range(first, last, batch_size)
+        tasks = (Task(s, min(s + batch_size, last), evaluate=(num_pairs, batch_size)) for s in starts)
+        return self._stream(tasks, lambda task: None)
+
+    def take_skipped(self) -> dict[str, int]:
+        """Bad samples met on this rank since the last call, reason → count; one met twice in a replay counts once."""
+        with self._lock:
+            out = dict(sorted(self._skipped.items()))
+            self._skipped.clear()
+            self._counted.clear()
+        return out
+
+    @property
+    def _order(self) -> Order:
+        assert self.source.order is not None, f"split {self.split} has no training order"
+        return self.source.order
+
+    def _training_task(self, position: Position) -> Task:
+        return Task(self._part.start, self._part.stop, position=position)
+
+    def _take_ahead(self, task: Task) -> Future[Decoded] | None:
+        assert task.position is not None
+        return self._ahead.pop(task.position, None)
+
+    def _stream(self, tasks: Iterator[Task], ready: Callable[[Task], Future[Decoded] | None]) -> Iterator[Batch]:
+        """Batches of the tasks in order, `pool.depth` of them in the making."""
+        under_way: deque[tuple[Task, Future[Decoded]]] = deque()
+        try:
+            while True:
+                while len(under_way) < self.pool.depth and (task := next(tasks, None)) is not None:
+                    under_way.append((task, ready(task) or self.pool.submit(self.source, task)))
+                if not under_way:
+                    return
+                task, future = under_way.popleft()
+                decoded = self.pool.wait(future, self.source, task)
+                self._count(decoded)
+                yield self._batch(decoded)
+        finally:
+            for _, future in under_way:
+                future.cancel()
+
+    def _batch(self, decoded: Decoded) -> Batch:
+        return Batch(
+            pixels=torch.from_numpy(decoded.pixels),
+            input_ids=torch.from_numpy(decoded.input_ids),
+            attention_mask=torch.from_numpy(decoded.attention_mask),
+            text_ids=torch.from_numpy(decoded.text_ids),
+            keys=decoded.keys,
+            mean=self._mean,
+            std=self._std,
+        )
+
+    def _count(self, decoded: Decoded) -> None:
+        with self._lock:
+            for epoch, sample, reason in decoded.bad:
+                self._bad[sample] = reason
+                if (epoch, sample) not in self._counted:
+                    self._counted.add((epoch, sample))
+                    self._skipped[reason] += 1
+            found, allowed = len(self._bad), self._max_bad_fraction * self.num_samples
+            if self._max_bad_fraction > 0:
+                allowed = max(allowed, 1)  # one bad picture of a small split is not a broken data set
+            if found > allowed:
+                reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(self._bad.values()).items()))
+                some = ", ".join(self.source.key(sample) for sample in sorted(self._bad)[:3])
+                raise DataError(
+                    f"data.max_bad_fraction: client {self.source.name}: {found} of its {self.num_samples} {self.split} "
+                    f"samples are unreadable ({reasons}), more than {self._max_bad_fraction:.1%}; "
+                    f"e.g. {some} under {self._root}"
+                )

@@ -1,0 +1,222 @@
+"""From a task (which batch, which part of it) to arrays. Runs in the loader's thread or worker; knows no torch.
+
+Legend: b pairs of this rank's part, S side of the image, T tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from feddra_ds.common.errors import DataError
+from feddra_ds.data.format.samples import Samples, text_id
+from feddra_ds.data.loading.images import Augment, BadSample, evaluation_pixels, training_pixels
+from feddra_ds.data.loading.order import EvaluationOrder, Order, Position
+from feddra_ds.data.loading.tokens import pad_batch
+
+_MAX_SUBSTITUTES = 1000
+
+
+@dataclass
+class Source:
+    """One data owner's split (or several pooled), with all that decoding needs. Picklable; sent once to each worker."""
+
+    name: str
+    parts: list[Samples]
+    seed: int
+    order: Order | None
+    image_size: int
+    augment: Augment
+    tokenizer: str
+    pad_id: int
+    text_length: int
+    by_shard: bool = False  # evaluation samples come from few shards (streaming)
+    uid: int = field(default_factory=itertools.count().__next__)
+    _decoder: Decoder | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoder": None}  # each process builds its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, tokenizer=sys.intern(state["tokenizer"]))  # one text for all sources of a worker
+
+    def decode(self, task: Task) -> Decoded:
+        """See `Decoder.decode`."""
+        if self._decoder is None:
+            self._decoder = Decoder(self)
+        return self._decoder.decode(task)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def locate(self, sample: int) -> tuple[Samples, int]:
+        """The part that holds `sample`, and its index there."""
+        for part in self.parts:
+            if sample < len(part):
+                return part, sample
+            sample -= len(part)
+        raise IndexError(sample)
+
+    def shard_of(self) -> np.ndarray:
+        """(n,) int64: each sample's shard, numbered over all parts."""
+        first = np.cumsum([0] + [len(part.paths) for part in self.parts[:-1]])
+        return np.concatenate([part.shard.astype(np.int64) + f for part, f in zip(self.parts, first, strict=True)])
+
+    def shard_path(self, shard: int) -> tuple[Samples, str]:
+        """The part and path (or address) of a shard, numbered as in `shard_of`."""
+        for part in self.parts:
+            if shard < len(part.paths):
+                return part, part.paths[shard]
+            shard -= len(part.paths)
+        raise IndexError(shard)
+
+    def key(self, sample: int) -> str:
+        """The sample's key; with the client before it where several are pooled."""
+        part, index = self.locate(sample)
+        return part.keys[index] if len(self.parts) == 1 else f"{part.client}/{part.keys[index]}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Entries [start, stop) of a training batch (`position`) or of an evaluation sample (`evaluate`: pairs, batch)."""
+
+    start: int
+    stop: int
+    position: Position | None = None
+    evaluate: tuple[int | None, int] | None = None
+
+    def __str__(self) -> str:
+        if self.position is not None:
+            return f"epoch {self.position.epoch} step {self.position.step}"
+        return f"evaluation pairs {self.start} to {self.stop}"
+
+
+@dataclass
+class Decoded:
+    """pixels (b, 3, S, S) uint8; input_ids, attention_mask (b, T) int64; text_ids (b,) int64; keys, b of them.
+
+    bad: (epoch or -1, sample, reason) of every sample that was substituted.
+    """
+
+    pixels: np.ndarray
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    text_ids: np.ndarray
+    keys: list[str]
+    bad: list[tuple[int, int, str]] = field(default_factory=list)
+
+
+_tokenizer = functools.lru_cache(maxsize=2)(Tokenizer.from_str)  # megabytes each, and all sources have the same
+
+
+class Decoder:
+    """Decodes one source's tasks; holds what a process needs to keep between them."""
+
+    def __init__(self, source: Source):
+        self._source = weakref.ref(source)  # the source owns its decoder
+        self.tokenizer = _tokenizer(source.tokenizer)
+        self._evaluations: dict[tuple[int | None, int], EvaluationOrder] = {}
+
+    @property
+    def source(self) -> Source:
+        source = self._source()
+        assert source is not None
+        return source
+
+    def decode(self, task: Task) -> Decoded:
+        """Raises DataError where a shard cannot be opened or no stand-in for a bad sample can be read."""
+        source = self.source
+        pixels = np.empty((task.stop - task.start, 3, source.image_size, source.image_size), dtype=np.uint8)
+        rows, text_ids, keys = [], np.empty(len(pixels), dtype=np.int64), []
+        bad: list[tuple[int, int, str]] = []
+        for number, (epoch, sample, others) in enumerate(self._entries(task)):
+            found, text = self._first_good(pixels[number], epoch, sample, others, bad)
+            rows.append(self.tokenizer.encode(text).ids)
+            text_ids[number] = text_id(text)
+            keys.append(source.key(found))
+        ids, mask = pad_batch(rows, source.pad_id, source.text_length)
+        return Decoded(pixels, ids, mask, text_ids, keys, bad)
+
+    def _entries(self, task: Task) -> Iterator[tuple[int, int, Iterator[int]]]:
+        """(epoch or -1, sample, its stand-ins) of each entry."""
+        slots = range(task.start, task.stop)
+        if task.position is not None:
+            order, position = self.source.order, task.position
+            assert order is not None
+            batch = order.batch(position)[task.start : task.stop].tolist()
+            for slot, (epoch, sample) in zip(slots, batch, strict=True):
+                yield epoch, sample, order.substitutes(position, slot)
+        else:
+            assert task.evaluate is not None
+            if task.evaluate not in self._evaluations:
+                pairs, batch_size = task.evaluate
+                shards = self.source.shard_of() if self.source.by_shard else None
+                self._evaluations[task.evaluate] = EvaluationOrder(
+                    self.source.seed, self.source.name, len(self.source), pairs, batch_size, shards
+                )
+            evaluation = self._evaluations[task.evaluate]
+            for slot in slots:
+                yield -1, int(evaluation.samples[slot]), evaluation.substitutes(slot)
+
+    def _first_good(
+        self, out: np.ndarray, epoch: int, sample: int, others: Iterator[int], bad: list[tuple[int, int, str]]
+    ) -> tuple[int, str]:
+        """Fill `out` (3, S, S) from the first of sample, others that can be read; returns it with its text."""
+        reasons: dict[int, str] = {}
+        while True:
+            if sample not in reasons:
+                try:
+                    text = self._read(out, epoch, sample)
+                    return sample, text
+                except BadSample as error:
+                    reasons[sample] = error.reason
+                    bad.append((epoch, sample, error.reason))
+            following = next(others, None)
+            if following is None or len(reasons) > _MAX_SUBSTITUTES:
+                first, reason = next(iter(reasons.items()))
+                raise DataError(
+                    f"client {self.source.name}: {len(reasons)} samples in a row are unreadable, "
+                    f"the first is {self.source.key(first)} ({reason})"
+                )
+            sample = following
+
+    def _read(self, out: np.ndarray, epoch: int, sample: int) -> str:
+        part, index = self.source.locate(sample)
+        try:
+            text, image = part.read_text(index), part.read_image(index)
+        except EOFError as error:
+            raise BadSample("truncated_shard") from error
+        except OSError as error:
+            path = part.paths[int(part.shard[index])]
+            raise DataError(f"{path}: cannot be read for client {part.client}: {error.strerror}") from error
+        return fill(out, image, text, self.source, epoch, sample)
+
+
+def fill(out: np.ndarray, image: bytes | None, text: bytes | None, source: Source, epoch: int, sample: object) -> str:
+    """Decode one pair: pixels into `out` (3, S, S) uint8, augmented unless epoch is -1; the text is returned.
+
+    Raises BadSample.
+    """
+    if text is None:
+        raise BadSample("missing_text")
+    if image is None:
+        raise BadSample("missing_image")
+    try:
+        decoded = text.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample("corrupt_text") from error
+    if not decoded:
+        raise BadSample("empty_text")
+    if epoch < 0:
+        out[...] = evaluation_pixels(image, source.image_size)
+    else:
+        out[...] = training_pixels(image, source.image_size, source.augment, source.seed, source.name, epoch, sample)
+    return decoded

@@ -1,0 +1,113 @@
+"""Images: encoded bytes → uint8 pixels. The evaluation transform equals transformers' ViT image processor (PIL).
+
+Legend: S side of the square image. Pixels are (3, S, S) uint8; normalising happens in pipeline.Batch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from feddra_ds.data.loading.order import seeded
+
+# Pillow's own threshold for a decompression bomb; a 4,096 × 5,120 mammogram is a quarter of it.
+MAX_PIXELS = 89_478_485
+_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; `reason` is one of REASONS and is what metrics count."""
+
+    def __init__(self, reason: str):
+        assert reason in REASONS, reason
+        self.reason = reason
+        super().__init__(reason)
+
+
+REASONS = (
+    "missing_image",
+    "corrupt_image",
+    "oversized_image",
+    "missing_text",
+    "empty_text",
+    "corrupt_text",
+    "truncated_shard",
+)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training augmentation: smallest crop area (1 = whole image), mirroring, largest relative brightness change."""
+
+    crop_scale: float = 1.0
+    flip: bool = False
+    brightness: float = 0.0
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A lazily opened JPEG or PNG. Raises BadSample (corrupt_image, oversized_image)."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    except Image.DecompressionBombError as error:
+        raise BadSample("oversized_image") from error
+    except Exception as error:  # Pillow raises many types for broken headers, SyntaxError and struct.error among them
+        raise BadSample("corrupt_image") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample("oversized_image")
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB. 16-bit and float grey images are stretched from their own minimum and maximum to 0..255.
+
+    Pillow's own conversion would clip them to white. Raises BadSample for an image that does not decode.
+    """
+    try:
+        if image.mode in _WIDE_MODES:
+            values = np.asarray(image, dtype=np.float64)
+            low, high = float(values.min()), float(values.max())
+            scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+            image = Image.fromarray(scaled.round().astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:
+        raise BadSample("corrupt_image") from error
+
+
+def evaluation_pixels(data: bytes, size: int) -> np.ndarray:
+    """(3, S, S) uint8: RGB, resized to S × S, bilinear with antialiasing. Raises BadSample."""
+    image = to_rgb(open_image(data)).resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def training_pixels(data: bytes, size: int, augment: Augment, *seed: object) -> np.ndarray:
+    """(3, S, S) uint8: a random resized crop, mirror image, brightness and contrast, all set by `seed`.
+
+    Raises BadSample.
+    """
+    draw = np.frombuffer(seeded("augment", *seed), dtype=np.uint64) / 2.0**64  # (8,) uniform in [0, 1)
+    area = augment.crop_scale + (1 - augment.crop_scale) * draw[0]
+    # Within these ratios neither side of the crop exceeds the image's.
+    low, high = math.log(max(3 / 4, area)), math.log(min(4 / 3, 1 / area))
+    ratio = math.exp(low + (high - low) * draw[1])
+    part_w, part_h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+
+    image = open_image(data)
+    if image.format == "JPEG":  # decodes at 1/2, 1/4 or 1/8 where the crop keeps S pixels a side
+        image.draft(None, (math.ceil(size / part_w), math.ceil(size / part_h)))
+    image = to_rgb(image)
+    width, height = image.width * part_w, image.height * part_h
+    left, top = (image.width - width) * draw[2], (image.height - height) * draw[3]
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    if augment.flip and draw[4] < 0.5:
+        pixels = pixels[:, ::-1]
+    if augment.brightness:
+        brightness, contrast = 1 + augment.brightness * (2 * draw[5:7] - 1)
+        centre = pixels.mean()
+        table = brightness * (centre + contrast * (np.arange(256) - centre))
+        pixels = table.round().clip(0, 255).astype(np.uint8)[pixels]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

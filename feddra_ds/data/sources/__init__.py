@@ -1,0 +1,1 @@
+"""From elsewhere to disk: tables, splits, partitions."""

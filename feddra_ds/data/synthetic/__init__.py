@@ -1,0 +1,1 @@
+"""Synthetic hospitals: scenes, their images, their reports."""

@@ -1,0 +1,1 @@
+"""Ranks and messages: who is where, who lives, how they meet. Knows no model."""

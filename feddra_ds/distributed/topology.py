@@ -1,0 +1,200 @@
+"""Which rank is what: the plan (pure), then the process groups and the store behind it (DESIGN 1).
+
+slot: a group of ranks which hosts clients · shard: a rank's index in its slot · peers: ranks of equal shard across
+slots · client: a data owner, simulated on a slot. Each slot is a torch.distributed world of its own, so DeepSpeed
+believes that its client is all there is; slots meet only in the store and in the peer groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from feddra_ds.common.errors import WaitTimeout
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.distributed.plan import Plan
+
+_LONGEST_NAP = 0.25  # seconds between two looks at the store
+_ROLL_CALL_S = 5.0
+
+
+class Topology:
+    """This process's place in the plan: its slot's group (the default process group), its peers and the store."""
+
+    # who and where
+    plan: Plan
+    rank: int
+    slot: int
+    shard: int
+    device: torch.device
+    # how long any wait may last, in seconds
+    timeout_s: float
+    # the slots that still take part, and the peers of this shard in them: None where one slot is left
+    live_slots: tuple[int, ...]
+    peers: dist.ProcessGroup | None
+
+    def __init__(self, plan: Plan, launch: Launch, device: torch.device, timeout_s: float):
+        self.plan, self.rank, self.device, self.timeout_s = plan, launch.rank, device, timeout_s
+        self.slot, self.shard = plan.slot_of(launch.rank), plan.shard_of(launch.rank)
+        timeout = timedelta(seconds=timeout_s)
+        self.store = _meet(launch, timeout)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"slot/{self.slot}", self.store),
+            rank=self.shard,
+            world_size=plan.ranks_per_slot,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        self.live_slots = tuple(range(plan.num_slots))
+        self.peers = self._join_peers(generation=0)
+        self._messages = dist.PrefixStore("message", self.store)
+
+    @property
+    def is_coordinator(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_slot_leader(self) -> bool:
+        return self.shard == 0
+
+    @property
+    def slot_group(self) -> dist.ProcessGroup:
+        """The ranks of this slot."""
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+
+    @property
+    def live_ranks(self) -> list[int]:
+        """Global ranks of the slots that still take part."""
+        return [rank for rank in range(self.plan.world_size) if self.plan.slot_of(rank) in self.live_slots]
+
+    def drop_slots(self, live_slots: Sequence[int], generation: int) -> None:
+        """Go on with these slots only: the peers meet again under a new generation. Every live rank calls it."""
+        self.live_slots = tuple(live_slots)
+        self.peers = self._join_peers(generation)
+
+    def _join_peers(self, generation: int) -> dist.ProcessGroup | None:
+        size = len(self.live_slots)
+        if size == 1:
+            return None
+        store = dist.PrefixStore(f"peer/{generation}/{self.shard}", self.store)
+        timeout = timedelta(seconds=self.timeout_s)
+        rank = self.live_slots.index(self.slot)
+        if self.device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, rank, size, options))
+        return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
+
+    @contextlib.contextmanager
+    def peers_meet(self, place: str) -> Iterator[None]:
+        """Around collectives over the peers: where a peer dies in one, WaitTimeout says which slots no longer answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if not isinstance(error, dist.DistError) and "gloo" not in first:
+                raise
+            traceback.clear_frames(
+                error.__traceback__
+            )  # they hold the group; without it the other peers fail at once too
+            self.peers = None
+            raise WaitTimeout(
+                f"rank {self.rank} lost {self._roll_call(place)} while the peers met for {place}; the same command goes on from "
+                f"the last checkpoint ({first})"
+            ) from None
+
+    def _roll_call(self, place: str) -> str:
+        """Who of the peers does not tell within seconds that this place failed for it too."""
+        key, deadline, silent = f"{place}/failed", time.monotonic() + _ROLL_CALL_S, []
+        with contextlib.suppress(dist.DistNetworkError):  # where the coordinator is gone, the store is
+            self.post(f"{key}/{self.rank}", True)
+        for slot in self.live_slots:
+            who = "the coordinator (rank 0)" if slot == 0 else f"slot {slot}"
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                self.fetch(f"{key}/{self.plan.peers_of(self.shard)[slot]}", sender=who, timeout_s=left)
+            except WaitTimeout:
+                silent.append(who)
+        return ", ".join(silent) or "a peer"
+
+    # Messages: small JSON values by key, read by any number of ranks.
+    def post(self, key: str, value: Any) -> None:
+        """Publish a JSON value under a key."""
+        self._messages.set(key, json.dumps(value))
+
+    def fetch(self, key: str, *, sender: str, timeout_s: float | None = None) -> Any:
+        """Wait for a key and return its value. Raises WaitTimeout, naming `sender`, after timeout_s seconds."""
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        began = time.monotonic()
+        try:
+            while not self._messages.check([key]):
+                waited = time.monotonic() - began
+                if waited >= limit:
+                    raise WaitTimeout(
+                        f"rank {self.rank} waited {limit:.0f} s for {key} from {sender}; is it still running? "
+                        "(clients.timeout_s bounds this wait)"
+                    )
+                time.sleep(min(_LONGEST_NAP, 0.001 + 0.02 * waited))  # short naps, so that Ctrl-C and SIGTERM are heard
+            return json.loads(self._messages.get(key))
+        except dist.DistNetworkError as error:
+            raise WaitTimeout(
+                f"rank {self.rank} lost the coordinator (rank 0) while it waited for {key}: {error}"
+            ) from None
+
+    def forget(self, key: str) -> None:
+        """Delete a message that every reader has read."""
+        self._messages.delete_key(key)
+
+    def leave_after_reading(self, key: str, live_slots: Sequence[int]) -> None:
+        """Before the run ends early: rank 0, whose store dies with it, waits (a bounded time) until the others know why."""
+        self.post(f"{key}/{self.rank}", True)
+        if not self.is_coordinator:
+            return
+        deadline = time.monotonic() + min(30.0, self.timeout_s)
+        for rank in range(self.plan.world_size):
+            if self.plan.slot_of(rank) in live_slots:
+                with contextlib.suppress(WaitTimeout):  # it will hear that the coordinator is gone
+                    left = max(0.0, deadline - time.monotonic())
+                    self.fetch(f"{key}/{rank}", sender=f"rank {rank}", timeout_s=left)
+
+    def close(self) -> None:
+        """Leave the groups together: rank 0, which serves the store, waits (a bounded time) until the others have left."""
+        self.post(f"done/{self.rank}", True)
+        if self.is_coordinator:
+            for rank in self.live_ranks:
+                self.fetch(f"done/{rank}", sender=f"rank {rank}")
+            self.post("all-done", True)
+        self.fetch("all-done", sender="the coordinator (rank 0)")
+        self.peers = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.post(f"left/{self.rank}", True)
+        if self.is_coordinator:
+            for rank in self.live_ranks:
+                self.fetch(f"left/{rank}", sender=f"rank {rank}", timeout_s=30)
+
+
+def _meet(launch: Launch, timeout: timedelta) -> dist.TCPStore:
+    """The store that rank 0 serves. Raises WaitTimeout where its port is taken, or nobody serves it in time."""
+    place = f"{launch.address}:{launch.port}"
+    try:
+        return dist.TCPStore(
+            launch.address, launch.port, launch.world_size, launch.rank == 0, timeout, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        if launch.rank == 0:
+            todo = "is another job using it? choose another: deepspeed --master_port PORT, or MASTER_PORT"
+            raise WaitTimeout(f"rank 0 cannot serve the run's store at {place}; {todo}") from error
+        first = str(error).splitlines()[0]
+        raise WaitTimeout(f"rank {launch.rank} cannot reach the coordinator (rank 0) at {place}: {first}") from None

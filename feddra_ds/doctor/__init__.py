@@ -1,0 +1,1 @@
+"""Whether a machine and a config can run a training. Reads, never trains."""

@@ -1,0 +1,242 @@
+"""The one DeepSpeed engine of a rank: build it, step it, read and write its fp32 masters. Only file to import deepspeed.
+
+The model has two parts, `aligner` and `backbone` (the prefixes of its parameter names), which are optimizer groups of
+one engine, built once for the run (DESIGN 3). A part's weights travel as `PartState`: host copies of its slices.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feddra_ds.common.tree import get_path
+from feddra_ds.config.schema import Config
+from feddra_ds.engine.bootstrap import import_deepspeed, launched_as
+from feddra_ds.engine.masters import Fragment, Slice, find_masters, write_frozen
+from feddra_ds.engine.optimizer import (
+    bucket_elements,
+    build_optimizer,
+    parameter_groups,
+    pass_over_frozen_groups,
+    reset_state,
+)
+from feddra_ds.engine.parts import BUFFERS, PARTS, PartState
+from feddra_ds.model.weights.deferred import Weights, lay_out
+from feddra_ds.model.weights.host_memory import returned_when_freed
+
+
+class Engine:
+    """A DeepSpeed engine over a dual encoder, seen as two parts of fp32 slices."""
+
+    module: nn.Module  # the model, with hooks and partitions as its ZeRO stage puts them
+    device: torch.device
+    dtype: torch.dtype  # of the forward
+    num_shards: int  # ranks of the slot
+    num_micro_batches: int  # backward passes of one optimizer step
+
+    @returned_when_freed()
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        device: torch.device,
+        shard: int,
+        num_shards: int,
+        weights: Weights | None = None,
+    ):
+        """Build once per run, collectively over the slot. The model: fp32 on the host, equal on every rank.
+
+        With weights the model is one that `weights.deferred.defer` built: its parameters are partitioned empty, and then come
+        one by one, so that this rank never holds more than its share and one of them.
+        """
+        deepspeed = import_deepspeed(device)
+        self.device, self.shard, self.num_shards = device, shard, num_shards
+        fragment = copy.deepcopy(config.deepspeed)
+        self.dtype = _dtype(fragment)
+        self.zero_stage = int(get_path(fragment, "zero_optimization.stage") or 0)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        per_rank = max(1, config.data.batch_size // num_shards)
+        micro_batch = min(per_rank, config.data.micro_batch_size or per_rank)
+        self.num_micro_batches = -(-per_rank // micro_batch)
+        if self.zero_stage > 0:
+            num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            fragment["zero_optimization"]["reduce_bucket_size"] = bucket_elements(fragment, num_trained)
+        fragment |= {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": self.num_micro_batches,
+            "gradient_clipping": fragment.get("gradient_clipping", 0.0),  # DeepSpeed's own default is 1.0
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        with launched_as(shard, num_shards):
+            if weights is not None:
+                self._lay_out(model, weights, fragment)
+                initial = {}
+            else:
+                initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            groups = parameter_groups(model, config.optimizer.weight_decay)
+            self._group_parts = [group["part"] for group in groups]
+            self._ds, _, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=pass_over_frozen_groups(build_optimizer(groups, config, fragment)),
+                config=fragment,
+                dist_init_required=False,
+            )
+        self.module = self._ds.module
+        masters = find_masters(self._ds, self.module, shard, num_shards)
+        self._refresh = masters.refresh
+        self._slices: dict[str, list[Slice]] = {
+            part: [s for s in masters.slices if self._group_parts[s.group] == part] for part in PARTS
+        }
+        # The cast to bf16 rounded the masters, and some optimizers take a step at construction: write what was meant.
+        if weights is not None:
+            self._fill(weights)
+        else:
+            self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
+        self.reset_optimizer()
+
+    def _lay_out(self, model: nn.Module, weights: Weights, fragment: dict[str, Any]) -> None:
+        """Give a model of the meta device parameters without content: partitions of them with ZeRO 3."""
+        partition = self._partitioner(fragment) if self.zero_stage == 3 else None
+
+        def make(parameter: nn.Parameter) -> nn.Parameter:
+            # zeros: memory that nobody has written to yet costs the host nothing
+            blank = torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
+            made = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+            if partition is not None:
+                partition(made)
+            return made
+
+        lay_out(model, weights, make, self.device)
+
+    def _partitioner(self, fragment: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+        import deepspeed
+
+        # zero.Init reads its options, and swaps torch's linear for one that keeps no gathered weight, for any module
+        context = deepspeed.zero.Init(module=nn.Module(), dtype=self.dtype, config_dict_or_path=fragment)
+
+        def partition(parameter: nn.Parameter) -> None:
+            context._convert_to_deepspeed_param(parameter)
+            parameter.partition()  # type: ignore[attr-defined]
+
+        return partition
+
+    def _fill(self, weights: Weights) -> None:
+        """Write the weights one by one: into the masters, or where they are frozen into what the forward uses."""
+        views: dict[str, list[tuple[Fragment, Tensor]]] = {}
+        for part in PARTS:
+            for fragment, view in self.views(part):
+                views.setdefault(fragment.name, []).append((fragment, view))
+        frozen = {name: p for name, p in self.module.named_parameters() if name in self._frozen}
+        with torch.no_grad():
+            for name, value in weights.stream(self.shapes):
+                flat = value.view(-1)
+                for fragment, view in views.get(name, ()):
+                    view.copy_(flat[fragment.start : fragment.start + fragment.length])
+                if name in frozen:
+                    write_frozen(frozen[name], flat, self.shard)
+        weights.leave_generator()
+        self._refresh()
+
+    # ---- training
+    def __call__(self, **batch: Any) -> Any:
+        return self._ds(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a loss whose gradients are this rank's, and this micro-batch's, additive share."""
+        # DeepSpeed averages over ranks and micro-batches; the shares must be summed
+        self._ds.backward(loss * (self.num_shards * self.num_micro_batches))
+
+    def step(self) -> None:
+        self._ds.step()
+
+    def train(self, mode: bool = True) -> None:
+        self._ds.train(mode)
+
+    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
+        """Learning rate of each part; 0 freezes it to the bit, weight decay included."""
+        for group, part in zip(self._ds.optimizer.param_groups, self._group_parts, strict=True):
+            group["lr"] = rates[part]
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments and step counts, as at the start of each stage (ALGORITHM 6)."""
+        reset_state(self._ds)
+
+    # ---- weights
+    def slices(self, part: str) -> list[Tensor]:
+        """The live fp32 masters of a part on this rank, flat, padding included; peers hold the same elements.
+
+        `buffers` gives the model's persistent buffers, each flat, in their own dtypes.
+        """
+        if part == BUFFERS:
+            return [buffer.view(-1) for buffer in self.buffers().values()]
+        return [s.tensor.view(-1) for s in self._slices[part]]
+
+    def snapshot(self, part: str) -> PartState:
+        """Host copies of a part's slices."""
+        return [s.detach().to("cpu", copy=True) for s in self.slices(part)]
+
+    def write(self, states: Mapping[str, Sequence[Tensor]]) -> None:
+        """Write parts into the masters and make the next forward use them. Collective over the slot for ZeRO 1-3."""
+        with torch.no_grad():
+            for part, tensors in states.items():
+                for live, new in zip(self.slices(part), tensors, strict=True):
+                    live.copy_(new)
+        self._refresh()
+
+    def views(self, part: str) -> Iterator[tuple[Fragment, Tensor]]:
+        """Each fragment of a part with its elements (flat, live, no padding)."""
+        for one in self._slices[part]:
+            yield from one.views()
+
+    def views_of(self, part: str, state: PartState) -> Iterator[tuple[Fragment, Tensor]]:
+        """Each fragment of a part with its elements in a host state of that part."""
+        for one, tensor in zip(self._slices[part], state, strict=True):
+            for fragment in one.fragments:
+                yield fragment, tensor.narrow(0, fragment.offset, fragment.length)
+
+    def load(self, read: Any) -> None:
+        """Write all parts from `read(fragment) -> flat fp32 tensor` and refresh."""
+        with torch.no_grad():
+            for part in PARTS:
+                for fragment, view in self.views(part):
+                    view.copy_(read(fragment))
+        self._refresh()
+
+    # ---- a second look at a part
+    def copy_part(self, part: nn.Module, into: nn.Module) -> None:
+        """Copy a submodule's working weights (gathered where ZeRO 3 partitions them) and buffers into a plain twin."""
+        with self._gathered(part), torch.no_grad():
+            sources = (*part.parameters(), *part.buffers())
+            for target, source in zip((*into.parameters(), *into.buffers()), sources, strict=True):
+                target.copy_(source)
+
+    @contextmanager
+    def _gathered(self, part: nn.Module) -> Iterator[None]:
+        if self.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(part.parameters())):
+            yield
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's persistent buffers by name, live."""
+        persistent = set(self.module.state_dict().keys()) - set(self.shapes)
+        return {name: b for name, b in self.module.named_buffers() if name in persistent}
+
+
+def _dtype(fragment: Mapping[str, Any]) -> torch.dtype:
+    if get_path(dict(fragment), "bf16.enabled"):
+        return torch.bfloat16
+    if get_path(dict(fragment), "fp16.enabled"):
+        return torch.float16
+    return torch.float32

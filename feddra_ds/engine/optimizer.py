@@ -1,0 +1,81 @@
+"""The local optimizer: parameter groups by part, and what makes a stage cheap and its start fresh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feddra_ds.common.tree import get_path
+from feddra_ds.config.schema import Config
+from feddra_ds.engine.build_locks import stale_locks
+from feddra_ds.engine.parts import PARTS
+
+
+def pass_over_frozen_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Make the optimizer's step leave out groups whose learning rate is 0, instead of reading and writing all of them.
+
+    Every ZeRO stage and precision ends in this inner `step`, so stage 1 pays for the aligner's masters alone.
+    """
+    whole_step = optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group for group in groups if group["lr"] != 0]
+        try:
+            return whole_step(*args, **kwargs) if optimizer.param_groups else None
+        finally:
+            optimizer.param_groups = groups
+
+    optimizer.step = step  # type: ignore[method-assign]
+    return optimizer
+
+
+def reset_state(engine: Any) -> None:
+    """Make the optimizer as new: every state tensor and step count to zero, in place (DeepSpeed linked them once)."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for state in inner.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif key == "step":
+                state[key] = 0
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature)."""
+    decays = set(model.decay_parameter_names())  # type: ignore[operator]
+    groups = []
+    for part in PARTS:
+        named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
+        for decay in (True, False) if weight_decay > 0 else (None,):
+            parameters = [p for n, p in named if decay is None or (n in decays) == decay]
+            if parameters:
+                groups.append({"params": parameters, "part": part, "weight_decay": weight_decay if decay else 0.0})
+    return groups
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: Config, fragment: dict[str, Any]) -> torch.optim.Optimizer:
+    """The local optimizer over parameter groups; DeepSpeed's CPUAdam where the optimizer is offloaded."""
+    options = config.optimizer
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    if get_path(fragment, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        if locks := stale_locks():
+            raise RuntimeError(
+                f"{locks[0]} was left by a build that was killed, and building DeepSpeed's CPU Adam would wait for it for "
+                "ever; remove it"
+            )
+
+        return DeepSpeedCPUAdam(groups, lr=options.lr, betas=options.betas, eps=options.eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+
+
+def bucket_elements(fragment: Mapping[str, Any], num_trained: int) -> int:
+    """Elements of ZeRO's flat gradient buffer: DeepSpeed reserves 5e8 whatever the model; never more than it can fill."""
+    asked = get_path(dict(fragment), "zero_optimization.reduce_bucket_size")
+    return min(num_trained, int(float(5e8 if asked is None else asked)))

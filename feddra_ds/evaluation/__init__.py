@@ -1,0 +1,1 @@
+"""Trained models at work: retrieval, zero-shot, probes. No engine, no ranks."""

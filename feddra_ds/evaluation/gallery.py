@@ -1,0 +1,198 @@
+"""Trained models at work outside a run: open them, embed a split of a dataset. No engine, no ranks, no DeepSpeed.
+
+Legend: n pairs, D embedding size, H width of the vision encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from feddra_ds.common.console import track
+from feddra_ds.config.schema import AugmentConfig, DataConfig
+from feddra_ds.data.format.dataset import Dataset, open_dataset
+from feddra_ds.data.format.samples import Samples
+from feddra_ds.data.loading.client_data import ClientData
+from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.evaluation.models import Models
+from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.processor import DualEncoderProcessor
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """An embedded split of one client, in a seeded order: (n, D) fp32 unit-norm embeddings, (n,) int64 text ids.
+
+    features: (n, H) fp32 image features before the head, or (n, 0) where they were not asked for. infos: the pairs'
+    json members. skipped: reason → number of unreadable pairs, which are left out.
+    """
+
+    client: str
+    split: str
+    image: NDArray[np.float32]
+    text: NDArray[np.float32]
+    text_ids: NDArray[np.int64]
+    features: NDArray[np.float32]
+    keys: list[str]
+    infos: list[dict[str, Any]]
+    skipped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def groups(self) -> list[str]:
+        """What pairs share that are no independent evidence: the patient where the json names one, else the text."""
+        return [
+            f"{self.client}/{info['patient']}" if info.get("patient") else f"text {text}"
+            for info, text in zip(self.infos, self.text_ids.tolist(), strict=True)
+        ]
+
+
+def open_split(root: str, split: str, clients: Sequence[str] | None, trained: Sequence[str] | None = None) -> Dataset:
+    """The dataset and, as its client_ids, the clients to look at: those named, else those trained on, then the held-out.
+
+    Raises ValueError where none of them has the split.
+    """
+    dataset = open_dataset(root, list(clients) if clients is not None else None)
+    if clients is None:
+        first = list(trained) if trained is not None else dataset.client_ids
+        dataset.client_ids = first + [c for c in dataset.held_out if c not in first]
+    if all(split_of(dataset, client, split) is None for client in dataset.client_ids):
+        have = sorted({name for client in dataset.client_ids for name in dataset.splits(client)})
+        raise ValueError(f"--split: no client under {root} has a {split} split; there are: {', '.join(have) or 'none'}")
+    return dataset
+
+
+def split_of(dataset: Dataset, client: str, split: str) -> str | None:
+    """`split` where the client has it; a held-out client has nothing to keep apart, and may have `test` instead."""
+    names = [split, "test"] if client in dataset.held_out and split == "val" else [split]
+    return next((name for name in names if dataset.num_samples(client, name)), None)
+
+
+def embed_clients(
+    models: Models,
+    dataset: Dataset,
+    clients: Sequence[str],
+    split: str,
+    *,
+    max_pairs: int | None,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    features: bool = False,
+) -> dict[str, Gallery]:
+    """Embed the split (see split_of) of every client that has it; a bar on a terminal.
+
+    Raises DataError where more samples are unreadable than data.max_bad_fraction of the run (0.05 for an export).
+    """
+    max_bad = models.run.get("data.max_bad_fraction") if models.run is not None else None
+    present = {c: name for c in clients if (name := split_of(dataset, c, split)) is not None}
+    out = {}
+    with DecodePool(num_workers) as pool:
+        for client, part in track(present.items(), len(present), f"embedding {split}"):
+            model, processor = models.of(client)
+            settings = DataConfig(
+                root=str(dataset.root),
+                batch_size=1,
+                image_size=processor.image_size,
+                text_length=processor.text_length,
+                num_workers=num_workers,
+                augment=AugmentConfig(),
+                max_bad_fraction=0.05 if max_bad is None else max_bad,
+            )
+            data = ClientData(
+                dataset,
+                [client],
+                part,
+                config=settings,
+                seed=seed,
+                tokenizer=processor.tokenizer,
+                image_mean=processor.image_mean,
+                image_std=processor.image_std,
+                pool=pool,
+            )
+            out[client] = _embed(model, data, dataset, client, part, max_pairs, batch_size, features)
+    return out
+
+
+@torch.no_grad()
+def _embed(
+    model: DualEncoder,
+    data: ClientData,
+    dataset: Dataset,
+    client: str,
+    split: str,
+    max_pairs: int | None,
+    batch_size: int,
+    features: bool,
+) -> Gallery:
+    device = next(model.parameters()).device
+    images, texts, pooled, ids = [], [], [], []
+    keys: list[str] = []
+    with head_inputs(model) as seen:
+        for batch in data.evaluation_batches(max_pairs, batch_size):
+            keys += batch.keys
+            ids.append(batch.text_ids.numpy())
+            moved = batch.to(device)
+            out = model(pixel_values=moved.pixel_values, input_ids=moved.input_ids, attention_mask=moved.attention_mask)
+            images.append(out.image_embeds.cpu().numpy())
+            texts.append(out.text_embeds.cpu().numpy())
+            if features:
+                pooled.append(seen.pop().float().cpu().numpy())
+            seen.clear()
+    # A stand-in for an unreadable pair may be a pair that is there already: each counts once.
+    first = np.unique(np.array(keys), return_index=True)[1]
+    first.sort()
+    samples = dataset.samples(client, split)
+    where = {key: index for index, key in enumerate(samples.keys)}
+    kept = [keys[i] for i in first]
+    infos = [_info(samples, where[key]) for key in kept]
+    samples.close()
+    image = np.concatenate(images)[first]
+    return Gallery(
+        client=client,
+        split=split,
+        image=image,
+        text=np.concatenate(texts)[first],
+        text_ids=np.concatenate(ids)[first],
+        features=np.concatenate(pooled)[first] if features else np.zeros((len(image), 0), dtype=np.float32),
+        keys=kept,
+        infos=infos,
+        skipped=data.take_skipped(),
+    )
+
+
+def _info(samples: Samples, index: int) -> dict[str, Any]:
+    """The pair's json member; {} for one that is broken, which is no reason not to measure the pair."""
+    try:
+        info = samples.read_info(index)
+    except (ValueError, EOFError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+@contextmanager
+def head_inputs(model: DualEncoder) -> Iterator[list[torch.Tensor]]:
+    """Collects what goes into the vision head, (B, H), one tensor a forward: the image features that probes use."""
+    seen: list[torch.Tensor] = []
+    hook = model.aligner.vision.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def embed_texts(model: DualEncoder, processor: DualEncoderProcessor, texts: Sequence[str]) -> NDArray[np.float32]:
+    """(len(texts), D) unit-norm embeddings."""
+    device = next(model.parameters()).device
+    inputs = processor(text=list(texts), return_tensors="pt", padding=True)
+    out = model(input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device))
+    return out.text_embeds.cpu().numpy()

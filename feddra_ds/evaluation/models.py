@@ -1,0 +1,112 @@
+"""The trained model or models of a run directory, its model/ or an export, opened on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from feddra_ds.checkpoint.choose import find_newest
+from feddra_ds.checkpoint.format import SHARED
+from feddra_ds.checkpoint.restore import load_checkpoint
+from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.distributed.launch import choose_device
+from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.folder import find_model, load_pretrained
+from feddra_ds.model.processor import DualEncoderProcessor
+from feddra_ds.run.files import RunFiles, is_run, open_run
+
+
+@dataclass
+class Models:
+    """The model of a run or an export; with strategy.name = local, a model per client.
+
+    folders: by client, or "" for the one that all share; exports, or the run's newest checkpoint. run: the run
+    directory, or None for an export.
+    """
+
+    path: Path
+    folders: dict[str, Path]
+    run: RunFiles | None
+    device: torch.device
+    _open: dict[str, tuple[DualEncoder, DualEncoderProcessor]] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Path:
+        """The folder that the model, or the first client's, is read from."""
+        return next(iter(self.folders.values()))
+
+    @property
+    def is_run(self) -> bool:
+        """Whether they were opened by their run's folder."""
+        return self.run is not None and self.run.path == self.path
+
+    @property
+    def round(self) -> int | None:
+        """The round after which a run's model was taken, which is its newest checkpoint's; None for an export."""
+        if not self.is_run or self.run is None:
+            return None
+        kept = self.run.checkpoints
+        return int(kept[-1].name.rpartition("-")[2]) if kept else self.run.rounds_done - 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether all clients are served by one model."""
+        return "" in self.folders
+
+    def of(self, client: str) -> tuple[DualEncoder, DualEncoderProcessor]:
+        """The model (eval mode, on the device) and processor for a client; the last one is kept in memory.
+
+        Raises ValueError where each client has its own model and this one has none.
+        """
+        key = "" if self.shared else client
+        if key not in self.folders:
+            raise ValueError(f"{self.path}: no model of client {client}; there are: {', '.join(sorted(self.folders))}")
+        if key not in self._open:
+            self._open.clear()
+            folder = self.folders[key]
+            is_checkpoint = (folder / "manifest.json").is_file()
+            model, processor = load_checkpoint(folder, key or SHARED) if is_checkpoint else load_pretrained(folder)
+            self._open[key] = (model.to(self.device).eval(), processor)
+        return self._open[key]
+
+    def data_root(self, given: str | None) -> str:
+        """--data, else the run's data.root. Raises ValueError where neither is there."""
+        root = given or (self.run.get("data.root") if self.run is not None else None)
+        if root is None:
+            raise ValueError(f"--data: is needed, because {self.path} is a model without a run's config.yaml")
+        if given is None and not Path(root).is_dir():
+            raise ValueError(f"--data: is needed, because the run's data.root {root} is not here")
+        return str(root)
+
+    def trained_on(self, dataset: Dataset) -> list[str] | None:
+        """The run's clients in its order; None for an export, which does not say."""
+        if self.run is None:
+            return None
+        ids = self.run.get("clients.ids")
+        if ids is None:
+            ids = [c for c in dataset.clients if c not in dataset.held_out]
+        return [c for c in ids if c in dataset.clients]
+
+
+def open_models(path: str | Path, device: str = "auto") -> Models:
+    """The model(s) of a run directory, its model/, or an export; of a run that goes on, those of its newest checkpoint.
+
+    Raises ValueError, one line, where there is none.
+    """
+    root = Path(path).expanduser()
+    where = choose_device(device, 0)
+    if not is_run(root):
+        folder = find_model(root)
+        above = folder.parent if folder.name == "model" else folder.parent.parent
+        return Models(root, {"": folder}, open_run(above) if is_run(above) else None, where)
+    run = open_run(root)
+    newest = find_newest(root)
+    written = max((folder.stat().st_mtime for folder in run.models.values()), default=0.0)
+    if newest is not None and (newest / "manifest.json").stat().st_mtime > written:
+        owners = sorted(p.name for p in (newest / "weights").iterdir())
+        return Models(root, {"" if owner == SHARED else owner: newest for owner in owners}, run, where)
+    if not run.models:
+        raise ValueError(f"{root} has neither a model/ nor a whole checkpoint yet; see `feddra-ds status {root}`")
+    return Models(root, run.models, run, where)

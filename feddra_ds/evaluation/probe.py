@@ -1,0 +1,171 @@
+"""Linear probes: a classifier on frozen image features, on shares of the labels.
+
+Legend: n pairs, F features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feddra_ds.common.console import track
+from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.labels import Task, find_tasks
+from feddra_ds.evaluation.retrieval import POOLED
+from feddra_ds.metrics.classification import measure
+
+
+@dataclass(frozen=True)
+class Side:
+    """Features (n, F) and targets (n,) of one split over several clients; `client` (n,) indexes `clients`."""
+
+    clients: list[str]
+    client: NDArray[np.int64]
+    features: NDArray[np.float32]
+    targets: NDArray[np.int64]
+
+    def of(self, keep: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Features and targets of the labelled pairs where `keep` (n,) is true."""
+        chosen = keep & (self.targets >= 0)
+        return self.features[chosen], self.targets[chosen]
+
+    def is_in(self, clients: Sequence[str]) -> NDArray[np.bool_]:
+        """(n,) whether the pair belongs to one of these clients."""
+        return np.isin(self.client, [self.clients.index(c) for c in clients if c in self.clients])
+
+
+def probe_all(
+    train: dict[str, Gallery],
+    val: dict[str, Gallery],
+    held_out: Sequence[str],
+    keys: Sequence[str] | None,
+    fractions: Sequence[float],
+    *,
+    repeats: int,
+    seed: int,
+    strength: float,
+) -> dict[str, Any]:
+    """Probes of every label, as a JSON-ready dict. Held-out clients are measured on, never trained on."""
+    infos = [[info for gallery in part.values() for info in gallery.infos] for part in (train, val)]
+    tasks, refused = find_tasks([*infos[0], *infos[1]], keys)
+    labels: dict[str, Any] = {}
+    clients = list(dict.fromkeys([*train, *val]))
+    for task in track(tasks, len(tasks), "probing"):
+        sides = [
+            _side(part, targets)
+            for part, targets in zip((train, val), np.split(task.targets, [len(infos[0])]), strict=True)
+        ]
+        probed = _probe(task, sides[0], sides[1], clients, held_out, fractions, repeats, seed, strength)
+        if probed is None:
+            refused[task.name] = "only one of its classes occurs in the training or the measured split"
+        else:
+            labels[task.name] = probed
+    return {"labels": labels, "labels_left_out": refused, "held_out": list(held_out)}
+
+
+def _side(part: dict[str, Gallery], targets: NDArray[np.int64]) -> Side:
+    features = [g.features if g.features.shape[1] else g.image for g in part.values()]
+    owner = np.repeat(np.arange(len(part)), [len(g) for g in part.values()])
+    return Side(list(part), owner, np.concatenate(features), targets)
+
+
+def _probe(
+    task: Task,
+    train: Side,
+    val: Side,
+    clients: Sequence[str],
+    held_out: Sequence[str],
+    fractions: Sequence[float],
+    repeats: int,
+    seed: int,
+    strength: float,
+) -> dict[str, Any] | None:
+    insiders = [c for c in clients if c not in held_out]
+    inside = train.is_in(insiders)
+    if len(np.unique(train.of(inside)[1])) < 2 or len(np.unique(val.of(val.is_in(clients))[1])) < 2:
+        return None
+    out: dict[str, Any] = {
+        "classes": len(task.classes),
+        "train": {c: len(train.of(train.is_in([c]))[1]) for c in clients},
+        "val": {c: len(val.of(val.is_in([c]))[1]) for c in clients},
+        "pooled_probe": {},
+        "own_probe": {},
+    }
+    for fraction in fractions:
+        draws = 1 if fraction >= 1 else repeats
+        pooled: list[dict[str, Any]] = []
+        own: list[dict[str, Any]] = []
+        for draw in range(draws):
+            rng = np.random.default_rng([seed, draw])
+            x, y = _subset(*train.of(inside), fraction, rng)
+            pooled.append(
+                {"labels": len(y)} | _scores(task, x, y, val, {POOLED: insiders} | {c: [c] for c in clients}, strength)
+            )
+            of_own: dict[str, Any] = {}
+            for c in insiders:
+                x, y = _subset(*train.of(train.is_in([c])), fraction, rng)
+                of_own[c] = _scores(task, x, y, val, {c: [c]}, strength)[c] if len(np.unique(y)) > 1 else None
+            own.append(of_own)
+        key = f"{fraction:g}"
+        out["pooled_probe"][key] = {"labels": pooled[0]["labels"]} | {
+            c: _mean([p[c] for p in pooled]) for c in (POOLED, *clients)
+        }
+        out["own_probe"][key] = {c: _mean([o[c] for o in own]) for c in insiders}
+    return out
+
+
+def _subset(
+    features: NDArray[np.float32], targets: NDArray[np.int64], fraction: float, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """A stratified share of the pairs, at least one of each class that occurs."""
+    chosen = []
+    for c in np.unique(targets):
+        members = np.flatnonzero(targets == c)
+        chosen.append(rng.permutation(members)[: max(1, round(fraction * len(members)))])
+    index = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
+    return features[index], targets[index]
+
+
+def _scores(
+    task: Task,
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    val: Side,
+    galleries: dict[str, list[str]],
+    strength: float,
+) -> dict[str, dict[str, float] | None]:
+    """Fit on x (n, F), y (n,) and measure on the val pairs of each group of clients."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000, class_weight="balanced"))
+    model.fit(x.astype(np.float64), y)
+    out: dict[str, dict[str, float] | None] = {}
+    for name, clients in galleries.items():
+        features, targets = val.of(val.is_in(clients))
+        if len(targets) == 0:
+            out[name] = None
+            continue
+        margin = model.decision_function(features.astype(np.float64))
+        margin = np.stack([-margin, margin], axis=1) if margin.ndim == 1 else margin
+        scores = np.full((len(targets), len(task.classes)), margin.min() - 1.0)  # a class never seen comes last
+        scores[:, model.classes_] = margin
+        out[name] = measure(targets, scores)
+    return out
+
+
+def _mean(measured: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+    """Mean and standard deviation over the draws."""
+    known = [m for m in measured if m is not None]
+    if not known:
+        return None
+    out = {}
+    for key in ("auroc", "balanced_accuracy"):
+        out[key] = float(np.mean([m[key] for m in known]))
+        out[f"{key}_sd"] = float(np.std([m[key] for m in known]))
+    return out

@@ -1,0 +1,173 @@
+"""What `evaluate` measures on embedded galleries: retrieval with intervals, its control, zero-shot classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.models import Models
+from feddra_ds.metrics.intervals import bootstrap
+from feddra_ds.metrics.ranking import ranks, recall_table
+
+POOLED = "pooled"
+NUM_SHUFFLES = 20
+ABOVE, BELOW, UNSURE = "above chance", "below chance", "not told apart from chance"
+SURE = 4.0  # standard errors from chance at which a control has failed: it has many galleries and cut-offs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Recall@k of a gallery, the mean of both directions, with an interval and the chance level."""
+
+    k: int
+    recall: float
+    low: float
+    high: float
+    chance: float
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says of chance: ABOVE, BELOW or UNSURE."""
+        return ABOVE if self.low > self.chance + 1e-9 else BELOW if self.high < self.chance - 1e-9 else UNSURE
+
+
+def evaluate(
+    models: Models, galleries: dict[str, Gallery], held_out: Sequence[str], *, draws: int, seed: int, shuffled: bool
+) -> dict[str, Any]:
+    """Retrieval of every client and of the pooled gallery of those that are not held out, as a JSON-ready dict.
+
+    draws: of the intervals. shuffled: the control, every gallery with its texts in NUM_SHUFFLES random orders.
+    """
+    searched = dict(galleries)
+    insiders = [galleries[name] for name in galleries if name not in held_out]
+    if models.shared and len(insiders) > 1:
+        searched[POOLED] = join(insiders)
+    measure = control if shuffled else retrieve
+    found = {name: measure(gallery, draws, seed) for name, gallery in searched.items()}
+    clients = {
+        name: {"held_out": name in held_out, "split": g.split, **found[name].report(), "skipped": g.skipped}
+        for name, g in galleries.items()
+    }
+    names = [name for name in clients if name not in held_out] or list(clients)
+    result = {
+        "shuffled_texts": shuffled,
+        "clients": clients,
+        POOLED: found[POOLED].report() if POOLED in found else None,
+        **across([clients[name] for name in names]),
+        "worst_client": _worst(clients, names),
+    }
+    return result | {"control_at_chance": joint_verdict(result) == UNSURE if shuffled else None}
+
+
+def judged(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The galleries of a result that are held against chance, by client or POOLED: the pooled one, else every client's,
+    and those of the held-out clients."""
+    if not result[POOLED]:
+        return dict(result["clients"])
+    return {POOLED: result[POOLED]} | {name: about for name, about in result["clients"].items() if about["held_out"]}
+
+
+def joint_verdict(result: dict[str, Any]) -> str:
+    """What the judged galleries say together: ABOVE where any of them is at any cut-off, else BELOW where any is."""
+    told = {e["verdict"] for about in judged(result).values() for e in about["intervals"].values()}
+    return next((word for word in (ABOVE, BELOW) if word in told), UNSURE)
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A gallery's recall_table, with an Estimate for each cut-off."""
+
+    table: dict[str, float]
+    estimates: list[Estimate]
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return self.table | {"intervals": {f"recall@{e.k}": asdict(e) | {"verdict": e.verdict} for e in self.estimates}}
+
+
+def retrieve(gallery: Gallery, draws: int, seed: int) -> Retrieved:
+    """Recall with 95 % intervals from `draws` resamplings of whole patients, or of texts."""
+    found = ranks(gallery.image, gallery.text, gallery.text_ids)
+    estimates = []
+    for k in found.cutoffs:
+        hits = found.hits("mean", k)
+        low, high = bootstrap(hits, gallery.groups, draws=draws, seed=seed)
+        estimates.append(Estimate(k, float(hits.mean()), low, high, float(found.chance(k).mean())))
+    return Retrieved(recall_table(found), estimates)
+
+
+def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
+    """The mean recall over NUM_SHUFFLES random pairings of images and texts, and SURE standard errors of it each way.
+
+    A pairing that means nothing is found as often as by chance, unless the measure leaks or the model puts frequent
+    texts first whatever the picture: that is what this looks for. `draws` is not used.
+    """
+    orders = [ranks(g.image, g.text, g.text_ids) for g in (shuffle(gallery, [seed, i]) for i in range(NUM_SHUFFLES))]
+    tables = [recall_table(found) for found in orders]
+    estimates = []
+    for k in orders[0].cutoffs:
+        means = np.array([found.hits("mean", k).mean() for found in orders])
+        mean, error = float(means.mean()), float(means.std(ddof=1)) / NUM_SHUFFLES**0.5
+        estimates.append(Estimate(k, mean, mean - SURE * error, mean + SURE * error, tables[0][f"chance@{k}"]))
+    return Retrieved({key: float(np.mean([t[key] for t in tables])) for key in tables[0]}, estimates)
+
+
+def shuffle(gallery: Gallery, seed: int | Sequence[int]) -> Gallery:
+    """The gallery with its texts in a random order, so that each image stands beside any of them alike."""
+    moved = np.random.default_rng(seed).permutation(len(gallery))
+    return replace(gallery, text=gallery.text[moved], text_ids=gallery.text_ids[moved])
+
+
+def join(galleries: Sequence[Gallery]) -> Gallery:
+    """One gallery of several clients' pairs."""
+    return Gallery(
+        client=POOLED,
+        split=galleries[0].split,
+        **{name: np.concatenate([getattr(g, name) for g in galleries]) for name in ("image", "text", "text_ids")},
+        features=np.concatenate([g.features for g in galleries]),
+        keys=[f"{g.client}/{key}" for g in galleries for key in g.keys],
+        infos=[
+            info | ({"patient": f"{g.client}/{info['patient']}"} if info.get("patient") else {})
+            for g in galleries
+            for info in g.infos
+        ],
+        skipped={},
+    )
+
+
+def across(clients: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """mean, worst (least) and spread (most − least) of every recall and chance, over the clients that have it."""
+    keys = dict.fromkeys(k for c in clients for k in c if "@" in k)
+    columns = {key: [float(c[key]) for c in clients if key in c] for key in keys}
+    recalls = {key: values for key, values in columns.items() if not key.startswith("chance")}
+    return {
+        "mean": {key: float(np.mean(values)) for key, values in columns.items()},
+        "worst": {key: min(values) for key, values in recalls.items()},
+        "spread": {key: max(values) - min(values) for key, values in recalls.items()},
+    }
+
+
+def skill(client: dict[str, Any], k: int = 5) -> float | None:
+    """(recall − chance) / (1 − chance) at k, the mean of both directions: 0 is chance, 1 perfect, whatever the gallery."""
+    if f"chance@{k}" not in client or client[f"chance@{k}"] >= 1:
+        return None
+    recall = (client[f"i2t_recall@{k}"] + client[f"t2i_recall@{k}"]) / 2
+    return float((recall - client[f"chance@{k}"]) / (1 - client[f"chance@{k}"]))
+
+
+def _worst(clients: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    skills = {name: value for name in names if (value := skill(clients[name])) is not None}
+    if not skills:
+        return None
+    worst = min(skills, key=lambda name: skills[name])
+    values = list(skills.values())
+    return {
+        "id": worst,
+        "skill@5": skills[worst],
+        "mean_skill@5": float(np.mean(values)),
+        "spread_skill@5": max(values) - min(values),
+    }

@@ -1,0 +1,1 @@
+"""The server's average as sharded sums over peers."""

@@ -1,0 +1,44 @@
+"""What the server keeps in a checkpoint, and takes back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from feddra_ds.checkpoint.format import SHARED, Files, files_of
+from feddra_ds.checkpoint.load import SavedFragments
+from feddra_ds.checkpoint.write import write_fragments, write_model
+from feddra_ds.common.logs import logger
+from feddra_ds.distributed.topology import Topology
+from feddra_ds.federation.client import Client
+from feddra_ds.federation.server import Server
+
+
+def write_server(partial: Path, server: Server, clients: Iterable[Client], topology: Topology) -> Files:
+    """Write this rank's part of all that the server holds; returns what the manifest will say of it."""
+    written: Files = {}
+    for owner in sorted({server.owner_of(client) for client in clients}):
+        if owner != SHARED or topology.slot == 0:  # every slot holds the shared model
+            written |= write_model(partial, owner, server.engine, server.states[owner])
+    if server.residuals is not None:
+        folder = partial / "residuals" / f"slot-{topology.slot:05d}"
+        written |= write_fragments(folder, partial, server.engine, server.residuals)
+    return written
+
+
+def read_residuals(folder: Path, server: Server, topology: Topology) -> None:
+    """Give a server its slot's share of what rounding had kept when the checkpoint was written.
+
+    Only the sum over slots matters: with other slots than then, the old ones' are added to the new ones' in turn. A
+    checkpoint without any (no delta had travelled rounded) leaves the server's at 0, and says so.
+    """
+    if server.residuals is None:
+        return
+    slots = sorted({Path(file).parts[1] for file in files_of(folder) if file.startswith("residuals/")})
+    if not slots and topology.is_coordinator:
+        logger.warning("%s holds no residuals: what rounding kept from its deltas is dropped", folder)
+    for slot in slots[topology.slot :: topology.plan.num_slots]:
+        saved = SavedFragments(folder, f"residuals/{slot}")
+        for part, state in server.residuals.items():
+            for fragment, owed in server.engine.views_of(part, state):
+                owed += saved.read(fragment)

@@ -1,0 +1,127 @@
+"""The models between stages, as host states of this rank's slices: one shared model, or one per client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from feddra_ds.checkpoint.format import SHARED
+from feddra_ds.common.logs import logger
+from feddra_ds.config.schema import Config
+from feddra_ds.distributed.topology import Topology
+from feddra_ds.engine.engine import Engine
+from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
+from feddra_ds.federation.aggregation.compression import Codec
+from feddra_ds.federation.aggregation.delta import DeltaSum
+from feddra_ds.federation.aggregation.lora_product import ProductSum
+from feddra_ds.federation.aggregation.mean import WeightedSum
+from feddra_ds.federation.client import Client
+from feddra_ds.federation.schedule import Stage
+from feddra_ds.model import lora
+
+
+class Server:
+    """The shared model (φ_g, θ_g): clients start a stage from it, and their average becomes it."""
+
+    codec: Codec | None = None  # of the deltas that travel; None: fp32 weights travel
+    _sum: WeightedSum
+    residuals: ModelState | None = None  # what rounding has kept of this slot's deltas so far (compression.py)
+
+    def __init__(self, engine: Engine, config: Config, topology: Topology):
+        self.engine, self._topology = engine, topology
+        self.states: dict[str, ModelState] = {SHARED: snapshot(engine)}
+        self.num_bytes = 0  # handed to collectives so far
+        if config.aggregate.precision != "fp32":
+            self.codec = Codec(config.aggregate.precision, config.aggregate.block_size)
+            self.residuals = {part: [torch.zeros_like(s) for s in self.states[SHARED][part]] for part in PARTS}
+        adapter = lora.parse(config.model.adapter)
+        self._averages_products = adapter is not None and adapter.aggregation == "product"
+        schedule = config.schedule
+        self._aligners_go_on = (
+            config.aggregate.after_stage1 and schedule.stage1_steps > 0 and schedule.stage2_start == "client"
+        )
+        self._live_slots = topology.live_slots
+        self._owed_at_start: PartState = []  # the aligner's residual before stage 1
+
+    def owner_of(self, client: Client) -> str:
+        """Whose model a client trains: a key of `states`."""
+        return SHARED
+
+    def model_of(self, client: Client) -> ModelState:
+        return self.states[self.owner_of(client)]
+
+    def live(self, stage: Stage) -> dict[str, list[Tensor]]:
+        """The engine's live slices of what a stage averages."""
+        return {part: self.engine.slices(part) for part in (*stage.parts, BUFFERS)}
+
+    def begin(self, stage: Stage) -> None:
+        base = self.states[SHARED]
+        if self._averages_products and stage.trains_backbone:
+            self._sum = ProductSum(self.engine, stage.parts, base)
+            return
+        if self.codec is None or self.residuals is None or (self._topology.peers is None and not self._owes()):
+            self._sum = WeightedSum(self.engine, stage.parts, base)
+            return
+        if self._aligners_go_on and not stage.trains_backbone:
+            self._owed_at_start = [owed.clone() for owed in self.residuals["aligner"]]
+        elif self._aligners_go_on and self._owed_at_start:
+            # the clients went on with their own θ_i, which still hold what rounding kept from stage 1's average
+            self.residuals["aligner"], self._owed_at_start = self._owed_at_start, []
+        self._sum = DeltaSum(self.engine, stage.parts, base, self.codec, self.residuals)
+
+    def _owes(self) -> bool:
+        assert self.residuals is not None
+        return any(bool(owed.any()) for state in self.residuals.values() for owed in state)
+
+    def add(self, client: Client, weight: float, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take the weights of a client that may be averaged: live slices, or a host state."""
+        self._sum.add(weight, state, client.index)
+
+    def finish(self, topology: Topology, total_weight: float) -> None:
+        """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added. Collective over the peers."""
+        if self.residuals is not None and topology.live_slots != self._live_slots:
+            if topology.is_coordinator:
+                lost = sorted(set(self._live_slots) - set(topology.live_slots))
+                logger.warning("slots %s are gone, and with them what rounding kept from their deltas", lost)
+            self._live_slots = topology.live_slots
+        self.states[SHARED].update(self._sum.average(topology, total_weight))
+        self.num_bytes += self._sum.num_bytes
+        del self._sum
+
+    def read_engine(self) -> ModelState:
+        """The engine's weights as a host state."""
+        return snapshot(self.engine)
+
+    def show(self, client: Client) -> None:
+        """Put the model that a client is evaluated with into the engine. Collective over the slot."""
+        self.engine.write(self.model_of(client))
+
+
+class OwnModels(Server):
+    """A model per client, never averaged."""
+
+    def __init__(self, engine: Engine, clients: Iterable[Client]):
+        self.engine = engine
+        self.states = {client.id: snapshot(engine) for client in clients}
+        self.num_bytes = 0
+
+    def owner_of(self, client: Client) -> str:
+        return client.id
+
+    def begin(self, stage: Stage) -> None:
+        self._parts = (*stage.parts, BUFFERS)
+
+    def add(self, client: Client, weight: float, state: Mapping[str, Sequence[Tensor]]) -> None:
+        self.states[client.id].update(
+            {part: [s.detach().to("cpu", copy=True) for s in state[part]] for part in self._parts}
+        )
+
+    def finish(self, topology: Topology, total_weight: float) -> None:
+        pass
+
+
+def snapshot(engine: Engine) -> ModelState:
+    """Host copies of everything that makes the model: both parts and the buffers."""
+    return {part: engine.snapshot(part) for part in (*PARTS, BUFFERS)}

@@ -1,0 +1,107 @@
+"""Losses that move the weights (ALGORITHM 4) and retrieval: embeddings of fixed samples, without augmentation.
+
+n: pairs of the sample · D: embedding size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feddra_ds.config.schema import Config
+from feddra_ds.data.loading.client_data import ClientData
+from feddra_ds.distributed.collectives import gather_uneven
+from feddra_ds.distributed.topology import Topology
+from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.client import Client
+from feddra_ds.federation.step import model_inputs
+from feddra_ds.losses.reference import alignment_with_positives
+from feddra_ds.metrics.ranking import ranks, recall_table
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A whole sample, equal on every rank of the slot: unit-norm (n, D) fp32 embeddings on the host and text ids (n,)."""
+
+    image: Tensor
+    text: Tensor
+    text_ids: Tensor
+    temperature: float
+
+
+def embed(engine: Engine, data: ClientData, num_pairs: int | None, config: Config, topology: Topology) -> Embedded:
+    """Embed a fixed sample of one client with the engine's weights. Collective over the slot.
+
+    Every rank runs the same number of forwards (under ZeRO 3 a forward is a collective), so a rank with fewer pairs
+    repeats its last batch and drops the result.
+    """
+    engine.train(False)
+    per_rank = config.evaluation.batch_size
+    wanted = data.num_samples if num_pairs is None else min(num_pairs, data.num_samples)
+    longest = math.ceil(wanted / topology.plan.ranks_per_slot)
+    num_forwards = math.ceil(longest / per_rank)
+    batches = iter(data.evaluation_batches(num_pairs, per_rank, config.run.seed))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    inputs: dict[str, Tensor] | None = None
+    dim, temperature = config.model.embedding_dim, config.objective.temperature
+    for _ in range(num_forwards):
+        batch = next(batches, None)
+        if batch is not None:
+            inputs = model_inputs(batch, engine)
+        elif inputs is None:  # this rank has no pair at all
+            side = config.data.image_size
+            inputs = {
+                "pixel_values": torch.zeros(1, 3, side, side, device=engine.device, dtype=engine.dtype),
+                "input_ids": torch.zeros(1, 8, dtype=torch.int64, device=engine.device),
+                "attention_mask": torch.ones(1, 8, dtype=torch.int64, device=engine.device),
+            }
+        with torch.no_grad():
+            out = engine(**inputs)
+        dim, temperature = out.image_embeds.shape[1], float(out.temperature)
+        if batch is not None:
+            parts.append((out.image_embeds.float().cpu(), out.text_embeds.float().cpu(), batch.text_ids.cpu()))
+    empty = torch.zeros(0, dim)
+    image, text, ids = (
+        (torch.cat(column) for column in zip(*parts, strict=True))
+        if parts
+        else (empty, empty, torch.zeros(0, dtype=torch.int64))
+    )
+    if topology.plan.ranks_per_slot == 1:
+        return Embedded(image, text, ids, temperature)
+    image, text, ids = (gather_uneven(x.to(engine.device), topology.slot_group).cpu() for x in (image, text, ids))
+    return Embedded(image, text, ids, temperature)
+
+
+def evaluation_size(config: Config, num_samples: list[int]) -> int:
+    """Pairs per client in the losses that move p: the same for all, a multiple of dro.evaluation_batch_size."""
+    batch = config.dro.evaluation_batch_size
+    return min(config.dro.evaluation_pairs, *num_samples) // batch * batch
+
+
+def client_loss(engine: Engine, client: Client, num_pairs: int, config: Config, topology: Topology) -> float:
+    """L_i of equation (4): the mean alignment loss of a fixed sample, at one batch size for every client.
+
+    The anchor term is not part of it. Identical reports count as positives of each other; chance is 2 log B
+    (log B with direction_reduction = mean). Collective over the slot; equal on its ranks.
+    """
+    sample = embed(engine, client.data, num_pairs, config, topology)
+    batch = config.dro.evaluation_batch_size
+    losses = [
+        alignment_with_positives(
+            sample.image[i : i + batch],
+            sample.text[i : i + batch],
+            sample.text_ids[i : i + batch],
+            sample.temperature,
+            config.objective.direction_reduction,
+        )
+        for i in range(0, num_pairs, batch)
+    ]
+    return float(torch.cat(losses).double().mean())
+
+
+def retrieval(sample: Embedded) -> dict[str, float]:
+    """Recall@k both ways beside its chance level, identical reports counted as positives: `ranking.recall_table`."""
+    return recall_table(ranks(sample.image.numpy(), sample.text.numpy(), sample.text_ids.numpy()))

@@ -1,0 +1,160 @@
+"""The loss over a group of ranks: each rank's images meet the texts of all of them, and nobody else's.
+
+A rank computes its own rows of S, one B × (W·B) panel; what its columns lack is merged from the other ranks. So each
+entry of S is computed once in the group, forward and backward.
+    Gather  every rank holds all texts (W·B × D); the text gradients come home by a reduce-scatter.
+    Ring    texts travel round the ring, their column statistics and gradients with them; never more than two
+            ranks' texts are held.
+Both hide the transfer behind a block's arithmetic. The ranks call forward and backward alike, or they wait for each
+other until the group's timeout.
+
+Shape letters: B pairs on each rank, W ranks, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from feddra_ds.distributed.collectives import (
+    Group,
+    RingShift,
+    all_max,
+    all_sum,
+    group_rank,
+    group_size,
+    start_gather,
+    start_reduce_scatter,
+)
+from feddra_ds.losses.chunked import empty_stat, merge
+from feddra_ds.losses.core import Columns, Spec
+from feddra_ds.losses.types import Kind
+
+
+def merge_over_ranks(stat: Tensor, kind: Kind, group: Group) -> Tensor:
+    """The statistics of all ranks' rows from each rank's."""
+    if kind == "siglip":
+        return all_sum(stat, group)
+    top = all_max(stat, group)
+    top = top.masked_fill(top == -torch.inf, 0)  # no entries at all
+    return top + all_sum((stat - top).exp(), group).log()
+
+
+class Gather:
+    """All texts on every rank."""
+
+    def __init__(self, group: Group):
+        self.group: Group = group
+
+    def _others(self, rows: int) -> list[slice]:
+        """The columns of the ranks before and after this one."""
+        rank, size = group_rank(self.group), group_size(self.group)
+        return [s for s in (slice(0, rank * rows), slice((rank + 1) * rows, size * rows)) if s.stop > s.start]
+
+    def stats(
+        self, spec: Spec, x: Tensor, rx: Tensor, own: Columns, scale: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        ry_all, ry_work = start_gather(own.ry, self.group)
+        y_all, y_work = start_gather(own.y, self.group)
+        rows, rank = len(x), group_rank(self.group)
+        mine = slice(rank * rows, (rank + 1) * rows)
+        row, own_col, diag = spec.tiles.block_stats(x, own.y, rx, own.ry, scale, bias, True, spec.kind)
+        ry_work.wait()
+        y_work.wait()
+        col_all = torch.empty_like(ry_all)
+        col_all[mine] = own_col
+        for k in self._others(rows):
+            more, col_all[k], _ = spec.tiles.block_stats(x, y_all[k], rx, ry_all[k], scale, bias, False, spec.kind)
+            row = merge(row, more, spec.kind)
+        col_all = merge_over_ranks(col_all, spec.kind, self.group)
+        return row, col_all[mine].clone(), diag, (y_all, ry_all)
+
+    def grads(
+        self,
+        spec: Spec,
+        x: Tensor,
+        rx: Tensor,
+        own: Columns,
+        row: Tensor,
+        col: Tensor,
+        coef: Tensor,
+        diagonal: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        kept: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y_all, ry_all = kept
+        per_column, work = start_gather(torch.stack([col, coef], 1), self.group)
+        work.wait()
+        col_all, coef_all = per_column.T.contiguous()
+        du = torch.zeros(x.shape, dtype=rx.dtype, device=x.device)
+        dv_all = torch.zeros(y_all.shape, dtype=rx.dtype, device=x.device)
+        sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
+        for k in self._others(len(x)):
+            columns = (y_all[k], rx, ry_all[k], row, col_all[k], coef, coef_all[k])
+            sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, None, spec.kind, du, dv_all[k]))
+        dv, work = start_reduce_scatter(dv_all, self.group)  # what the other ranks' rows give to these columns
+        dv_own = torch.zeros_like(du)
+        columns = (own.y, rx, own.ry, row, col, coef, coef)
+        sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, diagonal, spec.kind, du, dv_own))
+        work.wait()
+        return du, dv.add_(dv_own), sums[0], sums[1]
+
+
+class Ring:
+    """Texts travel; memory does not grow with the ranks."""
+
+    def __init__(self, group: Group):
+        self.group: Group = group
+
+    def stats(
+        self, spec: Spec, x: Tensor, rx: Tensor, own: Columns, scale: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        y, ry = own.y.detach(), own.ry
+        row, diag = empty_stat(rx, spec.kind), torch.zeros_like(rx)
+        col = empty_stat(ry, spec.kind)
+        size = group_size(self.group)
+        for step in range(size):
+            ahead = RingShift([y, ry], self.group) if step < size - 1 else None
+            block = spec.tiles.block_stats(x, y, rx, ry, scale, bias, step == 0, spec.kind)
+            row = merge(row, block[0], spec.kind)
+            if step == 0:
+                diag = block[2]
+            (col,) = RingShift([merge(col, block[1], spec.kind)], self.group).wait()
+            if ahead is not None:
+                y, ry = ahead.wait()
+        return row, col, diag, ()  # after W shifts the columns' statistics are home
+
+    def grads(
+        self,
+        spec: Spec,
+        x: Tensor,
+        rx: Tensor,
+        own: Columns,
+        row: Tensor,
+        col: Tensor,
+        coef: Tensor,
+        diagonal: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        kept: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, per_column = own.y.detach(), torch.stack([own.ry, col, coef])
+        du = torch.zeros(x.shape, dtype=rx.dtype, device=x.device)
+        sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
+        arriving: RingShift | None = None
+        size = group_size(self.group)
+        for step in range(size):
+            ahead = RingShift([y, per_column], self.group) if step < size - 1 else None
+            ry, col_k, coef_k = per_column
+            dv = torch.zeros_like(du)
+            on_diagonal = diagonal if step == 0 else None
+            block = (x, y, rx, ry, row, col_k, coef, coef_k, scale, bias, on_diagonal, spec.kind)
+            sums += torch.stack(spec.tiles.block_grads(*block, du, dv))
+            if arriving is not None:
+                dv += arriving.wait()[0]
+            arriving = RingShift([dv], self.group)
+            if ahead is not None:
+                y, per_column = ahead.wait()
+        assert arriving is not None
+        return du, arriving.wait()[0], sums[0], sums[1]

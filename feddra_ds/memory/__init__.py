@@ -1,5 +1,0 @@
-"""How much memory a rank will need, before anything starts: `plan_memory`. See plan.py, and run.py for what is booked."""
-
-from .plan import MemoryPlan, plan_memory
-
-__all__ = ["MemoryPlan", "plan_memory"]

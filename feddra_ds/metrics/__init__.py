@@ -1,0 +1,1 @@
+"""Arrays in, numbers out: ranking, classification, intervals. NumPy and SciPy only."""

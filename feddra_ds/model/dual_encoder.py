@@ -1,0 +1,248 @@
+"""The dual encoder: backbone φ (two encoders without their tops) and alignment module θ, one transformers model.
+
+Single-device code: it knows no ranks. Parameter names start with `backbone.` or `aligner.`; the two are disjoint.
+
+Legend: B batch, C channels, S image side, T tokens, D embedding size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import ModelOutput
+
+from feddra_ds.model import encoders, towers
+from feddra_ds.model.heads import ExtraBlock, Head, Temperature, TowerAligner
+from feddra_ds.model.towers import TowerHidden
+from feddra_ds.model.weights.deferred import recording
+from feddra_ds.model.weights.tape import CannotDefer
+
+SIDES = ("vision", "text")
+_MAX_CHECKED_PARAMETERS = 400_000_000
+
+
+class DualEncoderConfig(PreTrainedConfig):
+    """Everything that rebuilds a DualEncoder; `vision_config` and `text_config` describe the whole encoders."""
+
+    model_type = "feddra_dual_encoder"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    embedding_dim: int = 128
+    num_top_blocks: int = 1
+    num_extra_blocks: int = 0
+    head_kind: str = "mlp"
+    head_hidden_dim: int = 2048
+    head_norm: str = "layernorm"
+    vision_pooling: str = "cls"
+    text_pooling: str = "cls"
+    use_poolers: bool = False
+    temperature: float = 0.07
+    learnable_temperature: bool = False
+    image_size: int = 224
+    text_length: int = 112
+    initializer_range: float = 0.02
+
+
+class Hidden(NamedTuple):
+    """What the backbone hands to an alignment module: one TowerHidden per encoder, None where it did not run.
+
+    Holds all that an aligner needs, so that another one (a frozen copy) can be applied to the same Hidden.
+    """
+
+    vision: TowerHidden | None
+    text: TowerHidden | None
+
+
+@dataclass
+class DualEncoderOutput(ModelOutput):
+    """Output of DualEncoder.forward."""
+
+    image_embeds: Tensor | None = None
+    """(B, D) fp32, unit norm."""
+    text_embeds: Tensor | None = None
+    """(B, D) fp32, unit norm."""
+    temperature: Tensor | None = None
+    """τ: fp32 (1,), with a gradient where it is learned."""
+    hidden: Hidden | None = None
+    """The backbone's output, with return_hidden."""
+
+
+class Backbone(nn.Module):
+    """φ: both encoders without their tops. Children `vision` and `text` are transformers models."""
+
+    def __init__(self, vision: nn.Module, text: nn.Module, layouts: dict[str, towers.Layout]):
+        super().__init__()
+        self.vision, self.text = vision, text
+        self.layouts = layouts
+
+    def forward(self, pixel_values: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None) -> Hidden:
+        vision = text = None
+        if pixel_values is not None:
+            vision = towers.run(self.vision, self.layouts["vision"], None, pixel_values=pixel_values)
+        if input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            text = towers.run(self.text, self.layouts["text"], mask, input_ids=input_ids, attention_mask=mask)
+        return Hidden(vision, text)
+
+
+class Aligner(nn.Module):
+    """θ: Hidden → (image, text) embeddings (B, D), not normalised; owns the temperature."""
+
+    def __init__(self, vision: TowerAligner, text: TowerAligner, temperature: Temperature):
+        super().__init__()
+        self.vision, self.text, self.temperature = vision, text, temperature
+
+    def forward(self, hidden: Hidden) -> tuple[Tensor, Tensor]:
+        image = self.vision(hidden.vision) if hidden.vision is not None else None
+        text = self.text(hidden.text) if hidden.text is not None else None
+        return image, text  # type: ignore[return-value]
+
+
+class DualEncoder(PreTrainedModel):
+    """Backbone and alignment module. Build it with `model.build_model`, or load it with `from_pretrained`."""
+
+    config_class = DualEncoderConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(
+        self, config: DualEncoderConfig, vision: PreTrainedModel | None = None, text: PreTrainedModel | None = None
+    ):
+        super().__init__(config)
+        whole = {
+            "vision": vision if vision is not None else encoders.new_encoder(config.vision_config, "vision"),
+            "text": text if text is not None else encoders.new_encoder(config.text_config, "text"),
+        }
+        layouts, parts = {}, {}
+        for side, encoder in whole.items():
+            key = f"model.{side}"
+            layouts[side] = towers.find_layout(encoder, key)
+            _check_unknown(encoder, layouts[side], config.num_top_blocks, side)
+            parts[side] = self._tower(side, encoder, towers.split(encoder, layouts[side], config.num_top_blocks))
+        self.backbone = Backbone(whole["vision"], whole["text"], layouts)
+        self.aligner = Aligner(
+            parts["vision"], parts["text"], Temperature(config.temperature, config.learnable_temperature)
+        )
+        self.post_init()
+
+    def _tower(self, side: str, encoder: PreTrainedModel, top: towers.Top) -> TowerAligner:
+        c, dim = self.config, encoder.config.hidden_size
+        if c.use_poolers and top.pooler is None and encoder.config.model_type not in POOLED_WITHOUT_POOLER:
+            raise ValueError(f"model.pretrained: its {side} encoder ({encoder.config.model_type}) has no pooler")
+        return TowerAligner(
+            top.blocks,
+            top.norm,
+            top.pooler if c.use_poolers else None,
+            Head(dim, c.embedding_dim, c.head_kind, c.head_hidden_dim, c.head_norm),
+            dim=dim,
+            heads=encoder.config.num_attention_heads,
+            num_extra_blocks=c.num_extra_blocks,
+            pooling=getattr(c, f"{side}_pooling"),
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Encoders initialise what they own; this is called for what is outside of them.
+        for side in SIDES:
+            if any(module is m for block in getattr(self.aligner, side).blocks for m in block.modules()):
+                getattr(self.backbone, side)._init_weights(module)
+                return
+        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, ExtraBlock, Temperature)):
+            module.reset_parameters()
+
+    def encode(
+        self, pixel_values: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None = None
+    ) -> Hidden:
+        """The backbone alone. pixel_values (B, C, S, S), input_ids and attention_mask (B, T); either may be None."""
+        return self.backbone(pixel_values, input_ids, attention_mask)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freeze_backbone: bool = False,
+        return_hidden: bool = False,
+    ) -> DualEncoderOutput:
+        """Embed images (B, C, S, S) and texts (B, T).
+
+        freeze_backbone runs the backbone without gradient and in eval mode: then one backbone pass serves the client
+        and, with return_hidden, the anchor of equation (2).
+        """
+        with _frozen(self.backbone) if freeze_backbone else contextlib.nullcontext():
+            hidden = self.encode(pixel_values, input_ids, attention_mask)
+        image, text = self.aligner(hidden)
+        return DualEncoderOutput(
+            image_embeds=None if image is None else F.normalize(image.float(), dim=-1),
+            text_embeds=None if text is None else F.normalize(text.float(), dim=-1),
+            temperature=self.aligner.temperature(),
+            hidden=hidden if return_hidden else None,
+        )
+
+    def decay_parameter_names(self) -> list[str]:
+        """Names of the parameters that take weight decay: all but biases, norms and the temperature."""
+        out = []
+        for path, module in self.named_modules():
+            if "norm" in type(module).__name__.lower():
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                # ZeRO-3 leaves empty parameters behind, with their shape in ds_shape.
+                if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith("bias"):
+                    out.append(f"{path}.{name}")
+        return out
+
+    def whole_encoder(self, side: str) -> nn.Module:
+        """A copy of the `vision` or `text` encoder with its own blocks and norm put back."""
+        aligner = getattr(self.aligner, side)
+        norm = None if isinstance(aligner.norm, nn.Identity) else aligner.norm
+        top = towers.Top(list(aligner.blocks), norm, aligner.pooler)
+        return towers.merge(getattr(self.backbone, side), self.backbone.layouts[side], top)
+
+
+# Encoders whose pooler_output is the (normed) token that our pooling takes.
+POOLED_WITHOUT_POOLER = frozenset({"clip_vision_model", "clip_text_model", "dinov2"})
+
+
+def _check_unknown(encoder: PreTrainedModel, layout: towers.Layout, num_top_blocks: int, side: str) -> None:
+    """Compare the cut encoder with the whole one where no test does. Skipped on the meta device and for giants."""
+    small = encoders.count_parameters(encoder) <= _MAX_CHECKED_PARAMETERS
+    if encoder.config.model_type in towers.TESTED_TYPES or encoder.device.type == "meta" or not small:
+        return
+    if recording() is not None:
+        raise CannotDefer(f"the cut of a {encoder.config.model_type} encoder has to be tried")
+    blocks = len(list(encoder.get_submodule(layout.blocks).children()))
+    if 0 <= num_top_blocks < blocks:
+        inputs = encoders.probe_inputs(encoder.config, side)
+        towers.check_cut(encoder, layout, num_top_blocks, inputs, f"model.{side}")
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Any:
+    """No gradient, and eval mode (no dropout); the mode is put back afterwards."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def register() -> None:
+    """Make AutoConfig and AutoModel know DualEncoder."""
+    AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
+    AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)

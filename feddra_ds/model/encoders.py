@@ -1,0 +1,288 @@
+"""Transformers encoders from a config or from weights, whole: towers.py cuts them.
+
+Everything a user can get wrong here is a ValueError that starts with the config key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from feddra_ds.config.schema import EncoderConfig
+from feddra_ds.model.weights.deferred import recording
+from feddra_ds.model.weights.pretrained import load_deferred
+
+# Text encoders whose position ids start behind the padding id.
+_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
+_POOLINGS = {"clip_text_model": "last", "siglip_text_model": "mean", "siglip2_text_model": "mean"}
+_CLS_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert", "mpnet"})
+_WITHOUT_AUTO = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}  # halves of a model
+
+
+def local_or_hub(name: str, key: str) -> str:
+    """The model folder that `name` is or, a run's, holds; `name` itself if it could be a hub id. ValueError names `key`."""
+    path = Path(name).expanduser()
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{key}: {name} has no config.json, so it is not a model folder")
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{key}: {name} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{key}: there is no folder {name}")
+    return name
+
+
+def load_config(name: str, key: str) -> PreTrainedConfig:
+    """The transformers config of a folder or hub id. Raises ValueError naming `key`."""
+    source = local_or_hub(name, key)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{key}: {_why(name, error)}") from error
+
+
+def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel:
+    """A transformers model with its weights, fp32, on the CPU. Raises ValueError naming `key`."""
+    source = local_or_hub(name, key)
+    attention = {"attn_implementation": "sdpa"} if _has_sdpa(config) else {}
+    try:
+        with quiet():
+            recorder = recording()
+            if recorder is not None:
+                return load_deferred(recorder, source, config, attention)
+            return AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **attention)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{key}: {_why(name, error)}") from error
+
+
+def _why(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).expanduser().is_dir():
+        return f"cannot load {name}: {first}"
+    return f"{name} is not a folder here and could not be fetched from the Hugging Face hub: {first}"
+
+
+def new_config(section: EncoderConfig, default_type: str, key: str) -> PreTrainedConfig:
+    """A transformers config from `section.config`; keys that are left out take the defaults of its model type."""
+    given = dict(section.config or {})
+    kind = given.pop("model_type", default_type)
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{key}.config.model_type: transformers knows no {kind!r}{hint}")
+    try:
+        config = AutoConfig.for_model(kind, **given)
+    except Exception as error:  # transformers validates with several error classes of its own
+        raise ValueError(f"{key}.config: {' '.join(str(error).split())[:300]}") from error
+    names = set(type(config).default_config_fields()) | set(type(config).attribute_map)
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise ValueError(f"{key}.config: a {kind} config has no {', '.join(unknown)}")
+    return config
+
+
+def set_dropout(config: PreTrainedConfig, value: float, keep: set[str]) -> None:
+    """Set every dropout and drop-path rate but those in `keep`: a run must not depend on how its batch is cut."""
+    for name, old in config.to_dict().items():
+        if "drop" in name and isinstance(old, (int, float)) and not isinstance(old, bool) and name not in keep:
+            setattr(config, name, value)
+
+
+def vision_encoder(section: EncoderConfig, image_size: int, key: str = "model.vision") -> PreTrainedModel:
+    """The image encoder, whole, fp32, for square images of `image_size` pixels. Raises ValueError naming `key`."""
+    if section.pretrained is None:
+        config = new_config(section, "vit", key)
+        given = set(section.config or {})
+        if "image_size" in given and config.image_size != image_size:
+            raise ValueError(f"{key}.config.image_size: {config.image_size} contradicts data.image_size = {image_size}")
+        if hasattr(config, "image_size"):
+            config.image_size = image_size
+        check_patches(config, image_size, f"{key}.config.patch_size")
+        set_dropout(config, 0.0, given)
+        return new_encoder(config, key)
+    encoder = half(section.pretrained, "vision", f"{key}.pretrained")
+    set_dropout(encoder.config, 0.0, set())
+    return resize_images(encoder, image_size, f"{key}.pretrained")
+
+
+def text_encoder(
+    section: EncoderConfig, vocab_size: int, pad_token_id: int, max_text_length: int, key: str = "model.text"
+) -> PreTrainedModel:
+    """The text encoder, whole, fp32, for max_text_length tokens out of vocab_size. Raises ValueError naming `key`."""
+    if section.pretrained is None:
+        config = new_config(section, "bert", key)
+        given = set(section.config or {})
+        config.pad_token_id = pad_token_id
+        positions = max_text_length + (pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0)
+        for name, value in (("vocab_size", vocab_size), ("max_position_embeddings", positions)):
+            if name in given and getattr(config, name) < value:
+                raise ValueError(f"{key}.config.{name}: {getattr(config, name)} is too small, {value} are needed")
+            if name not in given:
+                setattr(config, name, value)
+        set_dropout(config, 0.0, given)
+        config.use_cache = False
+        return new_encoder(config, key)
+    encoder = half(section.pretrained, "text", f"{key}.pretrained")
+    set_dropout(encoder.config, 0.0, set())
+    check_text(encoder.config, vocab_size, max_text_length, f"{key}.pretrained")
+    return encoder
+
+
+def check_text(config: PreTrainedConfig, vocab_size: int, max_text_length: int, key: str) -> None:
+    """Raises ValueError where a text encoder is too small for the tokenizer or the texts."""
+    config.use_cache = False
+    if config.vocab_size < vocab_size:
+        raise ValueError(
+            f"{key}: its {config.vocab_size} tokens are fewer than the tokenizer's {vocab_size}; "
+            "model.text.tokenizer must be the tokenizer that this encoder was trained with"
+        )
+    positions = getattr(config, "max_position_embeddings", max_text_length)
+    if config.model_type in _OFFSET_POSITIONS:
+        positions -= (config.pad_token_id or 0) + 1
+    if positions < max_text_length:
+        raise ValueError(f"data.text_length: {max_text_length} is more than the {positions} tokens that {key} can read")
+
+
+def new_encoder(config: PreTrainedConfig, key: str) -> PreTrainedModel:
+    """An encoder with random weights, fp32, on the current default device. Raises ValueError naming `key`."""
+    attention = {"attn_implementation": "sdpa"} if _has_sdpa(config) else {}
+    build = AutoModel.from_config
+    if config.model_type in _WITHOUT_AUTO:
+        build = getattr(transformers, _WITHOUT_AUTO[config.model_type])._from_config
+    try:
+        return build(config, dtype=torch.float32, **attention)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{key}.config: {' '.join(str(error).split())[:300]}") from error
+
+
+def _has_sdpa(config: PreTrainedConfig) -> bool:
+    return bool(getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", True))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers: every rank would print its own."""
+    was = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def half(name: str, side: str, key: str) -> PreTrainedModel:
+    """An encoder from weights; from a model with both encoders (CLIP, SigLIP, …) its `side`, vision or text."""
+    config = load_config(name, key)
+    model = load_model(name, config, key)
+    part = getattr(model, f"{side}_model", None)
+    if part is not None:
+        return part
+    wanted = "pixel_values" if side == "vision" else "input_ids"
+    if model.main_input_name != wanted:
+        reads = model.main_input_name
+        raise ValueError(f"{key}: {name} is a {config.model_type} model, which reads {reads}, not {wanted}")
+    return model
+
+
+def pooling_of(encoder: PreTrainedModel, side: str) -> str:
+    """cls | mean | last: how the encoder's states become one vector. `last` is for texts read from left to right."""
+    if side == "vision":
+        tokens = ("cls_token", "class_embedding")
+        return "cls" if any(hasattr(m, t) for m in encoder.modules() for t in tokens) else "mean"
+    kind = encoder.config.model_type
+    if kind in _CLS_TYPES and not getattr(encoder.config, "is_decoder", False):
+        return "cls"
+    return _POOLINGS.get(kind) or ("last" if reads_left_to_right(encoder) else "cls")
+
+
+@torch.no_grad()
+def reads_left_to_right(encoder: PreTrainedModel) -> bool:
+    """Whether a text encoder's first state ignores later tokens."""
+    training = encoder.training
+    inputs = probe_inputs(encoder.config, "text", 4)
+    ids, mask = inputs["input_ids"][:1], torch.ones(1, 4, dtype=torch.long)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % encoder.config.vocab_size
+    encoder.eval()
+    states = [encoder(input_ids=i, attention_mask=mask, return_dict=True).last_hidden_state[0, 0] for i in (ids, other)]
+    encoder.train(training)
+    return bool(torch.equal(*states))
+
+
+def check_patches(config: PreTrainedConfig, image_size: int, key: str) -> None:
+    """Raises ValueError unless the patches tile the image."""
+    patch = getattr(config, "patch_size", 1)
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+    if isinstance(patch, int) and patch > 0 and image_size % patch:
+        raise ValueError(f"{key}: {patch} does not divide data.image_size = {image_size}")
+
+
+@torch.no_grad()
+def resize_images(encoder: PreTrainedModel, image_size: int, key: str) -> PreTrainedModel:
+    """The encoder for another image size: position embeddings interpolated (bicubic), all else unchanged.
+
+    Raises ValueError naming `key` where something else depends on the size.
+    """
+    old = getattr(encoder.config, "image_size", image_size)
+    old = old[0] if isinstance(old, (list, tuple)) else old
+    if old == image_size:
+        return encoder
+    check_patches(encoder.config, image_size, key)
+    config = type(encoder.config).from_dict({**encoder.config.to_dict(), "image_size": image_size})
+    config._attn_implementation = encoder.config._attn_implementation
+    resized = type(encoder)(config)
+    target = resized.state_dict()
+    for name, tensor in encoder.state_dict().items():
+        if name not in target:
+            continue  # a part that this size does not have
+        if target[name].shape != tensor.shape:
+            grids = old // config.patch_size, image_size // config.patch_size
+            if "position_embedding" not in name:
+                raise ValueError(f"{key}: {name} depends on the image size {old}; set data.image_size to {old}")
+            tensor = interpolate_positions(tensor, *grids, key=f"{key}: {name}")
+        target[name].copy_(tensor)
+    return resized.eval()
+
+
+def interpolate_positions(table: Tensor, old_grid: int, new_grid: int, key: str) -> Tensor:
+    """Position embeddings (…, prefix + old_grid², H) → (…, prefix + new_grid², H); prefix rows (CLS) are kept."""
+    prefix = table.shape[-2] - old_grid**2
+    if prefix < 0 or table.ndim > 3:
+        raise ValueError(f"{key} does not hold one row per patch, so it cannot be interpolated")
+    rows = table.reshape(-1, table.shape[-1])
+    grid = rows[prefix:].T.reshape(1, -1, old_grid, old_grid).float()
+    grid = F.interpolate(grid, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+    out = torch.cat([rows[:prefix], grid.flatten(2)[0].T.to(rows.dtype)])
+    return out.reshape(*table.shape[:-2], *out.shape)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, partitioned or not."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def probe_inputs(config: Any, side: str, length: int = 6) -> dict[str, Tensor]:
+    """A fixed tiny input of an encoder, for `towers.check_cut`: one image, or three texts with padding."""
+    if side == "vision":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        pixels = torch.linspace(-1, 1, getattr(config, "num_channels", 3) * size * size)
+        return {"pixel_values": pixels.sin().view(1, -1, size, size)}
+    ids = torch.arange(3 * length).view(3, length) % max(2, config.vocab_size - 1)
+    mask = torch.ones_like(ids)
+    mask[1, length - 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}

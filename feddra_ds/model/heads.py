@@ -1,0 +1,147 @@
+"""The alignment module θ: top blocks, extra blocks, pooling, projection heads, temperature.
+
+Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers parameters by hooks on
+those forwards.
+
+Buffers. A BatchNorm head has `running_mean` and `running_var` (floating: the server takes their weighted mean, so the
+averaged variance leaves out the spread between the clients' means) and `num_batches_tracked` (integer: taken from the
+coordinator). It is the release's choice; LayerNorm has no buffers and does not couple the samples of a batch.
+
+Legend: B batch, T tokens or patches, H hidden size, D embedding size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from feddra_ds.model.towers import TowerHidden, call_blocks
+
+MIN_TEMPERATURE = 0.01
+
+
+class Temperature(nn.Module):
+    """τ of equation (1): fixed, or learned as log(τ / τ₀) of shape (1,).
+
+    The parameter starts at 0, where bf16 is dense: log τ itself would round τ by 0.8 %. Below MIN_TEMPERATURE the
+    value is held, with the gradient passed through so that it can come back.
+    """
+
+    def __init__(self, initial: float, learnable: bool):
+        super().__init__()
+        self.initial = float(initial)
+        if learnable:
+            self.log_ratio = nn.Parameter(torch.zeros(1))
+        else:
+            self.register_parameter("log_ratio", None)
+            self.register_buffer("_placed", torch.empty(0), persistent=False)  # moves with the module; holds nothing
+
+    def reset_parameters(self) -> None:
+        if self.log_ratio is not None:
+            nn.init.zeros_(self.log_ratio)
+
+    def forward(self) -> Tensor:
+        """τ as an fp32 tensor (1,), a constant where it is fixed. ZeRO 3 takes nothing but tensors from a module."""
+        if self.log_ratio is None:
+            return torch.full((1,), self.initial, device=self._placed.device)
+        value = self.initial * self.log_ratio.float().exp()
+        return value + (value.clamp(min=MIN_TEMPERATURE) - value).detach()
+
+
+class Head(nn.Module):
+    """Projection (B, H) → (B, D): `linear` is one Linear without bias, `mlp` is Linear-norm-ReLU-Linear."""
+
+    def __init__(self, in_dim: int, out_dim: int, kind: str, hidden_dim: int, norm: str):
+        super().__init__()
+        if kind == "linear":
+            self.layers = nn.Sequential(nn.Linear(in_dim, out_dim, bias=False))
+            return
+        norms: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "batchnorm": nn.BatchNorm1d}
+        middle = [norms[norm](hidden_dim)] if norm in norms else []
+        self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), *middle, nn.ReLU(), nn.Linear(hidden_dim, out_dim))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.layers(pooled)
+
+
+class ExtraBlock(GradientCheckpointingLayer):
+    """A pre-norm transformer block, the release's extra depth on top of an encoder. (B, T, H) → (B, T, H)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        b, t, h = states.shape
+        q, k, v = self.qkv(self.norm1(states)).view(b, t, 3, self.heads, h // self.heads).permute(2, 0, 3, 1, 4)
+        keys = None if mask is None else mask.bool()[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        states = states + self.out(attended.transpose(1, 2).reshape(b, t, h))
+        return states + self.down(F.gelu(self.up(self.norm2(states))))
+
+    def reset_parameters(self) -> None:
+        """Transformers' initialisation: weights normal with standard deviation 0.02, biases 0."""
+        for linear in (self.qkv, self.out, self.up, self.down):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+
+class TowerAligner(nn.Module):
+    """One encoder's part of the alignment module: TowerHidden → (B, D), not normalised."""
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        norm: nn.Module | None,
+        pooler: nn.Module | None,
+        head: Head,
+        *,
+        dim: int,
+        heads: int,
+        num_extra_blocks: int,
+        pooling: str,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm if norm is not None else nn.Identity()
+        self.extra = nn.ModuleList([ExtraBlock(dim, heads) for _ in range(num_extra_blocks)])
+        self.extra_norm = nn.LayerNorm(dim) if num_extra_blocks else nn.Identity()
+        self.pooler = pooler
+        self.head = head
+        self.pooling = pooling
+
+    def forward(self, hidden: TowerHidden) -> Tensor:
+        states = self.norm(call_blocks(list(self.blocks), hidden.states, hidden.calls))
+        for block in self.extra:
+            states = block(states, hidden.mask)
+        states = self.extra_norm(states)
+        pooled = self.pooler(states) if self.pooler is not None else pool(states, hidden.mask, self.pooling)
+        return self.head(pooled)
+
+
+def pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """(B, T, H) → (B, H): `cls` the first token, `mean` over the tokens of `mask`, `last` the last token of `mask`."""
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "last":
+        if mask is None:
+            return states[:, -1]
+        index = (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        return states[torch.arange(states.shape[0], device=states.device), index]
+    assert pooling == "mean", pooling
+    if mask is None:
+        return states.mean(dim=1)
+    weight = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def log_ratio(temperature: float, initial: float) -> float:
+    """The value of Temperature's parameter at which τ = temperature."""
+    return math.log(temperature / initial)

@@ -1,0 +1,120 @@
+"""PIL images and texts → the tensors that a DualEncoder takes; needs neither torchvision nor a network.
+
+The pixels equal those of the evaluation transform (data/images.py): RGB, resized to a square, bilinear, normalised.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import cached_file
+
+from feddra_ds.config.schema import ModelConfig
+from feddra_ds.data.loading.images import to_rgb
+from feddra_ds.model.encoders import local_or_hub
+
+HALF = (0.5, 0.5, 0.5)
+
+
+class DualEncoderProcessor:
+    """`processor(images=[PIL…], text=[str…], return_tensors="pt", padding=True)`; see __call__.
+
+    Attributes: image_processor and tokenizer (transformers'), image_mean and image_std (three numbers each),
+    image_size (pixels), text_length (tokens).
+    """
+
+    def __init__(self, image_processor: ViTImageProcessorPil, tokenizer: PreTrainedTokenizerBase, text_length: int):
+        self.image_processor = image_processor
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.model_max_length = text_length
+        self.text_length = text_length
+        self.image_size: int = image_processor.size["height"]
+        self.image_mean = tuple(float(v) for v in image_processor.image_mean)
+        self.image_std = tuple(float(v) for v in image_processor.image_std)
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = None,
+        padding: bool | str = True,
+    ) -> BatchFeature:
+        """pixel_values (B, 3, S, S) fp32 of `images`; input_ids and attention_mask (B, T) of `text`.
+
+        Texts are cut at text_length tokens. Either may be left out. Raises ValueError when both are.
+        """
+        if images is None and text is None:
+            raise ValueError("processor: give images, text, or both")
+        data: dict[str, Any] = {}
+        if images is not None:
+            rgb = [to_rgb(image) for image in ([images] if isinstance(images, Image.Image) else images)]
+            data["pixel_values"] = self.image_processor(images=rgb, return_tensors=return_tensors)["pixel_values"]
+        if text is not None:
+            tokens = self.tokenizer(
+                [text] if isinstance(text, str) else list(text),
+                padding=padding,
+                truncation=True,
+                max_length=self.text_length,
+                return_tensors=return_tensors,
+            )
+            data |= {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        return BatchFeature(data)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json and the tokenizer's files."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> DualEncoderProcessor:
+        """Read what save_pretrained wrote. Raises ValueError naming the folder where it is not all there."""
+        try:
+            image_processor = ViTImageProcessorPil.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no processor: {str(error).splitlines()[0]}") from error
+        return cls(image_processor, tokenizer, tokenizer.model_max_length)
+
+
+def build_processor(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, image_size: int, text_length: int
+) -> DualEncoderProcessor:
+    """The processor of a new model: mean and standard deviation from the pretrained vision model, else 0.5 each."""
+    source, key = config.vision.pretrained, "model.vision.pretrained"
+    if config.pretrained is not None:
+        source, key = config.pretrained, "model.pretrained"
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    if source is not None:
+        mean, std = image_statistics(source, key)
+    size = {"height": image_size, "width": image_size}
+    image_processor = ViTImageProcessorPil(size=size, do_convert_rgb=True, image_mean=list(mean), image_std=list(std))
+    return DualEncoderProcessor(image_processor, tokenizer, text_length)
+
+
+def image_statistics(name: str, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation in the image processor's config of a folder or hub id; 0.5 where it has none.
+
+    Raises ValueError naming `key` where `name` is no model or its config is not what it should be.
+    """
+    source = local_or_hub(name, key)
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+            values = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{key}: cannot read {file} of {name}: {str(error).splitlines()[0]}") from error
+        values = values.get("image_processor", values)
+        if "image_mean" in values and "image_std" in values:
+            mean, std = (tuple(map(float, values[k])) for k in ("image_mean", "image_std"))
+            if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+                raise ValueError(f"{key}: {file} of {name}: image_mean and image_std must be three numbers, std > 0")
+            return mean, std
+    return HALF, HALF

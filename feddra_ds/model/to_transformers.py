@@ -1,0 +1,81 @@
+"""A DualEncoder as a plain transformers VisionTextDualEncoderModel, where that computes the same embeddings.
+
+That class has nothing between an encoder's pooled output and a linear projection without bias. A model here fits when
+its heads are linear, it has no extra blocks, and each tower pools as its transformers encoder does. ViT- and BERT-like
+towers pool the first token without their pooler; the pooler of the exported encoder is then a small multiple of the
+identity, which tanh leaves alone to 1e-8, and embeddings do not depend on the factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+
+from feddra_ds.model.dual_encoder import POOLED_WITHOUT_POOLER, SIDES, DualEncoder
+from feddra_ds.model.encoders import new_encoder, probe_inputs
+
+_POOLER_SCALE = 1e-4
+_POOLINGS = {"clip_text_model": "last"}
+
+
+@torch.no_grad()
+def to_transformers(model: DualEncoder, processor: Callable[..., Any]) -> VisionTextDualEncoderModel:
+    """A VisionTextDualEncoderModel with the same embeddings of what `processor` makes; its logit scale is 1/τ.
+
+    Raises ValueError, saying why, where there is none.
+    """
+    config = model.config
+    if config.head_kind != "linear":
+        raise ValueError(
+            "--format transformers: needs model.head.kind = linear; a VisionTextDualEncoderModel has no mlp head"
+        )
+    if config.num_extra_blocks:
+        raise ValueError("--format transformers: needs model.num_extra_blocks = 0; there is no place for extra blocks")
+    towers = {side: _whole_with_pooler(model, side) for side in SIDES}
+    temperature = model.aligner.temperature()
+    whole_config = VisionTextDualEncoderConfig(
+        vision_config=towers["vision"].config.to_dict(),
+        text_config=towers["text"].config.to_dict(),
+        projection_dim=config.embedding_dim,
+        logit_scale_init_value=math.log(1 / float(temperature)),
+    )
+    whole = VisionTextDualEncoderModel(whole_config, towers["vision"], towers["text"]).eval()
+    for side, projection in (("vision", whole.visual_projection), ("text", whole.text_projection)):
+        projection.weight.copy_(getattr(model.aligner, side).head.layers[0].weight)
+    whole.config.architectures = [type(whole).__name__]
+    _check_equal(model, whole, processor)
+    return whole
+
+
+def _whole_with_pooler(model: DualEncoder, side: str) -> PreTrainedModel:
+    encoder: Any = model.whole_encoder(side)
+    kind, pooling = encoder.config.model_type, getattr(model.config, f"{side}_pooling")
+    if model.config.use_poolers or (kind in POOLED_WITHOUT_POOLER and pooling == _POOLINGS.get(kind, "cls")):
+        return encoder
+    fresh = new_encoder(encoder.config, f"model.{side}")
+    dense = getattr(getattr(fresh, "pooler", None), "dense", None)
+    if pooling != "cls" or not isinstance(dense, nn.Linear) or dense.weight.shape[0] != dense.weight.shape[1]:
+        raise ValueError(
+            f"--format transformers: the {side} encoder ({kind}, {pooling} pooling) has no pooled output that equals ours"
+        )
+    fresh.load_state_dict(encoder.state_dict(), strict=False)
+    dense.weight.copy_(_POOLER_SCALE * torch.eye(dense.weight.shape[0]))
+    nn.init.zeros_(dense.bias)
+    return fresh
+
+
+def _check_equal(model: DualEncoder, whole: VisionTextDualEncoderModel, processor: Callable[..., Any]) -> None:
+    # The processor's own texts: CLIP's pooling looks for the end token that its tokenizer writes.
+    texts = processor(text=["no finding", "a", "small effusion at the left base"], return_tensors="pt")
+    inputs = {**probe_inputs(model.config.vision_config, "vision"), **texts}
+    ours, theirs = model.eval()(**inputs), whole(**inputs)
+    for side in ("image_embeds", "text_embeds"):
+        if not torch.allclose(getattr(ours, side), getattr(theirs, side), atol=1e-4):
+            raise ValueError(
+                f"--format transformers: the {side} of a VisionTextDualEncoderModel would differ; use feddra"
+            )

@@ -1,0 +1,45 @@
+"""The report as one HTML page, and the retrieval examples in it."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from feddra_ds.common.text import duration, listed, number, percent, size
+from feddra_ds.data.format.dataset import open_dataset
+from feddra_ds.report.charts import NUM_COLOURS, NUM_SHADES
+from feddra_ds.report.contents import context
+from feddra_ds.run.files import RunFiles
+
+
+def examples_of(files: RunFiles, data: str | None, num: int, max_pairs: int, seed: int) -> dict[str, Any]:
+    """{by_image, by_text, split, source}, or {why} where there are none."""
+    if num == 0:
+        return {"why": "They were left out (--examples 0)."}
+    from feddra_ds.evaluation.examples import (
+        retrieval_examples,  # late: torch and transformers, which a page without examples can do without
+    )
+    from feddra_ds.evaluation.gallery import open_split
+    from feddra_ds.evaluation.models import open_models
+
+    try:
+        models = open_models(files.path)
+        split = str(files.get("evaluation.split") or "val")
+        root = models.data_root(data)
+        dataset = open_split(root, split, None, models.trained_on(open_dataset(root)))
+        by_image, by_text = retrieval_examples(models, dataset, split, num_each=num, max_pairs=max_pairs, seed=seed)
+    except (ValueError, OSError) as error:
+        return {"why": f"There are none: {str(error).splitlines()[0]}"}
+    source = models.source.relative_to(files.path) if models.source.is_relative_to(files.path) else models.source
+    return {"by_image": by_image, "by_text": by_text, "split": split, "source": str(source), "shared": models.shared}
+
+
+def render(files: RunFiles, examples: dict[str, Any]) -> str:
+    """The page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "number": number, "duration": duration, "size": size, "listed": listed}
+    template = resources.files("feddra_ds").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
+    values = context(files) | {"examples": examples, "colours": NUM_COLOURS, "shades": NUM_SHADES}
+    return environment.from_string(template).render(values)

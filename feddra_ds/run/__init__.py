@@ -1,0 +1,1 @@
+"""Puts the pieces of a run together, loops over its rounds, leaves a folder."""

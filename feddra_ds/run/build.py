@@ -1,0 +1,184 @@
+"""Puts a run together: checks everything that can be checked alone, joins the groups, builds engine, data and server."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from feddra_ds import strategies
+from feddra_ds.checkpoint.choose import agree_on_checkpoint
+from feddra_ds.checkpoint.format import read_coordinator
+from feddra_ds.checkpoint.load import SavedModel
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.files import write_atomic
+from feddra_ds.common.logs import logger, setup
+from feddra_ds.config.load import dump
+from feddra_ds.config.schema import Config
+from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.loading.client_data import ClientData
+from feddra_ds.data.loading.order import Position
+from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.streaming import build_data
+from feddra_ds.distributed.launch import Launch, choose_device
+from feddra_ds.distributed.topology import Topology
+from feddra_ds.engine.bootstrap import build_monitor
+from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.anchors import frozen_twin
+from feddra_ds.federation.client import Client, LocalTrainer
+from feddra_ds.federation.coordinator import Coordinator
+from feddra_ds.federation.saving import read_residuals
+from feddra_ds.federation.server import OwnModels, Server
+from feddra_ds.model.build import model_of, processor_of, tokenizer_of
+from feddra_ds.model.processor import DualEncoderProcessor
+from feddra_ds.model.weights.deferred import defer, make_room
+from feddra_ds.objectives import build as build_objective
+from feddra_ds.run.checks import check
+from feddra_ds.run.metrics_file import MetricsFile
+from feddra_ds.run.rounds import Run
+from feddra_ds.strategies.base import Strategy
+
+POOLED = "pooled"  # the one client of a strategy that pools the data
+
+
+def build(config: Config) -> Run:
+    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts."""
+    launch = Launch.from_environment()
+    setup(launch.rank)
+    dataset, dataset_ids, layout = check(config, launch)
+    strategy = strategies.build(config.strategy)
+    device = choose_device(config.run.device, launch.local_rank)
+    tokenizer = tokenizer_of(config)
+    processor = processor_of(config, tokenizer)
+    seed_everything(config.run.seed)
+    model, initial = defer(lambda: model_of(config, tokenizer))
+
+    topology = Topology(layout, launch, device, config.clients.timeout_s)
+    if topology.is_coordinator:
+        logger.info("%s on %s, %s", layout.describe(), device, config.strategy.name)
+        if config.dro.apply == "loss" and config.optimizer.name == "adamw":
+            logger.warning(
+                "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "
+                "scale; dro.apply=aggregate lets p act"
+            )
+    resumed = agree_on_checkpoint(config, topology)
+
+    objective = build_objective(config.objective)
+    replays = config.objective.anchors == "replay" or not objective.needs_anchors
+    place = torch.device("cpu" if initial is None else "meta")
+    frozen_aligner = frozen_twin(model.aligner, place, torch.float32)
+    frozen_model = None if replays else frozen_twin(model, place, torch.float32)
+    if device.type == "cpu" and topology.plan.ranks_per_slot > 1 and config.model.head.norm == "batchnorm":
+        raise ConfigError(
+            ["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"]
+        )
+    if topology.plan.ranks_per_slot > 1:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    engine = Engine(
+        model, config, device=device, shard=topology.shard, num_shards=layout.ranks_per_slot, weights=initial
+    )
+    make_room(frozen_aligner, device, engine.dtype)
+    if frozen_model is not None:
+        make_room(frozen_model, device, engine.dtype)
+    trainer = LocalTrainer(engine, frozen_aligner, frozen_model, objective, config, topology)
+
+    clients, validation, client_ids, num_samples = build_clients(
+        config, dataset, dataset_ids, strategy, topology, tokenizer, processor
+    )
+    server = Server(engine, config, topology) if strategy.averages else OwnModels(engine, clients)
+    center = strategy.center(config, num_samples)
+    weights, next_round = strategy.initial_weights(config, center), 0
+    positions: dict[str, dict[str, int]] = {}
+    run_dir = Path(config.run.output_dir)
+    coordinator = metrics = monitor = None
+    if resumed is not None:
+        state = read_coordinator(resumed)
+        if state["metrics"]["client_ids"] != client_ids:
+            before = ", ".join(state["metrics"]["client_ids"])
+            raise ConfigError(
+                [
+                    f"data.root: its clients are {', '.join(client_ids)}, but the checkpoint in {resumed} was trained with "
+                    f"{before}; start anew in another run.output_dir"
+                ]
+            )
+        weights, next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
+        for owner in server.states:
+            SavedModel(resumed, owner).load_into(engine)
+            server.states[owner] = server.read_engine()
+        read_residuals(resumed, server, topology)
+        positions = state["positions"]
+        for client in clients:
+            if client.id in positions:  # a client that was never heard of starts at its beginning
+                client.position = Position(**positions[client.id])
+    if topology.is_coordinator:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / "config.yaml", dump(config))
+        last = read_coordinator(resumed)["metrics"] if resumed is not None else None
+        metrics = MetricsFile(run_dir / "metrics.jsonl", next_round, last)
+        coordinator = Coordinator(config, topology, strategy, client_ids, center, weights, positions)
+        if config.run.monitor:
+            monitor = build_monitor(config.run.monitor, str(run_dir), "events")
+    return Run(
+        config=config,
+        strategy=strategy,
+        topology=topology,
+        engine=engine,
+        trainer=trainer,
+        server=server,
+        client_ids=client_ids,
+        clients=clients,
+        validation=validation,
+        num_samples=num_samples,
+        weights=weights,
+        next_round=next_round,
+        coordinator=coordinator,
+        metrics=metrics,
+        monitor=monitor,
+    )
+
+
+def build_clients(
+    config: Config,
+    dataset: Dataset,
+    dataset_ids: list[str],
+    strategy: Strategy,
+    topology: Topology,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: DualEncoderProcessor,
+) -> tuple[list[Client], dict[str, ClientData], list[str], list[int]]:
+    """This slot's clients, their evaluation data by client id, and all clients' ids and numbers of training pairs."""
+    members = {POOLED: dataset_ids} if strategy.pools_data else {i: [i] for i in dataset_ids}
+    num_samples = [sum(dataset.num_samples(i, "train") for i in ids) for ids in members.values()]
+    pool = DecodePool(config.data.num_workers, config.data.prefetch, timeout_s=config.clients.timeout_s)
+    common: dict[str, Any] = {
+        "config": config.data,
+        "seed": config.run.seed,
+        "tokenizer": tokenizer,
+        "image_mean": processor.image_mean,
+        "image_std": processor.image_std,
+        "shard": topology.shard,
+        "num_shards": topology.plan.ranks_per_slot,
+        "pool": pool,
+    }
+    client_ids = list(members)
+    clients, validation = [], {}
+    for index in topology.plan.clients_of(topology.slot):
+        name = client_ids[index]
+        clients.append(Client(index, name, build_data(dataset, members[name], "train", **common)))
+        if config.evaluation.every > 0:
+            for member in members[name]:
+                validation[member] = build_data(dataset, [member], config.evaluation.split, **common)
+    return clients, validation, client_ids, num_samples
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch alike on every rank, so that all build the same initial weights."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,78 @@
+"""Everything about data, topology and device that can be wrong, before any process group starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from feddra_ds import strategies
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.config.schema import Config
+from feddra_ds.data.format.dataset import Dataset, open_dataset
+from feddra_ds.data.format.preflight import preflight
+from feddra_ds.data.loading.streaming import options_of
+from feddra_ds.distributed.launch import Launch, choose_device
+from feddra_ds.distributed.plan import Plan, plan
+from feddra_ds.model import lora
+
+
+def _cannot_be_made(folder: Path) -> list[str]:
+    """A line where the run's folder is none and cannot become one, or cannot be written to."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        return [f"run.output_dir: {nearest} is a file, so {folder} cannot be a folder; choose another"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"run.output_dir: {nearest} cannot be written to; choose another folder"]
+    return []
+
+
+def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
+    """Everything about data, topology and device that can be wrong, before any process group starts.
+
+    Returns the dataset, the ids of its clients and the plan. Raises ConfigError with a line per problem.
+    """
+    problems: list[str] = []
+    strategy = strategies.build(config.strategy)
+    problems += preflight(
+        config.data.root,
+        config.clients.ids,
+        batch_size=config.data.batch_size,
+        eval_batch_size=config.dro.evaluation_batch_size,
+        eval_split=config.evaluation.split if config.evaluation.every > 0 else None,
+        verify=config.data.verify and launch.rank == 0,
+        pooled=strategy.pools_data,
+        options=options_of(config.data),
+    )
+    problems += _cannot_be_made(Path(config.run.output_dir).absolute())
+    if problems:
+        raise ConfigError(problems)
+    dataset = open_dataset(str(config.data.root), config.clients.ids, options_of(config.data))
+    ids = list(dataset.client_ids)
+    num_clients = 1 if strategy.pools_data else len(ids)
+    if config.clients.minimum > num_clients:
+        problems.append(f"clients.minimum: {config.clients.minimum} is more than the {num_clients} clients there are")
+    weights = config.dro.fixed_weights
+    if weights is not None and len(weights) != num_clients:
+        problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")
+    try:
+        adapter = lora.parse(config.model.adapter)
+        if adapter is not None and adapter.aggregation == "product" and config.aggregate.precision != "fp32":
+            problems.append(
+                f"aggregate.precision: {config.aggregate.precision} rounds deltas of factors, and "
+                "model.adapter.aggregation=product factors anew each round; use fp32, or factors or freeze_a"
+            )
+    except ValueError as error:
+        problems += str(error).splitlines()
+    layout = None
+    try:
+        choose_device(config.run.device, launch.local_rank)
+        layout = plan(launch.world_size, num_clients, config.topology.ranks_per_slot)
+        if config.data.batch_size % layout.ranks_per_slot:
+            problems.append(
+                f"data.batch_size: {config.data.batch_size} pairs do not divide over a client's {layout.ranks_per_slot} ranks"
+            )
+    except ValueError as error:
+        problems.append(str(error))
+    if problems or layout is None:
+        raise ConfigError(problems)
+    return dataset, ids, layout

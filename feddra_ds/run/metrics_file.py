@@ -1,0 +1,41 @@
+"""metrics.jsonl: one line a round."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from feddra_ds.common.files import write_atomic
+
+
+class MetricsFile:
+    """metrics.jsonl, one line a round; a resumed run drops the lines of rounds that it will repeat."""
+
+    def __init__(self, path: Path, next_round: int, last: dict[str, Any] | None = None):
+        """next_round: the first round that will be written; last: the line before it, where a kill kept it from the file."""
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["round"] < next_round]
+        if last is not None and (not kept or kept[-1]["round"] < last["round"]):
+            kept.append(last)
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, line: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off mid-write is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

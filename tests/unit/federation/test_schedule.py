@@ -1,0 +1,34 @@
+"""The round as data."""
+
+from __future__ import annotations
+
+import pytest
+
+from feddra_ds.config.load import from_dict
+from feddra_ds.config.schema import ScheduleConfig
+from feddra_ds.federation.schedule import learning_rate, stages_of_round, steps_per_round
+
+
+def test_stages() -> None:
+    config = from_dict({"data": {"root": "x"}, "optimizer": {"lr": 0.5}})
+    first, second = stages_of_round(config, 3)
+    assert (first.name, first.num_steps, first.parts) == ("stage1", 20, ("aligner",))
+    assert first.learning_rates == {"aligner": 0.5, "backbone": 0.0}
+    assert (second.name, second.num_steps, second.parts) == ("stage2", 50, ("aligner", "backbone"))
+    assert second.learning_rates == {"aligner": 0.5, "backbone": 0.5}
+    assert steps_per_round(config) == 70
+    config.schedule.stage1_steps = 0
+    assert [stage.name for stage in stages_of_round(config, 0)] == ["stage2"]
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.775, 0.55, 0.325]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.1 + 0.9 * 0.8535534, 0.55, 0.1 + 0.9 * 0.1464466]),
+    ],
+)
+def test_learning_rate_over_rounds(decay: str, expected: list[float]) -> None:
+    schedule = ScheduleConfig(rounds=6, warmup_rounds=2, decay=decay, min_lr_fraction=0.1)
+    assert [learning_rate(1.0, schedule, r) for r in range(6)] == pytest.approx(expected)

@@ -1,0 +1,94 @@
+"""Ranks, recall, chance and the bootstrap, against plain loops and simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from feddra_ds.metrics.intervals import binomial, bootstrap
+from feddra_ds.metrics.ranking import Ranks, ranks, recall_table
+
+
+def unit(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    x = rng.standard_normal((n, d))
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_ranks_against_a_plain_loop_over_more_rows_than_a_block() -> None:
+    rng = np.random.default_rng(0)
+    n = 700
+    ids = rng.integers(0, 500, n)
+    image, text = unit(rng, n, 8), unit(rng, 500, 8)[ids]
+    found = ranks(image, text, ids)
+    scores = image @ text.T
+    for j in (0, 17, 511, 512, 699):
+        match = ids == ids[j]
+        nearer = ~match & (scores[j] >= scores[j][match].max())
+        assert found.i2t[j] == len(np.unique(ids[nearer])), "copies of a text are one entry of the gallery"
+        assert found.t2i[j] == (scores[:, j][~match] >= scores[:, j][match].max()).sum()
+        assert found.positives[j] == match.sum()
+    assert found.num_texts == len(np.unique(ids))
+
+
+def test_a_tie_counts_against_the_match() -> None:
+    same = np.ones((4, 3)) / np.sqrt(3)
+    table = recall_table(ranks(same, same, np.arange(4)))
+    assert table["i2t_recall@1"] == table["t2i_recall@1"] == 0
+    assert table["chance@1"] == pytest.approx(0.25)
+    assert "i2t_recall@5" not in table, "four pairs are no gallery for five results"
+    assert table["pairs"] == 4
+
+
+def test_chance_equals_random_orders() -> None:
+    rng = np.random.default_rng(1)
+    ids = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8])
+    n = len(ids)
+    found = Ranks(np.zeros(n, int), np.zeros(n, int), np.array([(ids == i).sum() for i in ids]))
+    texts = np.unique(ids)
+    for k in found.cutoffs:
+        by_text = [[(ids[rng.permutation(n)[:k]] == ids[j]).any() for j in range(n)] for _ in range(4000)]
+        by_image = [[ids[j] in rng.permutation(texts)[:k] for j in range(n)] for _ in range(1000)]
+        assert found.chance(k).mean() == pytest.approx((np.mean(by_text) + np.mean(by_image)) / 2, abs=0.01)
+
+
+def test_hits_of_both_ways_are_their_mean() -> None:
+    found = Ranks(np.array([0, 4, 9]), np.array([2, 0, 0]), np.ones(3, int))
+    assert found.hits("mean", 1).tolist() == [0.5, 0.5, 0.5]
+    assert found.hits("i2t", 5).tolist() == [1, 1, 0]
+
+
+def test_the_bootstrap_covers_the_truth_and_widens_with_groups() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for seed in range(200):
+        values = rng.normal(1.0, 1.0, 60)
+        low, high = bootstrap(values, range(60), draws=300, seed=seed)
+        covered += low <= 1.0 <= high
+    assert 180 <= covered <= 199
+    repeated = np.repeat(rng.normal(0, 1, 20), 10)
+    alone = bootstrap(repeated, range(200), draws=500, seed=0)
+    grouped = bootstrap(repeated, np.repeat(np.arange(20), 10).tolist(), draws=500, seed=0)
+    assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0]), "ten copies of a value are no ten pieces of evidence"
+    assert bootstrap(repeated, range(200), draws=50, seed=3) == bootstrap(repeated, range(200), draws=50, seed=3)
+
+
+def test_values_that_are_all_the_same_have_the_binomial_interval_of_their_groups() -> None:
+    low, high = bootstrap(np.zeros(12), np.arange(12) // 2, draws=50, seed=0)
+    assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 6))), "six patients, none of them found"
+    low, high = bootstrap(np.ones(12), range(12), draws=50, seed=0)
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 12)), 1.0)
+    assert bootstrap(np.array([0.0, 0.5, 1.0]), ["one"] * 3, draws=50, seed=0) == (0.0, 1.0), "one patient says nothing"
+
+
+def test_the_binomial_interval_contains_a_share_between_two_counts() -> None:
+    for share in (0.0, 0.1, 0.5, 0.95, 1.0):
+        low, high = binomial(share, 7)
+        assert low <= share <= high
+    low, high = binomial(3 / 7, 7)
+    assert (low, high) == (pytest.approx(0.0990, abs=1e-4), pytest.approx(0.8159, abs=1e-4))
+
+
+@pytest.mark.parametrize(("n", "draws"), [(0, 10), (3, 0)])
+def test_the_bootstrap_refuses_nothing(n: int, draws: int) -> None:
+    with pytest.raises(ValueError, match="bootstrap: needs values and draws"):
+        bootstrap(np.zeros(n), range(n), draws=draws, seed=0)
