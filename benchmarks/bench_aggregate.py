@@ -74,7 +74,7 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model = model_of(config, tokenizer_of(config))
     topology = Topology(layout, place, device, 300.0)
-    engine = Engine(model, config, device=device, shard=0, num_shards=1)
+    engine = Engine(model, config, device=device, slot_rank=0, ranks_per_slot=1)
     stage = stages_of_round(config, 0)[-1]
     state = {part: engine.snapshot(part) for part in (*PARTS, "buffers")}
     generator = torch.Generator().manual_seed(place.rank)

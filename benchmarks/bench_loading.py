@@ -64,7 +64,12 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
         model, weights = defer(lambda: model_of(config, tokenizer))
         assert weights is not None
     engine = Engine(
-        model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size, weights=weights
+        model,
+        config,
+        device=topology.device,
+        slot_rank=topology.slot_rank,
+        ranks_per_slot=launch.world_size,
+        weights=weights,
     )
     del weights, model
     seconds = time.monotonic() - start

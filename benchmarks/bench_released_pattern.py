@@ -38,10 +38,11 @@ from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.federation.schedule import Stage, stages_of_round
+from feddra_ds.federation.step import features_of
 from feddra_ds.model.build import model_of, tokenizer_of
 from feddra_ds.model.processor import build_processor
+from feddra_ds.objectives import Features
 from feddra_ds.objectives import build as build_objective
-from feddra_ds.objectives.base import Anchors
 from feddra_ds.run.build import build, build_clients
 from feddra_ds.run.checks import check
 
@@ -81,8 +82,8 @@ class ReleasedPattern:
             out = self.model(**inputs(batch))
             with torch.no_grad():
                 seen = self.frozen(**inputs(batch))
-            anchors = Anchors(seen.image_embeds, seen.text_embeds)
-            losses = self.objective(out.image_embeds, out.text_embeds, out.temperature, anchors, None)
+            anchors = Features(seen.image_embeds, seen.text_embeds)
+            losses = self.objective(features_of(out, self.objective), anchors, None)
             optimizer.zero_grad()
             losses.total.backward()
             optimizer.step()
@@ -109,7 +110,7 @@ def client_data(config: Config) -> list[ClientData]:
     dataset, ids, layout = check(config, Launch.from_environment())
     tokenizer = tokenizer_of(config)
     processor = build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
-    place: Any = SimpleNamespace(plan=layout, slot=0, shard=0)
+    place: Any = SimpleNamespace(plan=layout, slot=0, slot_rank=0)
     strategy = strategies.build(config.strategy)
     clients, *_ = build_clients(config, dataset, ids, strategy, place, tokenizer, processor)
     return [client.data for client in clients]

@@ -34,6 +34,7 @@ from _runs import FULL, QUICK, config_tree, discard_results, print_table, write_
 from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.order import Position
+from feddra_ds.federation.step import features_of
 from feddra_ds.model.build import model_of, tokenizer_of
 from feddra_ds.run.build import build
 from feddra_ds.run.rounds import Run
@@ -71,7 +72,7 @@ class PlainTraining:
             out = self.engine(
                 pixel_values=batch.pixel_values, input_ids=batch.input_ids, attention_mask=batch.attention_mask
             )
-            losses = self.objective(out.image_embeds, out.text_embeds, out.temperature, None, None)
+            losses = self.objective(features_of(out, self.objective), None, None)
             self.engine.backward(losses.total)
             self.engine.step()
         self.position = self.data.advance(self.position, num_steps)

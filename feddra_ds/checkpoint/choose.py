@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from feddra_ds.checkpoint.format import check, folder_of, read_coordinator
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.logs import logger
+from feddra_ds.common.section import may_change
+from feddra_ds.config.load import known_keys
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
-
-# Keys that may differ between a checkpoint and the run that resumes it: they do not change the mathematics.
-FREE_ON_RESUME = (
-    "run.output_dir",
-    "run.resume",
-    "run.device",
-    "run.monitor",
-    "data.root",
-    "data.num_workers",
-    "data.prefetch",
-    "data.verify",
-    "data.streaming.timeout_s",
-    "data.streaming.retries",
-    "data.streaming.cache_dir",
-    "data.streaming.cache_bytes",
-    "data.streaming.allow_pipe",
-    "data.replay_cache_bytes",
-    "data.max_bad_fraction",
-    "data.micro_batch_size",
-    "clients.timeout_s",
-    "clients.minimum",
-    "objective.impl",
-    "objective.anchors",
-    "schedule.rounds",
-    "topology",
-    "checkpoint",
-    "evaluation",
-    "deepspeed",
-)
 
 
 def agree_on_checkpoint(config: Config, topology: Topology) -> Path | None:
@@ -77,25 +51,33 @@ def choose_checkpoint(config: Config) -> Path | None:
             raise ConfigError([f"run.resume: {wanted} is not a whole checkpoint: {problem}"])
     if folder is not None:
         saved = read_coordinator(folder)["config"]
-        conflicts = differences(saved, config.model_dump(mode="json"))
+        conflicts = differences(saved, config.model_dump(mode="json"), type(config))
         if conflicts:
             raise ConfigError([f"{line}; keep it, or start anew in another run.output_dir" for line in conflicts])
     return folder
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """A line per key whose value in a checkpoint's config differs and matters, the key first."""
-    out = []
-    for key in sorted(saved.keys() | now.keys()):
-        path = prefix + key
-        if path in FREE_ON_RESUME:
-            continue
-        a, b = saved.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and path not in ("model.adapter",):
-            out += differences(a, b, f"{path}.")
-        elif a != b:
-            out.append(f"{path}: is {b!r}, but the checkpoint was trained with {a!r}")
-    return out
+def differences(saved: dict[str, Any], now: dict[str, Any], config: type[Config]) -> list[str]:
+    """A line per key whose value in a checkpoint's config differs and matters, the key first.
+
+    What a key says of itself decides (MAY_CHANGE); a key that the config of now does not know matters.
+    """
+    keys = known_keys(config)
+    free = {key for key, info in keys.items() if may_change(info)}
+    return [
+        f"{key}: is {b!r}, but the checkpoint was trained with {a!r}"
+        for key, a, b in _leaves(saved, now, set(keys))
+        if key not in free and a != b
+    ]
+
+
+def _leaves(a: Any, b: Any, keys: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The values of two trees side by side, down to known keys (whose value may be a dict) or to what is no dict."""
+    if path in keys or not (isinstance(a, dict) and isinstance(b, dict)):
+        yield path, a, b
+        return
+    for name in sorted(a.keys() | b.keys()):
+        yield from _leaves(a.get(name), b.get(name), keys, f"{path}.{name}" if path else name)
 
 
 def find_checkpoint(run: Path, name: str | None) -> Path:

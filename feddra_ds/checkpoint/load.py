@@ -26,6 +26,7 @@ from feddra_ds.checkpoint.format import files_of
 from feddra_ds.common.errors import CheckpointError
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.masters import Fragment
+from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
 
 
 class SavedFragments:
@@ -62,6 +63,13 @@ class SavedFragments:
             )
         return out
 
+    def state(self, engine: Engine, part: str) -> PartState:
+        """The fragments of a part in host tensors like the engine's slices of it; padding is 0."""
+        out = [torch.zeros(live.shape) for live in engine.slices(part)]
+        for fragment, values in engine.views_of(part, out):
+            values.copy_(self.read(fragment))
+        return out
+
     @property
     def names(self) -> Set[str]:
         """The parameters that are there."""
@@ -88,10 +96,9 @@ class SavedModel(SavedFragments):
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def load_into(self, engine: Engine) -> None:
-        """Write this model into an engine. Collective over the slot."""
-        engine.load(self.read)
+    def read_state(self, engine: Engine) -> ModelState:
+        """This model as host states of an engine's slices; the engine itself is not touched."""
+        state = {part: self.state(engine, part) for part in PARTS}
         saved = self.buffers()
-        with torch.no_grad():
-            for name, live in engine.buffers().items():
-                live.copy_(saved[name])
+        state[BUFFERS] = [saved[name].view(-1) for name in engine.buffers()]
+        return state

@@ -20,7 +20,7 @@ def write_model(partial: Path, owner: str, engine: Engine, state: ModelState) ->
     """Write this rank's fragments of one model; returns what the manifest will say of them."""
     folder = partial / "weights" / owner
     written = write_fragments(folder, partial, engine, state)
-    if engine.shard == 0:
+    if engine.slot_rank == 0:
         names = engine.buffers()
         path = folder / "buffers.safetensors"
         save_file({n: v.view_as(b).contiguous() for (n, b), v in zip(names.items(), state[BUFFERS], strict=True)}, path)
@@ -30,14 +30,14 @@ def write_model(partial: Path, owner: str, engine: Engine, state: ModelState) ->
 
 def write_fragments(folder: Path, partial: Path, engine: Engine, state: ModelState) -> Files:
     folder.mkdir(parents=True, exist_ok=True)
-    if engine.zero_stage == 0 and engine.shard != 0:
+    if engine.zero_stage == 0 and engine.slot_rank != 0:
         return {}  # without partitions every rank holds the whole
     tensors, starts = {}, {}
-    for part in PARTS:
+    for part in (name for name in PARTS if name in state):
         for fragment, values in engine.views_of(part, state[part]):
             tensors[fragment.name], starts[fragment.name] = values.contiguous(), fragment.start
-    num_shards = engine.num_shards if engine.zero_stage > 0 else 1
-    path = folder / f"shard-{engine.shard:05d}-of-{num_shards:05d}.safetensors"
+    num_shards = engine.ranks_per_slot if engine.zero_stage > 0 else 1
+    path = folder / f"shard-{engine.slot_rank:05d}-of-{num_shards:05d}.safetensors"
     save_file(tensors, path, metadata={"starts": json.dumps(starts), "shapes": json.dumps(engine.shapes)})
     return described(path, partial)
 

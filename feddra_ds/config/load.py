@@ -1,43 +1,51 @@
 """Loading and cross-checking the config: every problem is found, named by its key, and reported at once.
 
 A config is YAML with `--section.key value` on top. Precedence, low to high: the defaults below, the strategy's
-defaults (`STRATEGY_DEFAULTS`), the YAML file, the command line.
+presets, the YAML file, the command line.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, create_model
 
+from feddra_ds import objectives, strategies
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.section import Section
 from feddra_ds.common.tree import get_path, merge
 from feddra_ds.config.checks import contradictions
 from feddra_ds.config.schema import Config
+from feddra_ds.objectives import Objective, ObjectiveOptions
+from feddra_ds.strategies import Strategy, StrategyOptions
 
-# Config defaults of each strategy; what it *does* differently is in strategies/.
-STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "feddra": {},
-    "fedavg": {
-        "dro": {"radius": 0.0},
-        "objective": {"anchor_weight": 0.0},
-        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
-    },
-    "local": {
-        "dro": {"radius": 0.0},
-        "objective": {"anchor_weight": 0.0},
-        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
-    },
-    "centralized": {
-        "dro": {"radius": 0.0},
-        "objective": {"anchor_weight": 0.0},
-        "schedule": {"stage1_steps": 0, "stage2_steps": 70},
-    },
-}
+
+@functools.cache
+def config_class(objective: type[ObjectiveOptions], strategy: type[StrategyOptions]) -> type[Config]:
+    """The config with the keys of one objective and one strategy in their sections."""
+    fields: dict[str, Any] = {
+        "objective": (objective, Field(default_factory=objective)),
+        "strategy": (strategy, Field(default_factory=strategy)),
+    }
+    return create_model("Config", __base__=Config, **fields)
+
+
+def chosen(tree: dict[str, Any]) -> tuple[type[Objective], type[Strategy], list[str]]:
+    """The objective and strategy that a tree names, and what is wrong with the names; the defaults where something is."""
+    problems: list[str] = []
+    classes: list[Any] = []
+    for key, find in (("objective.name", objectives.find), ("strategy.name", strategies.find)):
+        default = next(iter(objectives.OBJECTIVES if find is objectives.find else strategies.STRATEGIES))
+        try:
+            classes.append(find(default if (name := get_path(tree, key)) is None else name))
+        except ConfigError as error:
+            problems += error.problems
+            classes.append(find(default))
+    return classes[0], classes[1], problems
 
 
 def from_dict(user: dict[str, Any]) -> Config:
@@ -45,17 +53,19 @@ def from_dict(user: dict[str, Any]) -> Config:
 
     Raises ConfigError with one line for each problem: unknown keys, bad values and contradictions alike.
     """
-    strategy = get_path(user, "strategy.name") or "feddra"
-    tree = merge(STRATEGY_DEFAULTS.get(strategy, {}), user)
-    problems: list[str] = []
+    objective, strategy, problems = chosen(user)
+    tree = merge(strategy.presets, user)
+    for line in problems:
+        _prune(tree, line.partition(":")[0].split("."))
+    kind = config_class(objective.Options, strategy.Options)
     try:
-        config = Config.model_validate(tree)
+        config = kind.model_validate(tree)
     except ValidationError as error:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
-            problems.append(f"{key}: {_message(item['type'], item['msg'], key, item['input'])}")
+            problems.append(f"{key}: {_message(item['type'], item['msg'], key, item['input'], kind)}")
             _prune(tree, [str(part) for part in item["loc"]])
-        config = Config.model_validate(tree)  # without the bad values, so that contradictions are found as well
+        config = kind.model_validate(tree)  # without the bad values, so that contradictions are found as well
     problems += contradictions(config)
     if problems:
         raise ConfigError(problems)
@@ -82,8 +92,14 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def known_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every key of the tree as `section.key` → its pydantic FieldInfo (type, default, description)."""
+def known_keys(section: type[Section] | None = None, prefix: str = "") -> dict[str, Any]:
+    """Every key of the tree as `section.key` → its pydantic FieldInfo (type, default, description).
+
+    section: a config class (config_class gives that of an objective and a strategy); None: that of the defaults.
+    """
+    if section is None:
+        objective, strategy, _ = chosen({})
+        section = config_class(objective.Options, strategy.Options)
     out: dict[str, Any] = {}
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
@@ -93,23 +109,24 @@ def known_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, A
     return out
 
 
-def _message(kind: str, text: str, key: str, value: Any) -> str:
+def _message(kind: str, text: str, key: str, value: Any, config: type[Config]) -> str:
     """What is wrong with `key`, from pydantic's kind of error and its text."""
+    keys = list(known_keys(config))
     if kind == "extra_forbidden":
         return (
-            f"unknown section{_or(_close(key, _sections()))}"
+            f"unknown section{_or(_close(key, _sections(keys)))}"
             if isinstance(value, dict)
-            else f"unknown key{_or(_nearest(key))}"
+            else f"unknown key{_or(_nearest(key, keys))}"
         )
     if kind == "model_type":
-        first = next(name for name in known_keys() if name.startswith(f"{key}."))
+        first = next(name for name in keys if name.startswith(f"{key}."))
         return f"is a section, whose keys are set one by one, such as {first} (got {value!r})"
     return f"{text.replace('Input should be', 'must be', 1)} (got {value!r})"
 
 
-def _nearest(key: str) -> list[str]:
+def _nearest(key: str, keys: list[str]) -> list[str]:
     """The known keys that `key` may mean, best first: those of the same last part, else the one most alike."""
-    keys, leaf = list(known_keys()), key.rpartition(".")[2]
+    leaf = key.rpartition(".")[2]
     same = [name for name in keys if name.rpartition(".")[2] == leaf]
     if same:
         return sorted(same, key=lambda name: -difflib.SequenceMatcher(None, key, name).ratio())
@@ -118,8 +135,8 @@ def _nearest(key: str) -> list[str]:
     return whole or part if "." in key else part or whole
 
 
-def _sections() -> list[str]:
-    return sorted({name[:dot] for name in known_keys() for dot in range(len(name)) if name[dot] == "."})
+def _sections(keys: list[str]) -> list[str]:
+    return sorted({name[:dot] for name in keys for dot in range(len(name)) if name[dot] == "."})
 
 
 def _close(name: str, names: list[str]) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from feddra_ds import strategies
 from feddra_ds.config.checks import REFUSED_FRAGMENT_KEYS
-from feddra_ds.config.load import STRATEGY_DEFAULTS, known_keys
+from feddra_ds.config.load import known_keys
 
 
 def reference() -> str:
@@ -42,7 +43,8 @@ def reference() -> str:
         "| strategy | presets |",
         "|---|---|",
     ]
-    for name, tree in STRATEGY_DEFAULTS.items():
+    for name in strategies.STRATEGIES:
+        tree = strategies.find(name).presets
         presets = ", ".join(f"`{s}.{k} = {v}`" for s, keys in tree.items() for k, v in keys.items())
         out.append(f"| {name} | {presets or 'the defaults above'} |")
     out += ["", "## DeepSpeed fragments that are refused", "", "| key | why, and what to do |", "|---|---|"]

@@ -1,27 +1,30 @@
 """The sections of the config and their keys: types, bounds, defaults, and what each means.
 
-`config.py` loads, merges and cross-checks them; `feddra-ds train --help` prints them.
+The sections `objective`, `strategy` and `dro` are declared beside what they configure; `load.config_class` puts in the
+keys of the objective and strategy that a config names. `feddra-ds train --help` prints all of them.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
-from feddra_ds.common.section import Section
+from feddra_ds.common.section import MAY_CHANGE, Section
+from feddra_ds.objectives.options import ObjectiveOptions
+from feddra_ds.strategies.options import DroOptions, StrategyOptions
 
 
 class RunConfig(Section):
-    output_dir: str = "runs/feddra"
+    output_dir: str = Field("runs/feddra", json_schema_extra=MAY_CHANGE)
     """Folder of the run: config.yaml, metrics.jsonl, events/, checkpoints/, model/, report.html."""
     seed: int = Field(0, ge=0)
     """Seed of everything random: initial weights, order of samples, augmentation, evaluation samples."""
-    resume: str = "auto"
+    resume: str = Field("auto", json_schema_extra=MAY_CHANGE)
     """auto (continue from the newest whole checkpoint in output_dir), never, or the path of a checkpoint."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=MAY_CHANGE)
     """Where to train; auto takes CUDA where there is one."""
-    monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(["tensorboard"])
+    monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(["tensorboard"], json_schema_extra=MAY_CHANGE)
     """Where DeepSpeed's monitor writes the round's scalars (from the coordinator only), under output_dir/events."""
 
 
@@ -78,24 +81,24 @@ class AugmentConfig(Section):
 class StreamingConfig(Section):
     shuffle_buffer: int = Field(1000, ge=1)
     """Samples that data.order=streaming mixes at a time, per reader."""
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: float = Field(60.0, gt=0, json_schema_extra=MAY_CHANGE)
     """Longest time in seconds without a byte from a remote data.root before an attempt is given up."""
-    retries: int = Field(5, ge=0)
+    retries: int = Field(5, ge=0, json_schema_extra=MAY_CHANGE)
     """Further attempts at a remote file, with doubling pauses."""
-    cache_dir: str | None = None
+    cache_dir: str | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Where copies of remote shards are kept; null: ~/.cache/feddra_ds."""
-    cache_bytes: int = Field(50 << 30, ge=0)
+    cache_bytes: int = Field(50 << 30, ge=0, json_schema_extra=MAY_CHANGE)
     """Most bytes of that cache, per dataset."""
-    allow_pipe: bool = False
+    allow_pipe: bool = Field(False, json_schema_extra=MAY_CHANGE)
     """Let a `pipe:` data.root run programs on this machine."""
 
 
 class DataConfig(Section):
-    root: str | None = None
+    root: str | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it), or its address."""
     batch_size: int = Field(72, ge=1)
     """Pairs in one optimizer step of one client, over all its ranks."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
     """Pairs per rank held with their graph at a time (two-pass gradient caching); null: the rank's whole part."""
     image_size: int = Field(224, ge=8)
     """Side in pixels of the square image that the model sees."""
@@ -103,69 +106,31 @@ class DataConfig(Section):
     """Tokens per text; longer texts are cut."""
     order: Literal["exact", "streaming"] = "exact"
     """exact: a seeded order that knows no ranks, read by offset. streaming: whole shards through a buffer, rank-dependent."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, json_schema_extra=MAY_CHANGE)
     """Worker processes that decode, per rank; 0 decodes in a background thread."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(2, ge=1, json_schema_extra=MAY_CHANGE)
     """Batches decoded ahead, per worker."""
     streaming: StreamingConfig = StreamingConfig()
-    replay_cache_bytes: int = Field(2 << 30, ge=0)
+    replay_cache_bytes: int = Field(2 << 30, ge=0, json_schema_extra=MAY_CHANGE)
     """Host bytes per rank for stage 2's decoded batches, so that the replay decodes once; beyond it, twice."""
     augment: AugmentConfig = AugmentConfig()
-    verify: bool = False
+    verify: bool = Field(False, json_schema_extra=MAY_CHANGE)
     """Check every shard's sha256 against index.json before training."""
-    max_bad_fraction: float = Field(0.05, ge=0, le=1)
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=MAY_CHANGE)
     """The run fails when more than this fraction of a client's samples is unreadable."""
 
 
 class ClientsConfig(Section):
     ids: list[str] | None = None
     """Clients to train on, in this order; null takes all under data.root, sorted."""
-    minimum: int = Field(1, ge=1)
+    minimum: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
     """The run stops when fewer clients than this give a valid update in a round."""
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(1800.0, gt=0, json_schema_extra=MAY_CHANGE)
     """Longest wait in seconds for another rank or client, after which the wait ends with its name."""
 
 
-class ObjectiveConfig(Section):
-    name: Literal["ita"] = "ita"
-    """Local objective: ita is the image-text alignment of equation (1)."""
-    temperature: float = Field(0.07, gt=0)
-    """τ of equation (1), or its initial value when it is learned."""
-    learnable_temperature: bool = False
-    """Train log τ as part of the alignment module."""
-    alignment_weight: float = Field(1.0, gt=0)
-    """λ₁ of equation (3)."""
-    anchor_weight: float = Field(1.0, ge=0)
-    """λ₂ of equation (3), stated for direction_reduction = sum; 0 computes no anchors."""
-    anchors: Literal["replay", "resident"] = "replay"
-    """Stage 2's anchors: replay computes them before the first step, resident keeps a frozen copy of the model."""
-    direction_reduction: Literal["sum", "mean"] = "sum"
-    """Sum (the release) or mean (the CLIP habit) of the two directions; step_size and anchor_weight are rescaled."""
-    impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """Which implementation of the loss runs."""
-
-
-class DroConfig(Section):
-    radius: float = Field(1.0, ge=0)
-    """ρ of equation (4); 0 pins the weights to the centre, (N − 1)/2 and more allows the whole simplex."""
-    step_size: float = Field(0.5, ge=0)
-    """η of equation (4), stated for direction_reduction = sum (the release: 0.01 × 50)."""
-    apply: Literal["aggregate", "loss", "both"] = "aggregate"
-    """Where p acts: the server's average, the client's loss (almost a no-op under Adam), or both."""
-    center: Literal["uniform", "samples"] = "uniform"
-    """Centre c of the ball: 1/N, or each client's share of the training pairs."""
-    fixed_weights: list[float] | None = None
-    """Pins p, one weight per client in the order of the clients; null lets it move."""
-    evaluation_pairs: int = Field(256, ge=1)
-    """Most training pairs per client in the losses that move p; the same number for every client."""
-    evaluation_batch_size: int = Field(32, ge=2)
-    """Batch size of those losses, the same for every client (chance is 2 log of it)."""
-    evaluate_on: Literal["sample", "anchors"] = "sample"
-    """sample: a fixed sample after each round. anchors: read off the next round's stage-1 anchor pass, no extra forward."""
-
-
 class ScheduleConfig(Section):
-    rounds: int = Field(25, ge=1)
+    rounds: int = Field(25, ge=1, json_schema_extra=MAY_CHANGE)
     """Rounds of the run."""
     stage1_steps: int = Field(20, ge=0)
     """Local steps of stage 1 (backbone frozen); 0 leaves the stage out."""
@@ -179,11 +144,6 @@ class ScheduleConfig(Section):
     """Learning rate over the rounds after the warm-up."""
     min_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Fraction of optimizer.lr at which the decay ends."""
-
-
-class StrategyConfig(Section):
-    name: Literal["feddra", "fedavg", "local", "centralized"] = "feddra"
-    """The federated algorithm; it sets defaults of other keys, which keys given by you override."""
 
 
 class OptimizerConfig(Section):
@@ -204,7 +164,7 @@ class OptimizerConfig(Section):
 
 
 class TopologyConfig(Section):
-    ranks_per_slot: int | None = Field(None, ge=1)
+    ranks_per_slot: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
     """Ranks of one client slot; null takes as many slots as divide the world, up to one per client."""
 
 
@@ -218,20 +178,20 @@ class AggregateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(1, ge=1)
+    every: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
     """Rounds between checkpoints (the last round always has one)."""
-    keep: int = Field(3, ge=0)
+    keep: int = Field(3, ge=0, json_schema_extra=MAY_CHANGE)
     """Newest checkpoints kept; 0 keeps all."""
 
 
 class EvaluationConfig(Section):
-    every: int = Field(1, ge=0)
+    every: int = Field(1, ge=0, json_schema_extra=MAY_CHANGE)
     """Rounds between retrieval evaluations on `split`; 0 never (the last round is evaluated otherwise)."""
-    split: str = "val"
+    split: str = Field("val", json_schema_extra=MAY_CHANGE)
     """Split of the shards that retrieval is measured on."""
-    max_pairs: int = Field(2048, ge=2)
+    max_pairs: int = Field(2048, ge=2, json_schema_extra=MAY_CHANGE)
     """Most pairs per client in the gallery (a fixed, seeded sample)."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, json_schema_extra=MAY_CHANGE)
     """Pairs per rank in one evaluation forward."""
 
 
@@ -240,12 +200,12 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    dro: DroConfig = DroConfig()
+    objective: SerializeAsAny[ObjectiveOptions] = ObjectiveOptions()
+    dro: DroOptions = DroOptions()
     schedule: ScheduleConfig = ScheduleConfig()
-    strategy: StrategyConfig = StrategyConfig()
+    strategy: SerializeAsAny[StrategyOptions] = StrategyOptions()
     optimizer: OptimizerConfig = OptimizerConfig()
-    deepspeed: dict[str, Any] = Field({})
+    deepspeed: dict[str, Any] = Field({}, json_schema_extra=MAY_CHANGE)
     """A plain DeepSpeed JSON fragment, passed through (zero_optimization, bf16, fp16, …)."""
     topology: TopologyConfig = TopologyConfig()
     aggregate: AggregateConfig = AggregateConfig()

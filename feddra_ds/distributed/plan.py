@@ -20,16 +20,16 @@ class Plan:
     def slot_of(self, rank: int) -> int:
         return rank // self.ranks_per_slot
 
-    def shard_of(self, rank: int) -> int:
+    def slot_rank_of(self, rank: int) -> int:
         return rank % self.ranks_per_slot
 
     def clients_of(self, slot: int) -> list[int]:
         """Indices of the clients that a slot hosts, in the order in which it trains them."""
         return list(range(slot, self.num_clients, self.num_slots))
 
-    def peers_of(self, shard: int) -> list[int]:
-        """Global ranks of equal shard, one per slot."""
-        return [slot * self.ranks_per_slot + shard for slot in range(self.num_slots)]
+    def peers_of(self, slot_rank: int) -> list[int]:
+        """Global ranks of equal slot rank, one per slot."""
+        return [slot * self.ranks_per_slot + slot_rank for slot in range(self.num_slots)]
 
     def describe(self) -> str:
         ranks, slots, each, clients = (

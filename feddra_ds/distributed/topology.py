@@ -1,6 +1,6 @@
 """Which rank is what: the plan (pure), then the process groups and the store behind it (DESIGN 1).
 
-slot: a group of ranks which hosts clients · shard: a rank's index in its slot · peers: ranks of equal shard across
+slot: a group of ranks which hosts clients · slot rank: a rank's index in its slot · peers: ranks of equal slot rank across
 slots · client: a data owner, simulated on a slot. Each slot is a torch.distributed world of its own, so DeepSpeed
 believes that its client is all there is; slots meet only in the store and in the peer groups.
 """
@@ -33,23 +33,23 @@ class Topology:
     plan: Plan
     rank: int
     slot: int
-    shard: int
+    slot_rank: int
     device: torch.device
     # how long any wait may last, in seconds
     timeout_s: float
-    # the slots that still take part, and the peers of this shard in them: None where one slot is left
+    # the slots that still take part, and the peers of this slot rank in them: None where one slot is left
     live_slots: tuple[int, ...]
     peers: dist.ProcessGroup | None
 
     def __init__(self, plan: Plan, launch: Launch, device: torch.device, timeout_s: float):
         self.plan, self.rank, self.device, self.timeout_s = plan, launch.rank, device, timeout_s
-        self.slot, self.shard = plan.slot_of(launch.rank), plan.shard_of(launch.rank)
+        self.slot, self.slot_rank = plan.slot_of(launch.rank), plan.slot_rank_of(launch.rank)
         timeout = timedelta(seconds=timeout_s)
         self.store = _meet(launch, timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"slot/{self.slot}", self.store),
-            rank=self.shard,
+            rank=self.slot_rank,
             world_size=plan.ranks_per_slot,
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
@@ -64,7 +64,7 @@ class Topology:
 
     @property
     def is_slot_leader(self) -> bool:
-        return self.shard == 0
+        return self.slot_rank == 0
 
     @property
     def slot_group(self) -> dist.ProcessGroup:
@@ -87,7 +87,7 @@ class Topology:
         size = len(self.live_slots)
         if size == 1:
             return None
-        store = dist.PrefixStore(f"peer/{generation}/{self.shard}", self.store)
+        store = dist.PrefixStore(f"peer/{generation}/{self.slot_rank}", self.store)
         timeout = timedelta(seconds=self.timeout_s)
         rank = self.live_slots.index(self.slot)
         if self.device.type == "cuda":
@@ -123,7 +123,7 @@ class Topology:
             who = "the coordinator (rank 0)" if slot == 0 else f"slot {slot}"
             try:
                 left = max(0.0, deadline - time.monotonic())
-                self.fetch(f"{key}/{self.plan.peers_of(self.shard)[slot]}", sender=who, timeout_s=left)
+                self.fetch(f"{key}/{self.plan.peers_of(self.slot_rank)[slot]}", sender=who, timeout_s=left)
             except WaitTimeout:
                 silent.append(who)
         return ", ".join(silent) or "a peer"

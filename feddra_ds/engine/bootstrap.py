@@ -40,9 +40,9 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 @contextmanager
-def launched_as(shard: int, num_shards: int) -> Iterator[None]:
+def launched_as(slot_rank: int, ranks_per_slot: int) -> Iterator[None]:
     """Show DeepSpeed the slot as the launch: zero.Init refuses a group of one rank where WORLD_SIZE says more."""
-    place = {"RANK": str(shard), "WORLD_SIZE": str(num_shards)}
+    place = {"RANK": str(slot_rank), "WORLD_SIZE": str(ranks_per_slot)}
     before = {key: os.environ.get(key) for key in place}
     os.environ.update(place)
     try:

@@ -36,7 +36,7 @@ class Engine:
     module: nn.Module  # the model, with hooks and partitions as its ZeRO stage puts them
     device: torch.device
     dtype: torch.dtype  # of the forward
-    num_shards: int  # ranks of the slot
+    ranks_per_slot: int  # ranks of the slot
     num_micro_batches: int  # backward passes of one optimizer step
 
     @returned_when_freed()
@@ -46,8 +46,8 @@ class Engine:
         config: Config,
         *,
         device: torch.device,
-        shard: int,
-        num_shards: int,
+        slot_rank: int,
+        ranks_per_slot: int,
         weights: Weights | None = None,
     ):
         """Build once per run, collectively over the slot. The model: fp32 on the host, equal on every rank.
@@ -56,13 +56,13 @@ class Engine:
         one by one, so that this rank never holds more than its share and one of them.
         """
         deepspeed = import_deepspeed(device)
-        self.device, self.shard, self.num_shards = device, shard, num_shards
+        self.device, self.slot_rank, self.ranks_per_slot = device, slot_rank, ranks_per_slot
         fragment = copy.deepcopy(config.deepspeed)
         self.dtype = _dtype(fragment)
         self.zero_stage = int(get_path(fragment, "zero_optimization.stage") or 0)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        per_rank = max(1, config.data.batch_size // num_shards)
+        per_rank = max(1, config.data.batch_size // ranks_per_slot)
         micro_batch = min(per_rank, config.data.micro_batch_size or per_rank)
         self.num_micro_batches = -(-per_rank // micro_batch)
         if self.zero_stage > 0:
@@ -75,7 +75,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
-        with launched_as(shard, num_shards):
+        with launched_as(slot_rank, ranks_per_slot):
             if weights is not None:
                 self._lay_out(model, weights, fragment)
                 initial = {}
@@ -90,7 +90,7 @@ class Engine:
                 dist_init_required=False,
             )
         self.module = self._ds.module
-        masters = find_masters(self._ds, self.module, shard, num_shards)
+        masters = find_masters(self._ds, self.module, slot_rank, ranks_per_slot)
         self._refresh = masters.refresh
         self._slices: dict[str, list[Slice]] = {
             part: [s for s in masters.slices if self._group_parts[s.group] == part] for part in PARTS
@@ -141,7 +141,7 @@ class Engine:
                 for fragment, view in views.get(name, ()):
                     view.copy_(flat[fragment.start : fragment.start + fragment.length])
                 if name in frozen:
-                    write_frozen(frozen[name], flat, self.shard)
+                    write_frozen(frozen[name], flat, self.slot_rank)
         weights.leave_generator()
         self._refresh()
 
@@ -152,7 +152,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Backward of a loss whose gradients are this rank's, and this micro-batch's, additive share."""
         # DeepSpeed averages over ranks and micro-batches; the shares must be summed
-        self._ds.backward(loss * (self.num_shards * self.num_micro_batches))
+        self._ds.backward(loss * (self.ranks_per_slot * self.num_micro_batches))
 
     def step(self) -> None:
         self._ds.step()
@@ -189,6 +189,10 @@ class Engine:
             for part, tensors in states.items():
                 for live, new in zip(self.slices(part), tensors, strict=True):
                     live.copy_(new)
+        self._refresh()
+
+    def refresh(self) -> None:
+        """Make the next forward use the masters as they are now. Collective over the slot for ZeRO 1-3."""
         self._refresh()
 
     def views(self, part: str) -> Iterator[tuple[Fragment, Tensor]]:

@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps the fp32 master weights, per ZeRO stage and precision: its private names, all in this file.
 
 A *slice* is one flat fp32 tensor of masters on this rank; its *fragments* say which elements of which parameters it
-holds. Peers of equal shard hold equal slices, so slices can be averaged element by element; fragments leave the
+holds. Peers of equal slot_rank hold equal slices, so slices can be averaged element by element; fragments leave the
 padding out and let a slice be saved, hashed and loaded at any number of ranks. Tested against the pinned version.
 """
 
@@ -48,7 +48,7 @@ class Masters:
     refresh: Callable[[], None]
 
 
-def find_masters(engine: Any, module: nn.Module, shard: int, num_shards: int) -> Masters:
+def find_masters(engine: Any, module: nn.Module, slot_rank: int, ranks_per_slot: int) -> Masters:
     """The masters behind a DeepSpeedEngine. Raises RuntimeError on an optimizer class that was never tried."""
     optimizer = engine.optimizer
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -64,12 +64,12 @@ def find_masters(engine: Any, module: nn.Module, shard: int, num_shards: int) ->
             optimizer.round_robin_bit16_groups,
             optimizer.round_robin_bit16_offsets,
             names,
-            shard,
+            slot_rank,
         ),
         "BF16_Optimizer": lambda: _flat_partitions(
-            optimizer, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, None, names, shard
+            optimizer, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, None, names, slot_rank
         ),
-        "DeepSpeedZeroOptimizer_Stage3": lambda: _stage3(optimizer, names, shard, num_shards),
+        "DeepSpeedZeroOptimizer_Stage3": lambda: _stage3(optimizer, names, slot_rank, ranks_per_slot),
     }
     if kind not in readers:
         raise RuntimeError(
@@ -131,12 +131,12 @@ def _flat_partitions(
     groups: list[list[Tensor]],
     offsets: list[list[int]] | None,
     names: dict[int, str],
-    shard: int,
+    slot_rank: int,
 ) -> Masters:
     """ZeRO 1 and 2: each group is flattened, padded at places, and cut into equal partitions."""
     slices = []
     for g, (flat, parameters) in enumerate(zip(flats, groups, strict=True)):
-        low, high = shard * flat.numel(), (shard + 1) * flat.numel()
+        low, high = slot_rank * flat.numel(), (slot_rank + 1) * flat.numel()
         fragments, begin = [], 0
         for j, parameter in enumerate(parameters):
             begin = offsets[g][j] if offsets is not None else begin
@@ -148,14 +148,14 @@ def _flat_partitions(
     return Masters(slices, optimizer.update_lp_params)
 
 
-def _stage3(optimizer: Any, names: dict[int, str], shard: int, num_shards: int) -> Masters:
+def _stage3(optimizer: Any, names: dict[int, str], slot_rank: int, ranks_per_slot: int) -> Masters:
     """ZeRO 3: each parameter is cut into ceil(n / W) chunks; a sub-group's flat tensor joins this rank's chunks."""
     slices = []
     for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         fragments, offset = [], 0
         for parameter in optimizer.fp16_groups[i]:
-            chunk = -(-parameter.ds_numel // num_shards)
-            start = min(shard * chunk, parameter.ds_numel)
+            chunk = -(-parameter.ds_numel // ranks_per_slot)
+            start = min(slot_rank * chunk, parameter.ds_numel)
             length = min(chunk, parameter.ds_numel - start)
             if length > 0:
                 fragments.append(Fragment(names[id(parameter)], start, length, offset))
@@ -174,13 +174,13 @@ def _stage3(optimizer: Any, names: dict[int, str], shard: int, num_shards: int) 
 
 
 @torch.no_grad()
-def write_frozen(parameter: nn.Parameter, values: Tensor, shard: int) -> None:
+def write_frozen(parameter: nn.Parameter, values: Tensor, slot_rank: int) -> None:
     """Write a parameter that no optimizer holds, from all its elements, flat; this rank's chunk of it with ZeRO 3."""
     stored = getattr(parameter, "ds_tensor", None)
     if stored is None:
         parameter.data.view(-1).copy_(values)
         return
     assert stored.is_floating_point(), "a frozen parameter is kept quantised"
-    start = shard * stored.ds_numel
+    start = slot_rank * stored.ds_numel
     mine = values[start : start + stored.ds_numel]
     stored.data.view(-1)[: len(mine)].copy_(mine)

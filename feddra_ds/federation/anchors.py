@@ -1,11 +1,96 @@
-"""Where the anchors of equation (2) come from."""
+"""Where the anchors of equation (2) come from: the global model's features of the batches of a stage.
+
+Each source is made when a stage begins, while the engine holds the global model (φ_g, θ_g). It gives the stage's
+batches, and `of(step, …)` the anchors of a part of the batch of that step.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from feddra_ds.data.loading.batch import Batch
+from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.step import features_of, model_inputs
+from feddra_ds.objectives.base import Objective
+from feddra_ds.objectives.features import TOKENS, Features, join
+
+
+class NoAnchors:
+    """The objective has none (anchor_weight is 0)."""
+
+    def __init__(self, batches: Iterable[Batch]):
+        self.batches = batches
+
+    def of(self, step: int, rows: slice, batch: Batch, hidden: Any) -> Features | None:
+        """The global model's features of some rows of a step's batch, whose backbone output is `hidden`; or None."""
+        return None
+
+
+class SharedBackbone(NoAnchors):
+    """Stage 1: φ = φ_g throughout, so the client's backbone pass serves a frozen copy of θ_g too."""
+
+    def __init__(self, batches: Iterable[Batch], engine: Engine, frozen_aligner: nn.Module, objective: Objective):
+        super().__init__(batches)
+        engine.copy_part(engine.module.get_submodule("aligner"), frozen_aligner)
+        self.aligner, self.objective = frozen_aligner, objective
+
+    @torch.no_grad()
+    def of(self, step: int, rows: slice, batch: Batch, hidden: Any) -> Features | None:
+        with_tokens = TOKENS in self.objective.needs
+        found = self.aligner(hidden, with_tokens)
+        if not self.objective.normalises:
+            found = [F.normalize(x.float(), dim=-1) for x in found]
+        return Features(*found, text_mask=hidden.text.mask) if with_tokens else Features(*found)  # type: ignore[misc]
+
+
+class Resident(NoAnchors):
+    """Stage 2 with objective.anchors = resident: a frozen copy of the whole global model."""
+
+    def __init__(self, batches: Iterable[Batch], engine: Engine, frozen_model: nn.Module, objective: Objective):
+        super().__init__(batches)
+        engine.copy_part(engine.module, frozen_model)
+        self.engine, self.model, self.objective = engine, frozen_model, objective
+
+    def of(self, step: int, rows: slice, batch: Batch, hidden: Any) -> Features | None:
+        return embed(self.model, batch, self.engine, self.objective)
+
+
+class Replay(NoAnchors):
+    """Stage 2 with objective.anchors = replay: computed before the first step, while the live weights are (φ_g, θ_g).
+
+    The decoded batches (uint8) are kept too, up to `room` bytes; beyond, they are decoded a second time. `fresh` gives
+    the stage's batches, the same ones each time it is called.
+    """
+
+    def __init__(self, fresh: Any, engine: Engine, objective: Objective, micro_batch_size: int | None, room: int):
+        engine.train(False)
+        kept: list[Batch] | None = []
+        self._stored: list[Features] = []
+        for batch in fresh():
+            size = micro_batch_size or len(batch)
+            parts = [embed(engine, batch[i : i + size], engine, objective) for i in range(0, len(batch), size)]
+            self._stored.append(join(parts))
+            room -= batch.pixels.nbytes
+            if kept is not None:
+                kept.append(batch)
+            if room < 0:
+                kept = None
+        super().__init__(fresh() if kept is None else kept)
+
+    def of(self, step: int, rows: slice, batch: Batch, hidden: Any) -> Features | None:
+        return self._stored[step].rows(rows)
+
+
+@torch.no_grad()
+def embed(model: Any, batch: Batch, engine: Engine, objective: Objective) -> Features:
+    """A model's features of a batch, without gradient."""
+    return features_of(model(**model_inputs(batch, engine), return_tokens=TOKENS in objective.needs), objective)
 
 
 def frozen_twin(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -1,11 +1,10 @@
-"""A client's local training: restore, anchors, steps (ALGORITHM 6). Runs on every rank of the client's slot."""
+"""A client's local training: restore, anchors, steps. Runs on every rank of the client's slot."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +18,30 @@ from feddra_ds.data.loading.order import Position
 from feddra_ds.distributed.collectives import gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
-from feddra_ds.engine.parts import BUFFERS, PartState
+from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
 from feddra_ds.federation.aggregation.admission import validate_update
+from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
+from feddra_ds.federation.protocol import ClientReport
 from feddra_ds.federation.schedule import Stage
-from feddra_ds.federation.step import AnchorSource, LocalStep, model_inputs
-from feddra_ds.losses.reference import alignment_with_positives
-from feddra_ds.objectives.base import Anchors, Objective
+from feddra_ds.federation.step import LocalStep
+from feddra_ds.objectives.base import Objective
+from feddra_ds.objectives.features import Features
+from feddra_ds.strategies import Strategy
+from feddra_ds.strategies.base import SliceState
 
 
 @dataclass
 class Client:
-    """A data owner: its data, where it stands in them, and what it carries from one stage to the next."""
+    """A data owner: its data, where it stands in them, and what it carries from stage to stage."""
 
     index: int
     id: str
     data: ClientData
     position: Position = field(default_factory=lambda: Position(0, 0))
     aligner: dict[str, PartState] | None = None  # its own θ_i (and buffers) after stage 1, on the host
+    corrections: dict[str, SliceState] = field(
+        default_factory=dict
+    )  # by part: what Strategy.correct keeps, on the host
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,36 @@ class LocalResult:
     problem: str | None
     anchor_loss: float | None = None
 
-    def report(self) -> dict[str, Any]:
-        """What the coordinator is told, JSON-ready: a loss that is not finite is null."""
-        return {
-            "problem": self.problem,
-            "loss": self.anchor_loss,
-            "train_loss": self.mean_loss if math.isfinite(self.mean_loss) else None,
-            "pairs": self.num_pairs,
-        }
+    def report(self) -> ClientReport:
+        """What the coordinator is told: a loss that is not finite is None."""
+        train_loss = self.mean_loss if math.isfinite(self.mean_loss) else None
+        return ClientReport(self.problem, self.anchor_loss, train_loss, self.num_pairs)
+
+
+@dataclass
+class _Tally:
+    """The losses of a stage's steps, and the steps that were skipped because theirs was not finite."""
+
+    good: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    in_a_row: int = 0
+    longest: int = 0
+
+    def add(self, step: int, value: float) -> None:
+        if math.isfinite(value):
+            self.good.append(value)
+            self.in_a_row = 0
+            return
+        self.skipped.append(step)
+        self.in_a_row += 1
+        self.longest = max(self.longest, self.in_a_row)
+
+    @property
+    def mean(self) -> float:
+        total = 0.0
+        for value in self.good:
+            total += value
+        return total / len(self.good) if self.good else float("nan")
 
 
 class LocalTrainer:
@@ -70,10 +98,12 @@ class LocalTrainer:
         frozen_aligner: nn.Module,
         frozen_model: nn.Module | None,
         objective: Objective,
+        strategy: Strategy,
         config: Config,
         topology: Topology,
     ):
-        self.engine, self.objective, self.config, self.topology = engine, objective, config, topology
+        self.engine, self.objective, self.strategy = engine, objective, strategy
+        self.config, self.topology = config, topology
         self.frozen_aligner = frozen_aligner  # holds θ_g in stage 1, beside the live θ_i on the same backbone pass
         self.frozen_model = frozen_model  # holds (φ_g, θ_g) in stage 2 where objective.anchors is resident
         self.group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
@@ -83,7 +113,7 @@ class LocalTrainer:
         self,
         client: Client,
         stage: Stage,
-        global_state: dict[str, PartState],
+        global_state: ModelState,
         loss_weight: float,
         on_step: Callable[[int, float], None] | None = None,
     ) -> LocalResult:
@@ -94,113 +124,105 @@ class LocalTrainer:
         """
         engine = self.engine
         engine.write(global_state)
-        batches, anchors_of = self._prepare(client, stage)
+        anchors = self._anchors(client, stage)
         if stage.trains_backbone and client.aligner is not None:
             engine.write(client.aligner)
         client.aligner = None
         engine.reset_optimizer()
         engine.set_learning_rates(stage.learning_rates)
         engine.train()
-        reads_losses = self.config.dro.evaluate_on == "anchors" and not stage.trains_backbone
-        loss_sum, num_good, in_a_row, worst_run = 0.0, 0, 0, 0
-        skipped: list[int] = []
-        anchor_losses: list[Tensor] = []
-        for step, batch in enumerate(batches):
-            value = self.step(batch, anchors_of(step), train_backbone=stage.trains_backbone, weight=loss_weight)
-            if reads_losses:
+        correction = self._correction(client, stage, global_state)
+        tally, anchor_losses = _Tally(), []
+        for step, batch in enumerate(anchors.batches):
+            source = lambda rows, part, hidden, step=step: anchors.of(step, rows, part, hidden)
+            value = self.step(batch, source, train_backbone=stage.trains_backbone, weight=loss_weight)
+            if stage.moves_mixture:
                 anchor_losses.append(self._anchor_losses(batch))
-            if math.isfinite(value):
-                loss_sum, num_good, in_a_row = loss_sum + value, num_good + 1, 0
-            else:
-                in_a_row += 1
-                worst_run = max(worst_run, in_a_row)
-                skipped.append(step)
+            if correction is not None and math.isfinite(value):
+                correction.apply()
+            tally.add(step, value)
             if on_step is not None:
                 on_step(step, value)
-        if skipped:
-            steps = listed([str(step) for step in skipped])
-            logger.warning("client %s: %s skipped %d of %d steps, whose loss was not finite: %s",
-                           client.id, stage.name, len(skipped), stage.num_steps, steps)  # fmt: skip
+        if correction is not None:
+            correction.keep()
         client.position = client.data.advance(client.position, stage.num_steps)
-        problem = validate_update(engine, self.topology, stage.parts)
-        if worst_run >= self.config.optimizer.max_skipped_steps:
-            problem = f"{worst_run} steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
-        if not stage.trains_backbone and problem is None and (self._continues_own_aligner or reads_losses):
+        problem = self._problem(client, stage, tally)
+        if stage.hands_on_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
-        mean_loss = loss_sum / num_good if num_good else float("nan")
         anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
-        return LocalResult(mean_loss, num_good * self.config.data.batch_size, problem, anchor_loss)
+        return LocalResult(tally.mean, len(tally.good) * self.config.data.batch_size, problem, anchor_loss)
 
-    @property
-    def _continues_own_aligner(self) -> bool:
-        return self.config.schedule.stage2_start == "client" and self.config.schedule.stage2_steps > 0
+    def _problem(self, client: Client, stage: Stage, tally: _Tally) -> str | None:
+        """Why the client's weights cannot be averaged, or None; skipped steps are said in the log."""
+        if tally.skipped:
+            steps = listed([str(step) for step in tally.skipped])
+            logger.warning("client %s: %s skipped %d of %d steps, whose loss was not finite: %s",
+                           client.id, stage.name, len(tally.skipped), stage.num_steps, steps)  # fmt: skip
+        problem = validate_update(self.engine, self.topology, stage.parts)
+        if tally.longest >= self.config.optimizer.max_skipped_steps:
+            problem = f"{tally.longest} steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+        return problem
 
-    def _prepare(self, client: Client, stage: Stage) -> tuple[Iterable[Batch], Callable[[int], AnchorSource]]:
-        """The stage's batches, and by step where their anchors come from; called while the engine holds the global model."""
-        fresh = client.data.batches(client.position, stage.num_steps)
-        if not self.objective.needs_anchors:
-            return fresh, lambda step: lambda rows, batch, hidden: None
+    def _anchors(self, client: Client, stage: Stage) -> NoAnchors:
+        """The stage's batches and their anchors; called while the engine holds the global model."""
+        engine, objective, data = self.engine, self.objective, self.config.data
+        fresh = lambda: client.data.batches(client.position, stage.num_steps)
+        if not objective.needs_anchors:
+            return NoAnchors(fresh())
         if not stage.trains_backbone:
-            # φ_i = φ_g for the whole stage: the client's backbone pass serves the anchors too
-            self.engine.copy_part(self.engine.module.get_submodule("aligner"), self.frozen_aligner)
-            return fresh, lambda step: lambda rows, batch, hidden: self._align_frozen(hidden)
-        if self.config.objective.anchors == "resident":
-            assert self.frozen_model is not None
-            self.engine.copy_part(self.engine.module, self.frozen_model)
-            return fresh, lambda step: lambda rows, batch, hidden: self._embed(self.frozen_model, batch)
-        kept, stored = self._replay(client, stage)
-        batches = fresh if kept is None else kept
-        return (
-            batches,
-            lambda step: lambda rows, batch, hidden: Anchors(stored[step].image[rows], stored[step].text[rows]),
-        )
+            return SharedBackbone(fresh(), engine, self.frozen_aligner, objective)
+        if self.frozen_model is not None:
+            return Resident(fresh(), engine, self.frozen_model, objective)
+        return Replay(fresh, engine, objective, data.micro_batch_size, data.replay_cache_bytes)
 
-    def _replay(self, client: Client, stage: Stage) -> tuple[list[Batch] | None, list[Anchors]]:
-        """The anchors of the stage's batches, computed before its first step, while the live weights equal (φ_g, θ_g).
-
-        The decoded batches (uint8) are kept too, up to data.replay_cache_bytes; beyond, they are decoded twice.
-        """
-        self.engine.train(False)
-        size = self.config.data.micro_batch_size
-        kept: list[Batch] | None = []
-        stored, room = [], self.config.data.replay_cache_bytes
-        for batch in client.data.batches(client.position, stage.num_steps):
-            step = size or len(batch)
-            parts = [self._embed(self.engine, batch[i : i + step]) for i in range(0, len(batch), step)]
-            stored.append(Anchors(torch.cat([p.image for p in parts]), torch.cat([p.text for p in parts])))
-            room -= batch.pixels.nbytes
-            if kept is not None:
-                kept.append(batch)
-            if room < 0:
-                kept = None
-        return kept, stored
-
-    @torch.no_grad()
-    def _align_frozen(self, hidden: Any) -> Anchors:
-        return Anchors(*self.frozen_aligner(hidden))
-
-    @torch.no_grad()
-    def _embed(self, model: Any, batch: Batch) -> Anchors:
-        out = model(**model_inputs(batch, self.engine))
-        return Anchors(out.image_embeds, out.text_embeds)
+    def _correction(self, client: Client, stage: Stage, global_state: ModelState) -> _Correction | None:
+        if not self.strategy.corrects:
+            return None
+        return _Correction(self.engine, self.strategy, client, stage, global_state)
 
     def _anchor_losses(self, batch: Batch) -> Tensor:
-        """Per-pair alignment losses of the global model on this batch, from the anchors that the step has just used.
+        """Per-pair losses of the global model on this batch, from the anchors that the step has just used.
 
         In batches of dro.evaluation_batch_size over the whole of the client's batch: (pairs,) fp32, equal on every rank.
         """
         anchors = self.step.last_anchors
         assert anchors is not None
-        image, text, ids = (gather_uneven(x, self.group) for x in (*anchors, batch.text_ids.to(anchors.image.device)))
+        ids = gather_uneven(batch.text_ids.to(anchors.image.device), self.group)
+        image, text = (gather_uneven(x, self.group) for x in (anchors.image, anchors.text))
+        temperature = self.frozen_aligner.get_submodule("temperature")()
         size = self.config.dro.evaluation_batch_size
-        losses = [
-            alignment_with_positives(
-                nn.functional.normalize(image[i : i + size].float(), dim=-1),
-                nn.functional.normalize(text[i : i + size].float(), dim=-1),
-                ids[i : i + size],
-                float(self.frozen_aligner.get_submodule("temperature")()),
-                self.config.objective.direction_reduction,
-            )
-            for i in range(0, len(ids) // size * size, size)
-        ]
+        losses = []
+        for i in range(0, len(ids) // size * size, size):
+            u, v = (nn.functional.normalize(x[i : i + size].float(), dim=-1) for x in (image, text))
+            losses.append(self.objective.per_pair(Features(u, v, temperature=temperature), ids[i : i + size]))
         return torch.cat(losses).cpu()
+
+
+class _Correction:
+    """What a strategy does to a client's slices after each local step of a stage (Strategy.correct)."""
+
+    def __init__(self, engine: Engine, strategy: Strategy, client: Client, stage: Stage, global_state: ModelState):
+        self.engine, self.strategy, self.client, self.stage = engine, strategy, client, stage
+        # on the device for the stage: each step reads them
+        self.start = {part: self._on_device(part, global_state[part]) for part in stage.parts}
+        self.state: dict[str, SliceState] = {
+            part: {name: self._on_device(part, kept) for name, kept in client.corrections.get(part, {}).items()}
+            for part in stage.parts
+        }
+
+    def _on_device(self, part: str, tensors: PartState) -> PartState:
+        live = self.engine.slices(part)
+        return [x.to(y.device, copy=True) for x, y in zip(tensors, live, strict=True)]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Correct every part that trains. Collective over the slot for ZeRO 1 to 3, as the working weights are renewed."""
+        for part in self.stage.parts:
+            rate = self.stage.learning_rates[part]
+            self.strategy.correct(self.engine.slices(part), self.start[part], self.state[part], learning_rate=rate)
+        self.engine.refresh()
+
+    def keep(self) -> None:
+        """Leave the strategy's state with the client, on the host."""
+        for part, state in self.state.items():
+            self.client.corrections[part] = {name: [x.detach().cpu() for x in kept] for name, kept in state.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from feddra_ds.checkpoint.format import SHARED, Files, files_of
@@ -10,11 +10,13 @@ from feddra_ds.checkpoint.load import SavedFragments
 from feddra_ds.checkpoint.write import write_fragments, write_model
 from feddra_ds.common.logs import logger
 from feddra_ds.distributed.topology import Topology
+from feddra_ds.engine.parts import PARTS, ModelState
 from feddra_ds.federation.client import Client
 from feddra_ds.federation.server import Server
+from feddra_ds.strategies.base import SliceState
 
 
-def write_server(partial: Path, server: Server, clients: Iterable[Client], topology: Topology) -> Files:
+def write_server(partial: Path, server: Server, clients: Sequence[Client], topology: Topology) -> Files:
     """Write this rank's part of all that the server holds; returns what the manifest will say of it."""
     written: Files = {}
     for owner in sorted({server.owner_of(client) for client in clients}):
@@ -23,7 +25,35 @@ def write_server(partial: Path, server: Server, clients: Iterable[Client], topol
     if server.residuals is not None:
         folder = partial / "residuals" / f"slot-{topology.slot:05d}"
         written |= write_fragments(folder, partial, server.engine, server.residuals)
+    kept = {f"client/{client.id}": client.corrections for client in clients}
+    if topology.slot == 0:
+        kept["server"] = server.outer
+    for owner, by_part in kept.items():
+        for name, state in _by_name(by_part).items():
+            written |= write_fragments(partial / "kept" / owner / name, partial, server.engine, state)
     return written
+
+
+def _by_name(by_part: Mapping[str, SliceState]) -> dict[str, ModelState]:
+    """What a strategy's hook keeps, {part: {name: slices}}, as {name: {part: slices}}."""
+    out: dict[str, ModelState] = {}
+    for part, state in by_part.items():
+        for name, slices in state.items():
+            out.setdefault(name, {})[part] = slices
+    return out
+
+
+def read_kept(folder: Path, server: Server, clients: Iterable[Client]) -> None:
+    """Give the server and this slot's clients what the strategy's hooks had kept when the checkpoint was written."""
+    files = files_of(folder)
+    owners = [("server", server.outer), *((f"client/{client.id}", client.corrections) for client in clients)]
+    for owner, into in owners:
+        place = f"kept/{owner}/"
+        for name in sorted({file.removeprefix(place).split("/")[0] for file in files if file.startswith(place)}):
+            saved = SavedFragments(folder, f"{place}{name}")
+            for part in PARTS:
+                if any(parameter.startswith(f"{part}.") for parameter in saved.names):
+                    into.setdefault(part, {})[name] = saved.state(server.engine, part)
 
 
 def read_residuals(folder: Path, server: Server, topology: Topology) -> None:

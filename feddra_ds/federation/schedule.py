@@ -1,4 +1,4 @@
-"""The round as data: its stages, their steps, and the learning rate over rounds (ALGORITHM 6)."""
+"""The round as data: its stages, their steps, what each trains and hands on, and the learning rate over rounds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from feddra_ds.config.schema import Config, ScheduleConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a round: which part trains, for how many local steps, at which learning rate."""
+    """One stage of a round, with everything that depends on which stage it is."""
 
     name: Literal["stage1", "stage2"]
     num_steps: int
-    trains_backbone: bool
     lr: float
+    trains_backbone: bool
+    averages: bool
+    """Whether the clients' models are averaged after it; else they go on, each with its own aligner."""
+    hands_on_aligner: bool
+    """Whether a client's aligner is kept after it: the next stage starts from it, or it waits there to be averaged."""
+    moves_mixture: bool
+    """Whether the weights p move before its average, by losses read off its anchors (dro.evaluate_on = anchors)."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -42,12 +48,29 @@ def learning_rate(peak: float, schedule: ScheduleConfig, round_index: int) -> fl
 
 def stages_of_round(config: Config, round_index: int) -> list[Stage]:
     """The stages of one round, in order; a stage of 0 steps is left out."""
-    lr = learning_rate(config.optimizer.lr, config.schedule, round_index)
-    both = [
-        Stage("stage1", config.schedule.stage1_steps, False, lr),
-        Stage("stage2", config.schedule.stage2_steps, True, lr),
-    ]
-    return [stage for stage in both if stage.num_steps > 0]
+    schedule = config.schedule
+    lr = learning_rate(config.optimizer.lr, schedule, round_index)
+    reads_losses = config.dro.evaluate_on == "anchors"
+    goes_on = schedule.stage2_start == "client" and schedule.stage2_steps > 0
+    stage1 = Stage(
+        "stage1",
+        schedule.stage1_steps,
+        lr,
+        trains_backbone=False,
+        averages=config.aggregate.after_stage1 or schedule.stage2_steps == 0,
+        hands_on_aligner=goes_on or reads_losses,
+        moves_mixture=reads_losses,
+    )
+    stage2 = Stage(
+        "stage2",
+        schedule.stage2_steps,
+        lr,
+        trains_backbone=True,
+        averages=True,
+        hands_on_aligner=False,
+        moves_mixture=False,
+    )
+    return [stage for stage in (stage1, stage2) if stage.num_steps > 0]
 
 
 def steps_per_round(config: Config) -> int:

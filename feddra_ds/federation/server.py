@@ -20,6 +20,8 @@ from feddra_ds.federation.aggregation.mean import WeightedSum
 from feddra_ds.federation.client import Client
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.model import lora
+from feddra_ds.strategies import Strategy
+from feddra_ds.strategies.base import SliceState
 
 
 class Server:
@@ -29,8 +31,9 @@ class Server:
     _sum: WeightedSum
     residuals: ModelState | None = None  # what rounding has kept of this slot's deltas so far (compression.py)
 
-    def __init__(self, engine: Engine, config: Config, topology: Topology):
-        self.engine, self._topology = engine, topology
+    def __init__(self, engine: Engine, strategy: Strategy, config: Config, topology: Topology):
+        self.engine, self.strategy, self._topology = engine, strategy, topology
+        self.outer: dict[str, SliceState] = {}  # by part: what Strategy.server_step keeps, on the host
         self.states: dict[str, ModelState] = {SHARED: snapshot(engine)}
         self.num_bytes = 0  # handed to collectives so far
         if config.aggregate.precision != "fp32":
@@ -86,9 +89,21 @@ class Server:
                 lost = sorted(set(self._live_slots) - set(topology.live_slots))
                 logger.warning("slots %s are gone, and with them what rounding kept from their deltas", lost)
             self._live_slots = topology.live_slots
-        self.states[SHARED].update(self._sum.average(topology, total_weight))
+        mean = self._sum.average(topology, total_weight)
         self.num_bytes += self._sum.num_bytes
         del self._sum
+        if self.strategy.steps:
+            mean |= {part: self._outer_step(part, mean[part]) for part in mean if part != BUFFERS}
+        self.states[SHARED].update(mean)
+
+    @torch.no_grad()
+    def _outer_step(self, part: str, mean: PartState) -> PartState:
+        """The strategy's step from the old global slices of a part towards the clients' mean."""
+        new = self.strategy.server_step(self.states[SHARED][part], mean, self.outer.setdefault(part, {}))
+        if [x.shape for x in new] != [x.shape for x in mean]:
+            kind = type(self.strategy).__name__
+            raise ValueError(f"strategy.name: {kind}.server_step must give slices of the sizes of those it was given")
+        return new
 
     def read_engine(self) -> ModelState:
         """The engine's weights as a host state."""
@@ -103,7 +118,7 @@ class OwnModels(Server):
     """A model per client, never averaged."""
 
     def __init__(self, engine: Engine, clients: Iterable[Client]):
-        self.engine = engine
+        self.engine, self.outer = engine, {}
         self.states = {client.id: snapshot(engine) for client in clients}
         self.num_bytes = 0
 

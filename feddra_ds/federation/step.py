@@ -1,17 +1,15 @@
-"""One local step: the client's whole batch through the loss, backward, optimizer step (equation 3).
+"""One local step: the client's whole batch through the loss of equation (3), backward, optimizer step.
 
 `LocalStep` sees the batch in one piece, or, where data.micro_batch_size bounds memory, in micro-batches by two-pass
 gradient caching: embed all micro-batches without graph, take the loss and its gradient on the whole batch's
-embeddings, then run each micro-batch again with its graph and push that gradient through. The contrastive batch stays
+features, then run each micro-batch again with its graph and push that gradient through. The contrastive batch stays
 whole, and so do its negatives; the gradient is the same to rounding.
-
-b: pairs of this rank · m: pairs of a micro-batch · D: embedding size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +18,12 @@ from torch import Tensor
 
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.engine.engine import Engine
-from feddra_ds.objectives.base import Anchors, Objective
+from feddra_ds.objectives.base import Objective
+from feddra_ds.objectives.features import TOKENS, Features, join
 
-# (rows of this rank's batch, that part of the batch, its backbone output) → its anchors
-AnchorSource = Callable[[slice, Batch, Any], Anchors | None]
+# (rows of this rank's batch, that part of the batch, its backbone output) → the global model's features of it
+AnchorsOf = Callable[[slice, Batch, Any], Features | None]
+Parts = list[tuple[slice, Batch]]
 
 
 class LocalStep:
@@ -33,9 +33,9 @@ class LocalStep:
         self, engine: Engine, objective: Objective, group: dist.ProcessGroup | None, micro_batch_size: int | None
     ):
         self.engine, self.objective, self.group, self.micro_batch_size = engine, objective, group, micro_batch_size
-        self.last_anchors: Anchors | None = None  # of the newest batch, whole, for dro.evaluate_on = anchors
+        self.last_anchors: Features | None = None  # of the newest batch, whole, for dro.evaluate_on = anchors
 
-    def __call__(self, batch: Batch, anchors: AnchorSource, *, train_backbone: bool, weight: float) -> float:
+    def __call__(self, batch: Batch, anchors: AnchorsOf, *, train_backbone: bool, weight: float) -> float:
         """Step on this rank's part of a batch; `weight` scales the whole loss.
 
         A loss that is not finite skips backward and step, on every rank alike. Collective over the group.
@@ -50,53 +50,79 @@ class LocalStep:
             rows = slice(start, min(start + size, len(batch)))
             yield rows, batch if rows == slice(0, len(batch)) else batch[rows]
 
-    def _forward(self, batch: Batch, train_backbone: bool) -> Any:
-        return self.engine(**model_inputs(batch, self.engine), freeze_backbone=not train_backbone, return_hidden=True)
+    def _forward(self, batch: Batch, train_backbone: bool) -> tuple[Features, Any]:
+        """The features of a part of the batch, and the backbone's output."""
+        out = self.engine(
+            **model_inputs(batch, self.engine),
+            freeze_backbone=not train_backbone,
+            return_hidden=True,
+            return_tokens=TOKENS in self.objective.needs,
+        )
+        return features_of(out, self.objective), out.hidden
 
-    def _whole(
-        self, parts: list[tuple[slice, Batch]], anchors: AnchorSource, train_backbone: bool, weight: float
-    ) -> float:
+    def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]
-        out = self._forward(batch, train_backbone)
-        self.last_anchors = anchors(rows, batch, out.hidden)
-        losses = self.objective(out.image_embeds, out.text_embeds, out.temperature, self.last_anchors, self.group)
-        value = float(losses.total.detach())
+        features, hidden = self._forward(batch, train_backbone)
+        self.last_anchors = anchors(rows, batch, hidden)
+        total = self.objective(features, self.last_anchors, self.group).total
+        value = float(total.detach())
         if math.isfinite(value):
-            self.engine.backward(weight * losses.total)
+            self.engine.backward(weight * total)
             self.engine.step()
         return value
 
-    def _cached(
-        self, parts: list[tuple[slice, Batch]], anchors: AnchorSource, train_backbone: bool, weight: float
-    ) -> float:
-        images, texts, found, states = [], [], [], []
-        temperature: Tensor
+    def _cached(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
+        found, theirs, states = [], [], []
         for rows, batch in parts:
             states.append(_random_state(self.engine.device))
             with torch.no_grad():
-                out = self._forward(batch, train_backbone)
-                found.append(anchors(rows, batch, out.hidden))
-            images.append(out.image_embeds)
-            texts.append(out.text_embeds)
-            temperature = out.temperature
-        whole = None
-        if found[0] is not None:
-            whole = Anchors(*(torch.cat(column) for column in zip(*found, strict=True)))  # type: ignore[arg-type]
-        self.last_anchors = whole
-        leaves = [x.detach().requires_grad_() for x in (torch.cat(images), torch.cat(texts), temperature)]
-        losses = self.objective(leaves[0], leaves[1], leaves[2], whole, self.group)
-        value = float(losses.total.detach())
+                features, hidden = self._forward(batch, train_backbone)
+                found.append(features)
+                theirs.append(anchors(rows, batch, hidden))
+        known = [one for one in theirs if one is not None]
+        self.last_anchors = join(known) if known else None
+        leaves = _as_leaves(join(found))
+        total = self.objective(leaves, self.last_anchors, self.group).total
+        value = float(total.detach())
         if not math.isfinite(value):
             return value
-        gradients = torch.autograd.grad(weight * losses.total, leaves)
+        trained = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
+        found_gradients = torch.autograd.grad(weight * total, list(trained.values()), allow_unused=True)
+        gradients = dict(zip(trained, found_gradients, strict=True))
         for (rows, batch), state in zip(parts, states, strict=True):
             with _replayed(state, self.engine.device):  # the same dropout as in the first pass
-                out = self._forward(batch, train_backbone)
-            carrier = (out.image_embeds * gradients[0][rows]).sum() + (out.text_embeds * gradients[1][rows]).sum()
-            carrier = carrier + (out.temperature * gradients[2]).sum() / len(parts)
-            self.engine.backward(carrier)
+                features, _ = self._forward(batch, train_backbone)
+            self.engine.backward(_carrier(features, gradients, rows, len(parts)))
             self.engine.step()  # DeepSpeed steps at the last micro-batch
         return value
+
+
+def _as_leaves(features: Features) -> Features:
+    """Constants that collect a gradient, where a field can have one."""
+    leaf = lambda x: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+    return Features(*map(leaf, features))
+
+
+def _carrier(features: Features, gradients: Mapping[int, Tensor | None], rows: slice, num_parts: int) -> Tensor:
+    """A scalar whose gradient by the features of some rows is what the whole batch's loss gave them."""
+    total: Any = 0.0
+    for index, gradient in gradients.items():
+        value = features[index]
+        if gradient is None or not isinstance(value, Tensor):
+            continue  # the loss does not depend on it
+        if index == Features._fields.index("temperature"):  # one for the whole batch: each part carries its share
+            total = total + (value * gradient).sum() / num_parts
+        else:
+            total = total + (value * gradient[rows]).sum()
+    return total
+
+
+def features_of(out: Any, objective: Objective) -> Features:
+    """The features in a model's output, with tokens where the objective needs them."""
+    tokens: dict[str, Tensor] = {}
+    if TOKENS in objective.needs:
+        tokens = {"image_tokens": out.image_tokens, "text_tokens": out.text_tokens, "text_mask": out.text_mask}
+    return Features(out.image_embeds, out.text_embeds, temperature=out.temperature, **tokens)
 
 
 def model_inputs(batch: Batch, engine: Engine) -> dict[str, Tensor]:

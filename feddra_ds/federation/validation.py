@@ -1,4 +1,4 @@
-"""Losses that move the weights (ALGORITHM 4) and retrieval: embeddings of fixed samples, without augmentation.
+"""The losses L_i that move the weights p of equation (4), and retrieval: embeddings of fixed samples, without augmentation.
 
 n: pairs of the sample · D: embedding size.
 """
@@ -18,8 +18,9 @@ from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.client import Client
 from feddra_ds.federation.step import model_inputs
-from feddra_ds.losses.reference import alignment_with_positives
 from feddra_ds.metrics.ranking import ranks, recall_table
+from feddra_ds.objectives.base import Objective
+from feddra_ds.objectives.features import Features
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,20 @@ def evaluation_size(config: Config, num_samples: list[int]) -> int:
     return min(config.dro.evaluation_pairs, *num_samples) // batch * batch
 
 
-def client_loss(engine: Engine, client: Client, num_pairs: int, config: Config, topology: Topology) -> float:
-    """L_i of equation (4): the mean alignment loss of a fixed sample, at one batch size for every client.
+def client_loss(
+    engine: Engine, client: Client, num_pairs: int, objective: Objective, config: Config, topology: Topology
+) -> float:
+    """L_i of equation (4): the mean loss of a fixed sample's pairs, at one batch size for every client.
 
-    The anchor term is not part of it. Identical reports count as positives of each other; chance is 2 log B
-    (log B with direction_reduction = mean). Collective over the slot; equal on its ranks.
+    The anchor term is not part of it. Identical reports count as positives of each other; what chance gives is
+    objective.chance(batch size). Collective over the slot; equal on its ranks.
     """
     sample = embed(engine, client.data, num_pairs, config, topology)
     batch = config.dro.evaluation_batch_size
-    losses = [
-        alignment_with_positives(
-            sample.image[i : i + batch],
-            sample.text[i : i + batch],
-            sample.text_ids[i : i + batch],
-            sample.temperature,
-            config.objective.direction_reduction,
-        )
-        for i in range(0, num_pairs, batch)
-    ]
+    losses = []
+    for i in range(0, num_pairs, batch):
+        part = Features(sample.image[i : i + batch], sample.text[i : i + batch], temperature=sample.temperature)
+        losses.append(objective.per_pair(part, sample.text_ids[i : i + batch]))
     return float(torch.cat(losses).double().mean())
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from feddra_ds.common.errors import ConfigError
-from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig, ObjectiveConfig
+from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.loading.tokens import load_tokenizer
 from feddra_ds.model import encoders, lora
 from feddra_ds.model.dual_encoder import SIDES, DualEncoder, DualEncoderConfig, register
 from feddra_ds.model.encoders import local_or_hub
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor
+from feddra_ds.objectives import ObjectiveOptions
 
 log = logging.getLogger("feddra_ds")
 _WHOLE_TYPES = ("clip", "vision-text-dual-encoder")
@@ -21,7 +22,7 @@ _WHOLE_TYPES = ("clip", "vision-text-dual-encoder")
 
 def build_model(
     config: ModelConfig,
-    objective: ObjectiveConfig,
+    objective: ObjectiveOptions,
     *,
     image_size: int,
     vocab_size: int,
@@ -74,7 +75,7 @@ def _pooling(section: EncoderConfig, encoder: Any, side: str) -> str:
 
 
 def _from_whole(
-    config: ModelConfig, objective: ObjectiveConfig, image_size: int, vocab_size: int, max_text_length: int
+    config: ModelConfig, objective: ObjectiveOptions, image_size: int, vocab_size: int, max_text_length: int
 ) -> DualEncoder:
     """A DualEncoder from a model exported here, a CLIPModel or a VisionTextDualEncoderModel."""
     key, name = "model.pretrained", str(config.pretrained)

@@ -73,6 +73,12 @@ class DualEncoderOutput(ModelOutput):
     """(B, D) fp32, unit norm."""
     text_embeds: Tensor | None = None
     """(B, D) fp32, unit norm."""
+    image_tokens: Tensor | None = None
+    """(B, T, D) fp32, unit norm, with return_tokens: the image's patches (and class token), each through the head."""
+    text_tokens: Tensor | None = None
+    """(B, T, D) fp32, unit norm, with return_tokens."""
+    text_mask: Tensor | None = None
+    """(B, T), with return_tokens: 1 for a token of the text, 0 for padding."""
     temperature: Tensor | None = None
     """τ: fp32 (1,), with a gradient where it is learned."""
     hidden: Hidden | None = None
@@ -98,16 +104,18 @@ class Backbone(nn.Module):
 
 
 class Aligner(nn.Module):
-    """θ: Hidden → (image, text) embeddings (B, D), not normalised; owns the temperature."""
+    """θ: Hidden → embeddings as they leave the heads, not normalised; owns the temperature."""
 
     def __init__(self, vision: TowerAligner, text: TowerAligner, temperature: Temperature):
         super().__init__()
         self.vision, self.text, self.temperature = vision, text, temperature
 
-    def forward(self, hidden: Hidden) -> tuple[Tensor, Tensor]:
-        image = self.vision(hidden.vision) if hidden.vision is not None else None
-        text = self.text(hidden.text) if hidden.text is not None else None
-        return image, text  # type: ignore[return-value]
+    def forward(self, hidden: Hidden, with_tokens: bool = False) -> tuple[Tensor | None, ...]:
+        """(image, text), each (B, D); with_tokens also (image tokens, text tokens), each (B, T, D). None: did not run."""
+        towers = ((self.vision, hidden.vision), (self.text, hidden.text))
+        both = [(None, None) if told is None else tower(told, with_tokens) for tower, told in towers]
+        pooled, tokens = zip(*both, strict=True)
+        return (*pooled, *tokens) if with_tokens else pooled
 
 
 class DualEncoder(PreTrainedModel):
@@ -176,6 +184,7 @@ class DualEncoder(PreTrainedModel):
         attention_mask: Tensor | None = None,
         freeze_backbone: bool = False,
         return_hidden: bool = False,
+        return_tokens: bool = False,
     ) -> DualEncoderOutput:
         """Embed images (B, C, S, S) and texts (B, T).
 
@@ -184,10 +193,15 @@ class DualEncoder(PreTrainedModel):
         """
         with _frozen(self.backbone) if freeze_backbone else contextlib.nullcontext():
             hidden = self.encode(pixel_values, input_ids, attention_mask)
-        image, text = self.aligner(hidden)
+        image, text, *tokens = (
+            None if x is None else F.normalize(x.float(), dim=-1) for x in self.aligner(hidden, return_tokens)
+        )
         return DualEncoderOutput(
-            image_embeds=None if image is None else F.normalize(image.float(), dim=-1),
-            text_embeds=None if text is None else F.normalize(text.float(), dim=-1),
+            image_embeds=image,
+            text_embeds=text,
+            image_tokens=tokens[0] if tokens else None,
+            text_tokens=tokens[1] if tokens else None,
+            text_mask=hidden.text.mask if tokens and hidden.text is not None else None,
             temperature=self.aligner.temperature(),
             hidden=hidden if return_hidden else None,
         )

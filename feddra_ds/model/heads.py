@@ -94,7 +94,7 @@ class ExtraBlock(GradientCheckpointingLayer):
 
 
 class TowerAligner(nn.Module):
-    """One encoder's part of the alignment module: TowerHidden → (B, D), not normalised."""
+    """One encoder's part of the alignment module: what its backbone hands over → embeddings."""
 
     def __init__(
         self,
@@ -117,13 +117,15 @@ class TowerAligner(nn.Module):
         self.head = head
         self.pooling = pooling
 
-    def forward(self, hidden: TowerHidden) -> Tensor:
+    def forward(self, hidden: TowerHidden, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The pooled embedding (B, D), and with_tokens that of every token (B, T, D) by the same head; not normalised."""
         states = self.norm(call_blocks(list(self.blocks), hidden.states, hidden.calls))
         for block in self.extra:
             states = block(states, hidden.mask)
         states = self.extra_norm(states)
         pooled = self.pooler(states) if self.pooler is not None else pool(states, hidden.mask, self.pooling)
-        return self.head(pooled)
+        tokens = self.head(states.flatten(0, 1)).unflatten(0, states.shape[:2]) if with_tokens else None
+        return self.head(pooled), tokens
 
 
 def pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:

@@ -1,14 +1,24 @@
-"""Local objectives: embeddings of a batch → losses. One file each; `build` picks by objective.name."""
+"""Local objectives: features of a batch → loss, L_i and its chance level; one file and one row each, loaded on demand."""
 
 from __future__ import annotations
 
-from feddra_ds.config.schema import ObjectiveConfig
-from feddra_ds.objectives.base import Anchors, Objective
-from feddra_ds.objectives.ita import ImageTextAlignment
+from feddra_ds.common.plugins import find_class
+from feddra_ds.objectives.base import Objective
+from feddra_ds.objectives.features import Features
+from feddra_ds.objectives.options import ObjectiveOptions
 
-__all__ = ["Anchors", "ImageTextAlignment", "Objective", "build"]
+__all__ = ["OBJECTIVES", "Features", "Objective", "ObjectiveOptions", "build", "find"]
+
+OBJECTIVES = {
+    "ita": "feddra_ds.objectives.ita:ImageTextAlignment",
+}
 
 
-def build(config: ObjectiveConfig) -> Objective:
-    """The objective named by objective.name."""
-    return {"ita": ImageTextAlignment}[config.name](config)
+def find(name: object) -> type[Objective]:
+    """The class that objective.name names. Raises ConfigError."""
+    return find_class("objective.name", name, OBJECTIVES, Objective)  # type: ignore[type-abstract]
+
+
+def build(options: ObjectiveOptions) -> Objective:
+    """The objective of a config's section `objective`."""
+    return find(options.name)(options)

@@ -1,37 +1,68 @@
-"""What an objective is. B: pairs of this rank, D: embedding size."""
+"""What an objective is: features of a batch → the loss that a client trains on, and the L_i that moves the weights p.
+
+B: pairs of this rank, n: pairs that are looked at, D: embedding size.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch.distributed as dist
-from torch import Tensor
+from feddra_ds.objectives.features import Features
+from feddra_ds.objectives.options import ObjectiveOptions
 
-from feddra_ds.losses.types import DroLoss
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
-
-class Anchors(NamedTuple):
-    """The global model's embeddings of the same views, without gradient: each (B, D)."""
-
-    image: Tensor
-    text: Tensor
+    from feddra_ds.losses import DroLoss
 
 
-class Objective(Protocol):
-    """Equation (3) with a pluggable alignment loss."""
+class Objective(ABC):
+    """A local objective. Yours is a subclass, named in objective.name as package.module:Class.
 
-    needs_anchors: bool
+    `Options` holds its keys, a subclass of ObjectiveOptions; they are given, checked and shown like every other key of
+    the section `objective`. Importing the module of an objective of ours must not import torch: the config is read first.
+    """
 
-    def __call__(
-        self,
-        image: Tensor,
-        text: Tensor,
-        temperature: Tensor | float,
-        anchors: Anchors | None,
-        group: dist.ProcessGroup | None,
-    ) -> DroLoss:
-        """Losses of this rank's (B, D) embeddings; `group` is the client's ranks (None: this process alone).
+    Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What Features must hold beside the embeddings: features.TOKENS, or nothing."""
+    normalises: ClassVar[bool] = False
+    """Whether it normalises embeddings itself: stage 1's anchors then come as they leave the heads, which spares a pass."""
+    loss_scale: float = 1.0
+    """Factor that brings L_i to the scale of the two directions' sum, for which dro.step_size is stated."""
 
-        `.total` is the client's loss L_i of equation (3), equal on every rank of the group.
+    def __init__(self, options: Any):
+        """options: an instance of `Options`."""
+        self.options = options
+
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether the global model's features of each batch are computed."""
+        return bool(self.options.anchor_weight > 0)
+
+    @abstractmethod
+    def __call__(self, features: Features, anchors: Features | None, group: dist.ProcessGroup | None) -> DroLoss:
+        """The loss of the client's batch, of which this rank holds `features`; `group`: the client's ranks (None: one).
+
+        `.total` is equal on every rank of the group; its gradient on a rank is that rank's additive share, which
+        Features.gathered gives. anchors: the global model's features of the same pairs, without gradient, or None.
         """
-        ...
+
+    @abstractmethod
+    def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
+        """(n,) loss of each pair among the n given, without anchors: their mean is L_i of equation (4).
+
+        text_ids: (n,) int64; pairs of equal id have the same report. Called without gradient, on embeddings alone.
+        """
+
+    @abstractmethod
+    def chance(self, batch_size: int) -> float:
+        """The mean of per_pair over a batch of so many pairs under a model that knows nothing."""
+
+
+def anchor_distance(features: Features, anchors: Features) -> Tensor:
+    """(B,) equation (2): the mean squared difference of the embeddings to the global model's, both sides together."""
+    image, text = (features.image - anchors.image).square(), (features.text - anchors.text).square()
+    return image.mean(dim=-1) + text.mean(dim=-1)

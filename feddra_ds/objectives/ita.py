@@ -1,43 +1,64 @@
-"""Image-text alignment with the anchor term: equations (1) to (3)."""
+"""Image-text alignment with the anchor term: equations (1) to (3), by the fused loss."""
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from feddra_ds.config.schema import ObjectiveConfig
-from feddra_ds.losses.fused import fused_dro_loss
-from feddra_ds.losses.types import DroLoss
-from feddra_ds.objectives.base import Anchors
+from pydantic import Field
+
+from feddra_ds import losses
+from feddra_ds.common.section import MAY_CHANGE
+from feddra_ds.objectives.base import Objective
+from feddra_ds.objectives.features import Features
+from feddra_ds.objectives.options import ObjectiveOptions
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 
-class ImageTextAlignment:
-    """ℓ = λ₁ ITA + λ₂ ANC over the client's ranks, by the fused loss."""
+class ItaOptions(ObjectiveOptions):
+    """Keys of `ita`."""
 
-    def __init__(self, config: ObjectiveConfig):
-        self.config = config
-        self.needs_anchors = config.anchor_weight > 0
+    direction_reduction: Literal["sum", "mean"] = "sum"
+    """Sum (the release) or mean (the CLIP habit) of the two directions; step_size and anchor_weight are rescaled."""
+    impl: Literal["auto", "triton", "chunked", "reference"] = Field("auto", json_schema_extra=MAY_CHANGE)
+    """Which implementation of the loss runs."""
+
+
+class ImageTextAlignment(Objective):
+    """ℓ = λ₁ ITA + λ₂ ANC over the client's ranks."""
+
+    Options = ItaOptions
+    normalises: ClassVar[bool] = True  # in the fused loss
+    options: ItaOptions
+
+    def __init__(self, options: ItaOptions):
+        super().__init__(options)
+        self._num_directions = 1.0 if options.direction_reduction == "mean" else 2.0
+        self.loss_scale = 2.0 / self._num_directions
         # λ₂ is stated for the sum of the two directions; with their mean the alignment halves, and so must the anchor
-        halves = 0.5 if config.direction_reduction == "mean" else 1.0
-        self._anchor_weight = halves * config.anchor_weight / config.alignment_weight
+        self._anchor_weight = options.anchor_weight / options.alignment_weight / self.loss_scale
 
-    def __call__(
-        self,
-        image: Tensor,
-        text: Tensor,
-        temperature: Tensor | float,
-        anchors: Anchors | None,
-        group: dist.ProcessGroup | None,
-    ) -> DroLoss:
-        loss = fused_dro_loss(
-            image,
-            text,
+    def __call__(self, features: Features, anchors: Features | None, group: dist.ProcessGroup | None) -> losses.DroLoss:
+        loss = losses.fused_dro_loss(
+            features.image,
+            features.text,
             anchors.image if anchors else None,
             anchors.text if anchors else None,
-            temperature=temperature,
+            temperature=features.temperature,
             anchor_weight=self._anchor_weight if anchors else 0.0,
-            direction_reduction=self.config.direction_reduction,
+            direction_reduction=self.options.direction_reduction,
             group=group,
-            impl=self.config.impl,
+            impl=self.options.impl,
         )
-        return loss._replace(total=self.config.alignment_weight * loss.total)
+        return loss._replace(total=self.options.alignment_weight * loss.total)
+
+    def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
+        return losses.alignment_with_positives(
+            features.image, features.text, text_ids, float(features.temperature), self.options.direction_reduction
+        )
+
+    def chance(self, batch_size: int) -> float:
+        return self._num_directions * math.log(batch_size)

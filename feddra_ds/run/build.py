@@ -26,22 +26,26 @@ from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
 from feddra_ds.data.loading.streaming import build_data
 from feddra_ds.distributed.launch import Launch, choose_device
+from feddra_ds.distributed.plan import Plan
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.bootstrap import build_monitor
 from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.anchors import frozen_twin
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
-from feddra_ds.federation.saving import read_residuals
+from feddra_ds.federation.saving import read_kept, read_residuals
 from feddra_ds.federation.server import OwnModels, Server
 from feddra_ds.model.build import model_of, processor_of, tokenizer_of
+from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.processor import DualEncoderProcessor
-from feddra_ds.model.weights.deferred import defer, make_room
+from feddra_ds.model.weights.deferred import Weights, defer, make_room
+from feddra_ds.objectives import Objective
 from feddra_ds.objectives import build as build_objective
 from feddra_ds.run.checks import check
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
-from feddra_ds.strategies.base import Strategy
+from feddra_ds.strategies import Strategy
+from feddra_ds.strategies.robust_weights import Vector
 
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
@@ -51,7 +55,8 @@ def build(config: Config) -> Run:
     launch = Launch.from_environment()
     setup(launch.rank)
     dataset, dataset_ids, layout = check(config, launch)
-    strategy = strategies.build(config.strategy)
+    strategy = strategies.build(config.strategy, config.dro)
+    objective = build_objective(config.objective)
     device = choose_device(config.run.device, launch.local_rank)
     tokenizer = tokenizer_of(config)
     processor = processor_of(config, tokenizer)
@@ -60,72 +65,19 @@ def build(config: Config) -> Run:
 
     topology = Topology(layout, launch, device, config.clients.timeout_s)
     if topology.is_coordinator:
-        logger.info("%s on %s, %s", layout.describe(), device, config.strategy.name)
-        if config.dro.apply == "loss" and config.optimizer.name == "adamw":
-            logger.warning(
-                "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "
-                "scale; dro.apply=aggregate lets p act"
-            )
+        _say_what_starts(config, layout, device)
     resumed = agree_on_checkpoint(config, topology)
-
-    objective = build_objective(config.objective)
-    replays = config.objective.anchors == "replay" or not objective.needs_anchors
-    place = torch.device("cpu" if initial is None else "meta")
-    frozen_aligner = frozen_twin(model.aligner, place, torch.float32)
-    frozen_model = None if replays else frozen_twin(model, place, torch.float32)
-    if device.type == "cpu" and topology.plan.ranks_per_slot > 1 and config.model.head.norm == "batchnorm":
-        raise ConfigError(
-            ["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"]
-        )
-    if topology.plan.ranks_per_slot > 1:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    engine = Engine(
-        model, config, device=device, shard=topology.shard, num_shards=layout.ranks_per_slot, weights=initial
-    )
-    make_room(frozen_aligner, device, engine.dtype)
-    if frozen_model is not None:
-        make_room(frozen_model, device, engine.dtype)
-    trainer = LocalTrainer(engine, frozen_aligner, frozen_model, objective, config, topology)
-
+    trainer = build_trainer(config, model, initial, objective, strategy, topology)
+    engine = trainer.engine
     clients, validation, client_ids, num_samples = build_clients(
         config, dataset, dataset_ids, strategy, topology, tokenizer, processor
     )
-    server = Server(engine, config, topology) if strategy.averages else OwnModels(engine, clients)
-    center = strategy.center(config, num_samples)
-    weights, next_round = strategy.initial_weights(config, center), 0
-    positions: dict[str, dict[str, int]] = {}
-    run_dir = Path(config.run.output_dir)
-    coordinator = metrics = monitor = None
-    if resumed is not None:
-        state = read_coordinator(resumed)
-        if state["metrics"]["client_ids"] != client_ids:
-            before = ", ".join(state["metrics"]["client_ids"])
-            raise ConfigError(
-                [
-                    f"data.root: its clients are {', '.join(client_ids)}, but the checkpoint in {resumed} was trained with "
-                    f"{before}; start anew in another run.output_dir"
-                ]
-            )
-        weights, next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
-        for owner in server.states:
-            SavedModel(resumed, owner).load_into(engine)
-            server.states[owner] = server.read_engine()
-        read_residuals(resumed, server, topology)
-        positions = state["positions"]
-        for client in clients:
-            if client.id in positions:  # a client that was never heard of starts at its beginning
-                client.position = Position(**positions[client.id])
-    if topology.is_coordinator:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / "config.yaml", dump(config))
-        last = read_coordinator(resumed)["metrics"] if resumed is not None else None
-        metrics = MetricsFile(run_dir / "metrics.jsonl", next_round, last)
-        coordinator = Coordinator(config, topology, strategy, client_ids, center, weights, positions)
-        if config.run.monitor:
-            monitor = build_monitor(config.run.monitor, str(run_dir), "events")
-    return Run(
+    server = Server(engine, strategy, config, topology) if strategy.averages else OwnModels(engine, clients)
+    center = strategy.center(num_samples)
+    run = Run(
         config=config,
         strategy=strategy,
+        objective=objective,
         topology=topology,
         engine=engine,
         trainer=trainer,
@@ -134,12 +86,93 @@ def build(config: Config) -> Run:
         clients=clients,
         validation=validation,
         num_samples=num_samples,
-        weights=weights,
-        next_round=next_round,
-        coordinator=coordinator,
-        metrics=metrics,
-        monitor=monitor,
+        mixture=strategy.first_mixture(center),
     )
+    state = None if resumed is None else _resume(run, resumed)
+    if topology.is_coordinator:
+        _lead(run, center, state)
+    return run
+
+
+def _say_what_starts(config: Config, layout: Plan, device: torch.device) -> None:
+    logger.info("%s on %s, %s", layout.describe(), device, config.strategy.name)
+    if config.dro.apply == "loss" and config.optimizer.name == "adamw":
+        logger.warning(
+            "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "
+            "scale; dro.apply=aggregate lets p act"
+        )
+
+
+def build_trainer(
+    config: Config,
+    model: DualEncoder,
+    initial: Weights | None,
+    objective: Objective,
+    strategy: Strategy,
+    topology: Topology,
+) -> LocalTrainer:
+    """The engine over the model, and what trains clients on it. Raises ConfigError. Collective over the slot."""
+    device, ranks = topology.device, topology.plan.ranks_per_slot
+    # the twins are made before DeepSpeed partitions the model
+    place = torch.device("cpu" if initial is None else "meta")
+    frozen_aligner = frozen_twin(model.aligner, place, torch.float32)
+    is_resident = config.objective.anchors == "resident" and objective.needs_anchors
+    frozen_model = frozen_twin(model, place, torch.float32) if is_resident else None
+    if device.type == "cpu" and ranks > 1 and config.model.head.norm == "batchnorm":
+        raise ConfigError(
+            ["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"]
+        )
+    if ranks > 1:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    engine = Engine(model, config, device=device, slot_rank=topology.slot_rank, ranks_per_slot=ranks, weights=initial)
+    for twin in (frozen_aligner, frozen_model):
+        if twin is not None:
+            make_room(twin, device, engine.dtype)
+    return LocalTrainer(engine, frozen_aligner, frozen_model, objective, strategy, config, topology)
+
+
+def _resume(run: Run, folder: Path) -> dict[str, Any]:
+    """Take the models, p, positions and the next round from a checkpoint; returns its coordinator.json."""
+    state = read_coordinator(folder)
+    if state["metrics"]["client_ids"] != run.client_ids:
+        before = ", ".join(state["metrics"]["client_ids"])
+        raise ConfigError(
+            [
+                f"data.root: its clients are {', '.join(run.client_ids)}, but the checkpoint in {folder} was trained with "
+                f"{before}; start anew in another run.output_dir"
+            ]
+        )
+    run.mixture, run.next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
+    for owner in run.server.states:
+        run.server.states[owner] = SavedModel(folder, owner).read_state(run.engine)
+    read_residuals(folder, run.server, run.topology)
+    read_kept(folder, run.server, run.clients)
+    for client in run.clients:
+        if client.id in state["positions"]:  # a client that was never heard of starts at its beginning
+            client.position = Position(**state["positions"][client.id])
+    return state
+
+
+def _lead(run: Run, center: Vector, resumed: dict[str, Any] | None) -> None:
+    """What the coordinator has beside the others: the run's folder, its record, its decisions."""
+    config = run.config
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.run_dir / "config.yaml", dump(config))
+    run.metrics = MetricsFile(
+        run.run_dir / "metrics.jsonl", run.next_round, None if resumed is None else resumed["metrics"]
+    )
+    run.coordinator = Coordinator(
+        config,
+        run.topology,
+        run.strategy,
+        run.client_ids,
+        center,
+        run.mixture,
+        loss_scale=run.objective.loss_scale,
+        positions={} if resumed is None else resumed["positions"],
+    )
+    if config.run.monitor:
+        run.monitor = build_monitor(config.run.monitor, str(run.run_dir), "events")
 
 
 def build_clients(
@@ -161,8 +194,8 @@ def build_clients(
         "tokenizer": tokenizer,
         "image_mean": processor.image_mean,
         "image_std": processor.image_std,
-        "shard": topology.shard,
-        "num_shards": topology.plan.ranks_per_slot,
+        "slot_rank": topology.slot_rank,
+        "ranks_per_slot": topology.plan.ranks_per_slot,
         "pool": pool,
     }
     client_ids = list(members)

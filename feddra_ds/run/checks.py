@@ -32,7 +32,7 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
     Returns the dataset, the ids of its clients and the plan. Raises ConfigError with a line per problem.
     """
     problems: list[str] = []
-    strategy = strategies.build(config.strategy)
+    strategy = strategies.build(config.strategy, config.dro)
     problems += preflight(
         config.data.root,
         config.clients.ids,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.files import write_atomic
+from feddra_ds.federation.record import RoundRecord
 
 
 class MetricsFile:
@@ -21,7 +22,7 @@ class MetricsFile:
             kept.append(last)
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def append(self, line: dict[str, Any]) -> None:
+    def append(self, line: RoundRecord) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()

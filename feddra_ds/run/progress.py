@@ -11,11 +11,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psutil
 from rich.console import Console, Group, RenderableType
@@ -25,6 +24,8 @@ from rich.text import Text
 
 from feddra_ds.common.logs import logger
 from feddra_ds.common.text import duration
+from feddra_ds.federation.protocol import ClientReport
+from feddra_ds.federation.record import RoundRecord
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.run.display import Display
 
@@ -54,7 +55,7 @@ class Standing:
     round_began: float = 0.0
     round_steps_done: int = 0
     round_seconds: list[float] = field(default_factory=list)  # of the rounds that this process has finished
-    last_line: dict[str, Any] | None = None
+    last_line: RoundRecord | None = None
 
 
 class Progress:
@@ -134,12 +135,12 @@ class Progress:
 
         return on_step
 
-    def end_stage(self, stage: Stage, clients: dict[str, dict[str, Any]], *, slot_only: bool = False) -> None:
-        """One line says how the stage went. clients: LocalResult.report by client, of every slot that was heard, which
+    def end_stage(self, stage: Stage, clients: Mapping[str, ClientReport], *, slot_only: bool = False) -> None:
+        """One line says how the stage went. clients: their reports, of every slot that was heard, which
         is where the stage is averaged; slot_only: of this slot's alone."""
         seconds = max(1e-9, self.clock() - self.now.stage_began)
-        pairs = sum(told["pairs"] for told in clients.values())
-        good = {client: told["train_loss"] for client, told in clients.items() if told["train_loss"] is not None}
+        pairs = sum(told.pairs for told in clients.values())
+        good = {client: told.train_loss for client, told in clients.items() if told.train_loss is not None}
         losses = "no finite loss"
         if good:
             worst = max(good, key=lambda client: good[client])
@@ -157,7 +158,7 @@ class Progress:
             self.now.phase, self.now.client = phase, None
             self._write("running")
 
-    def end_round(self, line: dict[str, Any]) -> None:
+    def end_round(self, line: RoundRecord) -> None:
         """`line`: the round's line of metrics.jsonl."""
         now = self.now
         now.last_line = line
@@ -264,7 +265,7 @@ class Progress:
             logger.debug("%s cannot be written: %s", path, error)
 
 
-def summary(line: dict[str, Any]) -> str:
+def summary(line: RoundRecord) -> str:
     """Losses, weights and pooled retrieval of a round's line of metrics.jsonl, in one line of text."""
     ids, losses = line["client_ids"], line["client_losses"]
     known = {client: loss for client, loss in zip(ids, losses, strict=True) if loss is not None}

@@ -1,4 +1,4 @@
-"""The round loop: `Run.rounds` is ALGORITHM 6 on a page. `build.py` puts the pieces together."""
+"""The round loop: `Run.rounds` is the paper's algorithm on a page. `build.py` puts the pieces together."""
 
 from __future__ import annotations
 
@@ -7,39 +7,47 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from feddra_ds.checkpoint.format import SHARED, Files, folder_of, partial_of
+from feddra_ds.checkpoint.format import SHARED, folder_of, partial_of
 from feddra_ds.checkpoint.restore import export_checkpoint
 from feddra_ds.checkpoint.write import commit
 from feddra_ds.common.errors import TooFewClients
 from feddra_ds.config.schema import Config
+from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.aggregation.peers import gather_over_peers
 from feddra_ds.federation.client import Client, LocalTrainer
-from feddra_ds.federation.coordinator import Coordinator, Decision, aggregation_weights, loss_weight
+from feddra_ds.federation.coordinator import Coordinator
+from feddra_ds.federation.protocol import ClientReport, Decision, Protocol, RankReport
+from feddra_ds.federation.record import RoundRecord
 from feddra_ds.federation.saving import write_server
 from feddra_ds.federation.schedule import Stage, stages_of_round, steps_per_round
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, client_loss, embed, evaluation_size, retrieval
+from feddra_ds.objectives import Objective
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
-from feddra_ds.strategies.base import Strategy
+from feddra_ds.strategies import Strategy
+from feddra_ds.strategies.robust_weights import Vector
 
 STAGE_NAMES = ("stage1", "stage2", "aggregate", "evaluate", "checkpoint")
 
 
+@dataclass
 class Run:
     """Everything of one rank of one run. Built by `build.build`."""
 
     # what was asked for
     config: Config
     strategy: Strategy
+    objective: Objective
     # this rank's place and engine
     topology: Topology
     engine: Engine
@@ -48,21 +56,22 @@ class Run:
     # the data owners: all ids, and those that this rank's slot hosts
     client_ids: list[str]
     clients: list[Client]
-    validation: dict[str, Any]  # client id → ClientData of evaluation.split
+    validation: dict[str, ClientData]  # of evaluation.split, by client id
     num_samples: list[int]  # training pairs of every client
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
-    weights: np.ndarray
-    next_round: int
+    mixture: Vector
+    next_round: int = 0
     # rank 0 only
-    coordinator: Coordinator | None
-    metrics: MetricsFile | None
-    monitor: Any
+    coordinator: Coordinator | None = None
+    metrics: MetricsFile | None = None
+    monitor: Any = None
+    # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    anchor_losses: dict[str, float | None] = field(default_factory=dict)
 
-    def __init__(self, **pieces: Any):
-        self.__dict__.update(pieces)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.anchor_losses: dict[str, float | None] = {}  # of this round's stage 1, where dro.evaluate_on = anchors
+    def __post_init__(self) -> None:
         self.run_dir = Path(self.config.run.output_dir)
+        self.protocol = Protocol(self.topology)
         self.progress = Progress(
             self.run_dir,
             strategy=self.config.strategy.name,
@@ -83,29 +92,25 @@ class Run:
                 samples = 0
                 for stage in stages_of_round(self.config, round_index):
                     samples += self.run_stage(round_index, stage)
-                report = self.evaluate(round_index)
-                report |= {
-                    "samples": samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
-                    "bytes": self.server.num_bytes - bytes_before,
-                    "memory": peak_memory(self.engine),
-                }
-                line = self.update_weights(round_index, report)
+                report = replace(
+                    self.evaluate(round_index),
+                    samples=samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
+                    bytes=self.server.num_bytes - bytes_before,
+                    memory=peak_memory(self.engine),
+                )
+                record = self.end_round(round_index, report)
                 with self.timed("checkpoint"):
-                    self.save(round_index, line)
-                self.record(line, time.monotonic() - began)
+                    self.save(round_index, record)
+                if record is not None:
+                    self.record(record, time.monotonic() - began)
             with self.timed("model"):
                 self.save_final_model()
 
     def run_stage(self, round_index: int, stage: Stage) -> int:
         """Every client of this slot trains from the global model; their average becomes it. Returns pairs trained on."""
-        aggregates = (
-            stage.trains_backbone or self.config.aggregate.after_stage1 or self.config.schedule.stage2_steps == 0
-        )
-        moves_weights = self.config.dro.evaluate_on == "anchors" and not stage.trains_backbone
-        reports: dict[str, dict[str, Any]] = {}
-        samples = 0
+        reports: dict[int, ClientReport] = {}
         self.progress.begin_stage(stage)
-        if aggregates:
+        if stage.averages:
             self.server.begin(stage)
         with self.timed(stage.name):
             for client in self.clients:
@@ -113,81 +118,78 @@ class Run:
                     client,
                     stage,
                     self.server.model_of(client),
-                    loss_weight(self.config, self.weights, client.index),
+                    self.strategy.loss_weight(self.mixture, client.index),
                     on_step=self.progress.begin_client(client.id),
                 )
-                self.prefetch_after(client, stage)
-                reports[str(client.index)] = result.report()
-                samples += result.num_pairs
-                if aggregates and result.problem is None and not moves_weights:
-                    self.server.add(client, self.aggregation_weight(client), self.server.live(stage))
-        if not aggregates:  # one synchronisation a round: the clients go on with their own aligners
-            mine = {client.id: reports[str(client.index)] for client in self.clients}
-            self.progress.end_stage(stage, mine, slot_only=True)
-            return samples
-        with self.timed("aggregate"):
-            decision = self.agree(round_index, stage, reports)
-            if moves_weights:  # p was not known before; the aligners wait on the host
-                self.anchor_losses = {index: told["loss"] for index, told in reports.items()}
-                for client in self.clients:
-                    if client.index in decision.included and client.aligner is not None:
-                        self.server.add(client, self.aggregation_weight(client), client.aligner)
-            with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
-                self.server.finish(self.topology, decision.total_weight)
-        return samples
+                self.prefetch_after(client)
+                reports[client.index] = result.report()
+                if stage.averages and result.problem is None and not stage.moves_mixture:
+                    self.server.add(client, self.average_weight(client), self.server.live(stage))
+        if stage.averages:
+            with self.timed("aggregate"):
+                self.average(round_index, stage, reports)
+        else:  # one synchronisation a round: the clients go on with their own aligners
+            self.progress.end_stage(stage, {self.client_ids[i]: told for i, told in reports.items()}, slot_only=True)
+        return sum(report.pairs for report in reports.values())
 
-    def aggregation_weight(self, client: Client) -> float:
-        return float(aggregation_weights(self.config, self.weights)[client.index])
+    def average(self, round_index: int, stage: Stage, reports: dict[int, ClientReport]) -> None:
+        """Agree on who takes part and with which weight, and make their average the global model."""
+        decision = self.agree(round_index, stage, reports)
+        if stage.moves_mixture:  # p was not known before; the aligners wait on the host
+            self.anchor_losses = {str(index): told.loss for index, told in reports.items()}
+            for client in self.clients:
+                if client.index in decision.included and client.aligner is not None:
+                    self.server.add(client, self.average_weight(client), client.aligner)
+        with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
+            self.server.finish(self.topology, decision.total_weight)
 
-    def prefetch_after(self, client: Client, stage: Stage) -> None:
+    def average_weight(self, client: Client) -> float:
+        return float(self.strategy.average_weight(self.mixture)[client.index])
+
+    def prefetch_after(self, client: Client) -> None:
         """Let the readers start on what comes next (the next client, or the next stage of the first), while we average."""
         following = self.clients[(self.clients.index(client) + 1) % len(self.clients)]
         following.data.prefetch(following.position, 1)
 
-    def agree(self, round_index: int, stage: Stage, reports: dict[str, dict[str, Any]]) -> Decision:
+    def agree(self, round_index: int, stage: Stage, reports: dict[int, ClientReport]) -> Decision:
         """Report to the coordinator and hear who is averaged. Raises TooFewClients."""
-        topology, place = self.topology, f"round/{round_index}/{stage.name}"
+        topology = self.topology
         if topology.is_slot_leader:
-            topology.post(f"{place}/slot/{topology.slot}", reports)
+            self.protocol.tell_stage(round_index, stage.name, reports)
         if self.coordinator is not None:
             decision = self.coordinator.decide(round_index, stage.name)
             self.progress.end_stage(stage, self.coordinator.heard)
         else:
-            # the coordinator may itself wait timeout_s for another slot after its own training
-            message = topology.fetch(
-                f"{place}/decision", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s
-            )
-            decision = Decision.from_message(message)
+            decision = self.protocol.hear_decision(round_index, stage.name)
         if decision.stop is not None:
-            topology.leave_after_reading(f"{place}/stop", decision.live_slots)
+            self.protocol.leave(round_index, stage.name, decision.live_slots)
             raise TooFewClients(f"round {round_index}, {stage.name}: {decision.stop}")
         if topology.slot not in decision.live_slots:
             raise TooFewClients(f"slot {topology.slot} was dropped: it did not report within clients.timeout_s")
         if tuple(decision.live_slots) != topology.live_slots:
             topology.drop_slots(decision.live_slots, decision.generation)
-        self.weights = np.asarray(decision.weights, dtype=np.float64)
+        self.mixture = np.asarray(decision.weights, dtype=np.float64)
         return decision
 
-    def evaluate(self, round_index: int) -> dict[str, Any]:
+    def evaluates_sample(self, round_index: int) -> bool:
+        """Whether L_i of this round's model is measured at its end; else the next round reads it off its anchors."""
+        return self.config.dro.evaluate_on == "sample" or round_index == self.config.schedule.rounds - 1
+
+    def evaluate(self, round_index: int) -> RankReport:
         """L_i of this slot's clients under the new global model, and retrieval where it is due."""
         with self.timed("evaluate"):
             every, last = self.config.evaluation.every, self.config.schedule.rounds - 1
-            losses = self.anchor_losses
-            if self.config.dro.evaluate_on == "sample" or round_index == last:
-                losses = self.evaluate_losses()
+            losses = self.evaluate_losses() if self.evaluates_sample(round_index) else self.anchor_losses
             due = every > 0 and ((round_index + 1) % every == 0 or round_index == last)
             val = self.retrieve() if due else {}
         skipped: dict[str, dict[str, int]] = {}
         for client in self.clients:
             sources = [client.data, *([self.validation[client.id]] if client.id in self.validation else [])]
             skipped[client.id] = dict(sum((Counter(source.take_skipped()) for source in sources), Counter()))
-        leader = self.topology.is_slot_leader
-        return {
-            "losses": losses if leader else {},
-            "positions": {client.id: client.position.to_dict() for client in self.clients} if leader else {},
-            "val": val,
-            "skipped": skipped,
-        }
+        if not self.topology.is_slot_leader:
+            return RankReport(val=val, skipped=skipped)
+        positions = {client.id: client.position.to_dict() for client in self.clients}
+        return RankReport(losses=losses, positions=positions, val=val, skipped=skipped)
 
     def evaluate_losses(self) -> dict[str, float | None]:
         """L_i of this slot's clients by index, on their fixed samples."""
@@ -195,7 +197,9 @@ class Run:
         losses: dict[str, float | None] = {}
         for client in self.clients:
             self.server.show(client)
-            losses[str(client.index)] = client_loss(self.engine, client, pairs, self.config, self.topology)
+            losses[str(client.index)] = client_loss(
+                self.engine, client, pairs, self.objective, self.config, self.topology
+            )
         return losses
 
     def retrieve(self) -> dict[str, dict[str, float]]:
@@ -223,63 +227,42 @@ class Run:
         """Evaluation data by name: the client's own, or everybody's for the centralised strategy."""
         return self.validation if self.strategy.pools_data else {client.id: self.validation[client.id]}
 
-    def update_weights(self, round_index: int, report: dict[str, Any]) -> dict[str, Any]:
-        """Equation (4) at the coordinator; every rank hears the next p. Returns the round's line at the coordinator."""
+    def end_round(self, round_index: int, report: RankReport) -> RoundRecord | None:
+        """Every rank reports, p moves (equation (4)) and all hear the next; the round's record at the coordinator."""
         with self.timed("aggregate"):
-            topology = self.topology
-            topology.post(f"round/{round_index}/rank/{topology.rank}", report)
-            line: dict[str, Any] = {}
+            self.protocol.tell_round(round_index, report)
+            record = None
             if self.coordinator is not None:
-                reports = self.coordinator.collect(round_index)
-                line = self.coordinator.metrics(round_index, reports)
-                if self.config.dro.evaluate_on == "sample" or round_index == self.config.schedule.rounds - 1:
-                    self.coordinator.weights = self.coordinator.next_weights(line["client_losses"])
-                    line["next_client_weights"] = self.coordinator.weights.tolist()
-                self.coordinator.excluded = []
-                topology.post(f"round/{round_index}/next", self.coordinator.weights.tolist())
-            message = topology.fetch(
-                f"round/{round_index}/next", sender="the coordinator (rank 0)", timeout_s=3 * topology.timeout_s
-            )
-            self.weights = np.asarray(message, dtype=np.float64)
-        return line
+                record = self.coordinator.end_round(round_index, moves_mixture=self.evaluates_sample(round_index))
+            self.mixture = np.asarray(self.protocol.hear_mixture(round_index), dtype=np.float64)
+        return record
 
-    def save(self, round_index: int, line: dict[str, Any]) -> None:
+    def save(self, round_index: int, record: RoundRecord | None) -> None:
         """An atomic checkpoint where one is due (checkpoint.every, and after the last round)."""
         if (round_index + 1) % self.config.checkpoint.every and round_index + 1 < self.config.schedule.rounds:
             return
         topology = self.topology
         folder = folder_of(self.run_dir, round_index)
-        every_slot_writes = not self.strategy.averages or self.server.residuals is not None
-        writers = topology.live_ranks if every_slot_writes else range(topology.plan.ranks_per_slot)
-        files: Files = {}
+        has_own = not self.strategy.averages or self.server.residuals is not None or self.strategy.corrects
+        writers = topology.live_ranks if has_own else range(topology.plan.ranks_per_slot)
         if topology.rank in writers:
-            files = write_server(partial_of(folder), self.server, self.clients, topology)
-            topology.post(f"saved/{round_index}/{topology.rank}", files)
+            written = write_server(partial_of(folder), self.server, self.clients, topology)
+            self.protocol.tell_saved(round_index, written)
         if self.coordinator is not None:
-            for rank in writers:
-                key = f"saved/{round_index}/{rank}"
-                files |= topology.fetch(key, sender=f"rank {rank}")
-                topology.forget(key)
-            state = self.coordinator.state(round_index) | {"metrics": line}  # lest a kill before `record` lose the line
+            files = self.protocol.hear_saved(round_index, writers)
+            # with the record, lest a kill before `record` lose the line
+            state = self.coordinator.state(round_index) | {"metrics": record}
             commit(folder, state, files, self.config.checkpoint.keep)
 
-    def record(self, line: dict[str, Any], seconds: float) -> None:
-        """Write the round's line of metrics.jsonl and its scalars; the coordinator's own clock."""
-        if self.coordinator is None or self.metrics is None:
-            return
-        line |= {"seconds": seconds, "stage_seconds": {name: self.seconds[name] for name in STAGE_NAMES}}
-        self.metrics.append(line)
-        self.progress.end_round(line)
+    def record(self, record: RoundRecord, seconds: float) -> None:
+        """Write the round's line of metrics.jsonl and its scalars, with the coordinator's own clock."""
+        record["seconds"] = seconds
+        record["stage_seconds"] = {name: self.seconds[name] for name in STAGE_NAMES}
+        assert self.metrics is not None
+        self.metrics.append(record)
+        self.progress.end_round(record)
         if self.monitor is not None:
-            step = line["round"]
-            events = [("loss/mean", line["mean_loss"], step), ("loss/worst", line["worst_loss"], step)]
-            for i, client in enumerate(self.client_ids):
-                events.append((f"weights/{client}", line["client_weights"][i], step))
-                if line["client_losses"][i] is not None:
-                    events.append((f"loss/{client}", line["client_losses"][i], step))
-            for name, values in line["val"].items():
-                events += [(f"val/{name}/{key}", value, step) for key, value in values.items()]
-            self.monitor.write_events(events)
+            self.monitor.write_events(scalars_of(record))
 
     def save_final_model(self) -> None:
         """model/ from the last checkpoint, by the coordinator alone, tensor by tensor: no rank gathers anything for it."""
@@ -302,3 +285,19 @@ def peak_memory(engine: Engine) -> int:
     if engine.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(engine.device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def scalars_of(record: RoundRecord) -> list[tuple[str, Any, int]]:
+    """A round's numbers as events of DeepSpeed's monitor: (name, value, round)."""
+    step = record["round"]
+    events: list[tuple[str, Any, int]] = [
+        ("loss/mean", record["mean_loss"], step),
+        ("loss/worst", record["worst_loss"], step),
+    ]
+    for client, p, loss in zip(record["client_ids"], record["client_weights"], record["client_losses"], strict=True):
+        events.append((f"weights/{client}", p, step))
+        if loss is not None:
+            events.append((f"loss/{client}", loss, step))
+    for name, values in record["val"].items():
+        events += [(f"val/{name}/{key}", value, step) for key, value in values.items()]
+    return events

@@ -1,17 +1,26 @@
-"""Federated algorithms, one small file each: what each does differently from FedDRA. Their config defaults are in config.py."""
+"""Federated algorithms: presets, the weights p, hooks on slices; a file and a row each, loaded on demand. They know no ranks."""
 
 from __future__ import annotations
 
-from feddra_ds.config.schema import StrategyConfig
+from feddra_ds.common.plugins import find_class
 from feddra_ds.strategies.base import Strategy
-from feddra_ds.strategies.centralized import Centralized
-from feddra_ds.strategies.fedavg import FedAvg
-from feddra_ds.strategies.feddra import FedDRA
-from feddra_ds.strategies.local import Local
+from feddra_ds.strategies.options import DroOptions, StrategyOptions
 
-STRATEGIES: dict[str, type[Strategy]] = {"feddra": FedDRA, "fedavg": FedAvg, "local": Local, "centralized": Centralized}
+__all__ = ["STRATEGIES", "DroOptions", "Strategy", "StrategyOptions", "build", "find"]
+
+STRATEGIES = {
+    "feddra": "feddra_ds.strategies.feddra:FedDRA",
+    "fedavg": "feddra_ds.strategies.fedavg:FedAvg",
+    "local": "feddra_ds.strategies.local:Local",
+    "centralized": "feddra_ds.strategies.centralized:Centralized",
+}
 
 
-def build(config: StrategyConfig) -> Strategy:
-    """The strategy named by strategy.name."""
-    return STRATEGIES[config.name]()
+def find(name: object) -> type[Strategy]:
+    """The class that strategy.name names. Raises ConfigError."""
+    return find_class("strategy.name", name, STRATEGIES, Strategy)
+
+
+def build(options: StrategyOptions, dro: DroOptions) -> Strategy:
+    """The strategy of a config's sections `strategy` and `dro`."""
+    return find(options.name)(options, dro)

@@ -1,44 +1,92 @@
-"""What a strategy may decide; the round loop asks these questions and nothing else. N: number of clients."""
+"""What a strategy may decide; the round loop asks these questions and nothing else.
+
+N: number of clients. Slices: a part's fp32 masters on this rank, flat tensors; ranks of equal slot rank hold equal
+slices in every slot, so whatever is done element by element needs no communication.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from feddra_ds.config.schema import Config
 from feddra_ds.strategies import robust_weights
+from feddra_ds.strategies.options import DroOptions, StrategyOptions
+from feddra_ds.strategies.robust_weights import Vector
 
-Vector = NDArray[np.float64]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SliceState = dict[str, list["Tensor"]]
+"""What a hook keeps from call to call, by a name of its own: tensors of the sizes of the part's slices. It is saved with every
+checkpoint, and loads at another number of ranks."""
 
 
 class Strategy:
-    """One shared model, averaged with weights p that follow equation (4)."""
+    """One shared model, averaged with weights p that follow equation (4). Yours is a subclass, named in strategy.name.
 
-    averages = True  # the server averages the clients' models; False: each client keeps its own
-    pools_data = False  # one client that holds everybody's data
+    `Options` holds its keys, a subclass of StrategyOptions; `presets` the values that it gives keys of other sections
+    where the user gives none, as nested dicts.
+    """
 
-    def center(self, config: Config, num_samples: Sequence[int]) -> Vector:
-        """c of equation (4), (N,)."""
-        return (
-            robust_weights.samples_center(num_samples)
-            if config.dro.center == "samples"
-            else robust_weights.uniform_center(len(num_samples))
-        )
+    Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    averages: ClassVar[bool] = True
+    """The server averages the clients' models; False: each client keeps its own."""
+    pools_data: ClassVar[bool] = False
+    """One client that holds everybody's data."""
 
-    def initial_weights(self, config: Config, center: Vector) -> Vector:
+    def __init__(self, options: Any, dro: DroOptions):
+        """options: an instance of `Options`; dro: the config's section of that name."""
+        self.options, self.dro = options, dro
+
+    # ---- the weights p: pure, float64
+    def center(self, num_samples: Sequence[int]) -> Vector:
+        """c of equation (4), (N,), from every client's number of training pairs."""
+        if self.dro.center == "samples":
+            return robust_weights.samples_center(num_samples)
+        return robust_weights.uniform_center(len(num_samples))
+
+    def first_mixture(self, center: Vector) -> Vector:
         """p of the first round, (N,)."""
-        return (
-            center.copy()
-            if config.dro.fixed_weights is None
-            else np.asarray(config.dro.fixed_weights, dtype=np.float64)
-        )
+        fixed = self.dro.fixed_weights
+        return center.copy() if fixed is None else np.asarray(fixed, dtype=np.float64)
 
-    def next_weights(self, config: Config, p: Vector, losses: Sequence[float], center: Vector) -> Vector:
-        """p of the next round from the losses L_i of the new global model, (N,)."""
-        if config.dro.fixed_weights is not None:
+    def next_mixture(self, p: Vector, losses: Sequence[float], center: Vector) -> Vector:
+        """p of the next round, (N,), from the losses L_i of the new global model (in the scale of step_size)."""
+        if self.dro.fixed_weights is not None:
             return p
-        # η is stated for the sum of the two directions; their mean halves every loss
-        eta = config.dro.step_size * (2.0 if config.objective.direction_reduction == "mean" else 1.0)
-        return robust_weights.update_weights(p, losses, eta, config.dro.radius, center)
+        return robust_weights.update_weights(p, losses, self.dro.step_size, self.dro.radius, center)
+
+    def average_weight(self, p: Vector) -> Vector:
+        """Weights of the server's average, (N,): p, or uniform where p acts in the loss alone (dro.apply)."""
+        return np.full(len(p), 1.0 / len(p)) if self.dro.apply == "loss" else p
+
+    def loss_weight(self, p: Vector, index: int) -> float:
+        """Factor of client `index`'s whole loss: N p_i where dro.apply says so, else 1."""
+        return float(len(p) * p[index]) if self.dro.apply in ("loss", "both") else 1.0
+
+    # ---- the weights of the model: slices of one part at a time
+    def correct(self, live: list[Tensor], start: list[Tensor], state: SliceState, *, learning_rate: float) -> None:
+        """After each local step: change a client's live slices in place (a proximal pull, a control variate).
+
+        start: the slices that the stage started from, on the same device; state: this client's, kept from stage to stage.
+        """
+
+    def server_step(self, old: list[Tensor], mean: list[Tensor], state: SliceState) -> list[Tensor]:
+        """After the average: the new global slices from the old ones and the clients' mean (momentum, Adam, an outer step).
+
+        On the host, every rank its own slices; state: the server's, for this part.
+        """
+        return mean
+
+    @property
+    def corrects(self) -> bool:
+        """Whether `correct` does anything: each call costs a refresh of the working weights."""
+        return type(self).correct is not Strategy.correct
+
+    @property
+    def steps(self) -> bool:
+        """Whether `server_step` does anything."""
+        return type(self).server_step is not Strategy.server_step

@@ -1,9 +1,19 @@
-"""FedAvg (McMahan et al. 2017): FedDRA with radius 0, no anchors and one stage, all of it config (STRATEGY_DEFAULTS)."""
+"""FedAvg (McMahan et al. 2017): FedDRA with radius 0, no anchors and one stage, all of it presets."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from feddra_ds.strategies.base import Strategy
+
+ONE_PLAIN_STAGE: dict[str, dict[str, Any]] = {
+    "dro": {"radius": 0.0},
+    "objective": {"anchor_weight": 0.0},
+    "schedule": {"stage1_steps": 0, "stage2_steps": 70},
+}
 
 
 class FedAvg(Strategy):
     """The same path as FedDRA: at radius 0 the weights stay at the centre to the bit."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = ONE_PLAIN_STAGE

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from feddra_ds.strategies.base import Strategy
+from feddra_ds.strategies.fedavg import ONE_PLAIN_STAGE
 
 
 class Local(Strategy):
     """No averaging; each client keeps its own model from round to round."""
 
-    averages = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = ONE_PLAIN_STAGE
+    averages: ClassVar[bool] = False

@@ -258,7 +258,7 @@ def watched(config_tree: dict[str, Any], faults: Sequence[Fault] = ()) -> dict[s
 class Fault:
     """What goes wrong for one client in one stage: `weights` or `buffers` get a NaN at its end, `batch` at `steps`.
 
-    Only the rank of index `shard` in the client's slot meets it.
+    Only the rank of index `slot_rank` in the client's slot meets it.
     """
 
     client: str
@@ -266,7 +266,7 @@ class Fault:
     round: int = 0
     stage: str = "stage2"
     steps: tuple[int, ...] = ()
-    shard: int = 0
+    slot_rank: int = 0
 
 
 @contextmanager
@@ -277,7 +277,7 @@ def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
     from feddra_ds.federation import client as client_module
 
     validate, batches = client_module.validate_update, client.data.batches
-    mine = [fault for fault in faults if fault.shard == run.topology.shard]
+    mine = [fault for fault in faults if fault.slot_rank == run.topology.slot_rank]
 
     def poison(engine: Any, *args: Any) -> Any:
         for fault in mine:

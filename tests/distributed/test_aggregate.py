@@ -70,7 +70,7 @@ def test_a_client_with_nan_weights_is_left_out_with_a_reason(
     config = tree(
         dataset, tmp_path, deepspeed=zero(2), topology__ranks_per_slot=per_slot, dro__fixed_weights=P, **FASTER
     )
-    fault = Fault("south", "weights", round=0, stage="stage2", shard=per_slot - 1)  # of two ranks the second alone
+    fault = Fault("south", "weights", round=0, stage="stage2", slot_rank=per_slot - 1)  # of two ranks the second alone
     by_rank = on_ranks(watched, world_size, config, [fault])
     first, second = metrics_of(tmp_path)
     assert first["excluded_clients"] == [{"id": "south", "reason": "its weights are not finite after the stage"}]
@@ -110,7 +110,7 @@ def _validate_with_bad_padding(config_tree: dict[str, Any]) -> tuple[bool, str |
             view.copy_(values)
             padded -= view.numel()
     first = validate_update(run.engine, run.topology, ("aligner", "backbone"))
-    if run.topology.shard == 1:
+    if run.topology.slot_rank == 1:
         next(iter(run.engine.views("backbone")))[1][-1] = float("inf")
     second = validate_update(run.engine, run.topology, ("aligner", "backbone"))
     some = run.topology.rank == 0 or padded > 0  # the padding is at the end, so on the last rank
@@ -144,9 +144,9 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(dataset: Path, tmp_path: Path) 
         dataset, tmp_path, deepspeed=zero(2), topology__ranks_per_slot=2, optimizer__max_skipped_steps=2, **FASTER
     )
     faults = [
-        Fault("south", "batch", steps=(0, 1), shard=1),
-        Fault("west", "batch", steps=(0, 2), shard=1),
-        Fault("north", "batch", stage="stage1", steps=(1,), shard=0),
+        Fault("south", "batch", steps=(0, 1), slot_rank=1),
+        Fault("west", "batch", steps=(0, 2), slot_rank=1),
+        Fault("north", "batch", stage="stage1", steps=(1,), slot_rank=0),
     ]
     by_rank = on_ranks(watched, 4, config, faults)
     first, second = metrics_of(tmp_path)
@@ -165,7 +165,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(dataset: Path, tmp_path: Path) 
 
 def test_when_every_step_of_every_client_is_bad_all_ranks_stop_alike(dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, tmp_path, topology__ranks_per_slot=2, optimizer__max_skipped_steps=2)
-    faults = [Fault(client, "batch", stage="stage1", steps=(0, 1), shard=1) for client in IDS]
+    faults = [Fault(client, "batch", stage="stage1", steps=(0, 1), slot_rank=1) for client in IDS]
     errors = {seen["error"] for seen in on_ranks(watched, 4, config, faults)}
     (error,) = errors
     assert error == (

@@ -50,7 +50,7 @@ def load_and_go_on(config_tree: dict[str, Any]) -> dict[str, Any]:
             for part in ("aligner", "backbone")
             for f, v in run.engine.views_of(part, run.server.states["global"][part])
         ],
-        "weights": run.weights.tolist(),
+        "weights": run.mixture.tolist(),
         "positions": {client.id: client.position.to_dict() for client in run.clients},
     }
     run.rounds()

@@ -44,7 +44,12 @@ def initial(config_tree: dict[str, Any]) -> dict[str, Any]:
     model, weights = defer(lambda: model_of(config, tokenizer_of(config)))
     assert weights is not None
     engine = Engine(
-        model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size, weights=weights
+        model,
+        config,
+        device=topology.device,
+        slot_rank=topology.slot_rank,
+        ranks_per_slot=launch.world_size,
+        weights=weights,
     )
     gap = 0.0
     with torch.no_grad(), engine._gathered(engine.module):
@@ -83,7 +88,7 @@ def peaks(rank: int, world_size: int, config_tree: dict[str, Any], how: str) -> 
     else:
         model, weights = defer(lambda: model_of(config, tokenizer))
         assert weights is not None
-    engine = Engine(model, config, device=device, shard=rank, num_shards=world_size, weights=weights)
+    engine = Engine(model, config, device=device, slot_rank=rank, ranks_per_slot=world_size, weights=weights)
     del model, weights
     return {
         "model": 4 * sum(torch.Size(shape).numel() for shape in engine.shapes.values()),

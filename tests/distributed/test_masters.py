@@ -45,7 +45,12 @@ def _engine(config: Any, whole: bool = False) -> tuple[Any, Any, Any]:
         model, initial = defer(lambda: model_of(config, tokenizer_of(config)))
         assert initial is not None
     engine = Engine(
-        model, config, device=topology.device, shard=topology.shard, num_shards=launch.world_size, weights=initial
+        model,
+        config,
+        device=topology.device,
+        slot_rank=topology.slot_rank,
+        ranks_per_slot=launch.world_size,
+        weights=initial,
     )
     assert whole or torch.equal(after, torch.get_rng_state()), "what is drawn next depends on how the model was built"
     return engine, plain, topology

@@ -77,7 +77,7 @@ def stream_one_pass(rank: int, world_size: int, address: str, cache: str) -> dic
     with DecodePool(2, 2, timeout_s=60) as pool:
         data = build_data(
             dataset, ["mine"], "train", config=config, seed=1, tokenizer=load_tokenizer(None), image_mean=(0.5,) * 3,
-            image_std=(0.5,) * 3, shard=rank, num_shards=world_size, pool=pool,
+            image_std=(0.5,) * 3, slot_rank=rank, ranks_per_slot=world_size, pool=pool,
         )  # fmt: skip
         order = data.source.order
         steps = [order.advance(Position(), step) for step in range(60)]

@@ -147,7 +147,7 @@ def steps_apart(config_tree: dict[str, Any]) -> int:
     run = build_run(config_tree)
     client = run.clients[0]
     steps = 3 + 4 * run.topology.slot
-    stage = Stage("stage2", steps, True, 0.01)
+    stage = Stage("stage2", steps, 0.01, True, averages=True, hands_on_aligner=False, moves_mixture=False)
     result = run.trainer.run_stage(client, stage, run.server.model_of(client), 1.0)
     for part in ("aligner", "backbone"):
         for state in run.engine.snapshot(part):

@@ -88,11 +88,11 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
             return types.SimpleNamespace(image_embeds=value, text_embeds=value, temperature=1.0, hidden=None)
 
     class Objective:
-        needs_anchors = False
+        needs_anchors, needs, loss_scale = False, frozenset(), 1.0
 
-        def __call__(self, image: Any, text: Any, temperature: Any, anchors: Any, group: Any) -> Any:
+        def __call__(self, features: Any, anchors: Any, group: Any) -> Any:
             size = 1 if group is None else torch.distributed.get_world_size(group)
-            mine = image.mean() / size  # this rank's additive share
+            mine = features.image.mean() / size  # this rank's additive share
             whole = mine.detach().clone()
             if group is not None:
                 torch.distributed.all_reduce(whole, group=group)

@@ -10,9 +10,10 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import BertTokenizer, PreTrainedModel
 
-from feddra_ds.config.schema import ModelConfig, ObjectiveConfig
+from feddra_ds.config.schema import ModelConfig
 from feddra_ds.model.build import build_model
 from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.objectives import ObjectiveOptions
 
 BODY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 VISION = {"model_type": "vit", "patch_size": 8, **BODY}
@@ -30,7 +31,7 @@ def build(
     seed: int = 0, objective: dict[str, Any] | None = None, sizes: dict[str, int] | None = None, **values: Any
 ) -> DualEncoder:
     torch.manual_seed(seed)
-    return build_model(config(**values), ObjectiveConfig.model_validate(objective or {}), **(SIZES | (sizes or {})))
+    return build_model(config(**values), ObjectiveOptions.model_validate(objective or {}), **(SIZES | (sizes or {})))
 
 
 def batch(size: int = 32, pairs: int = 4) -> dict[str, Tensor]:

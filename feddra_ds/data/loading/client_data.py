@@ -27,7 +27,7 @@ from feddra_ds.data.loading.tokens import freeze
 class ClientData:
     """One split of one data owner (or of several pooled), as one rank of its slot sees it.
 
-    shard, num_shards: this rank's index and the ranks of its slot; the caller checks that they divide the batch.
+    slot_rank, ranks_per_slot: this rank's index and the ranks of its slot; the caller checks that they divide the batch.
     pool: the decoder to share; without one, this object makes its own.
 
     Raises DataError for a client without this split, and ValueError for one with fewer training pairs than a batch.
@@ -44,11 +44,11 @@ class ClientData:
         tokenizer: PreTrainedTokenizerBase,
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        shard: int = 0,
-        num_shards: int = 1,
+        slot_rank: int = 0,
+        ranks_per_slot: int = 1,
         pool: DecodePool | None = None,
     ):
-        assert config.batch_size % num_shards == 0, (config.batch_size, num_shards)
+        assert config.batch_size % ranks_per_slot == 0, (config.batch_size, ranks_per_slot)
         parts = [dataset.samples(client, split) for client in client_ids]
         name, total = "+".join(client_ids), sum(len(part) for part in parts)
         tokenizer_json, pad_id = freeze(tokenizer, config.text_length)
@@ -64,8 +64,10 @@ class ClientData:
             text_length=config.text_length,
         )
         self.num_samples, self.split = total, split
-        self.shard, self.num_shards = shard, num_shards
-        self._part = slice(shard * (config.batch_size // num_shards), (shard + 1) * (config.batch_size // num_shards))
+        self.slot_rank, self.ranks_per_slot = slot_rank, ranks_per_slot
+        self._part = slice(
+            slot_rank * (config.batch_size // ranks_per_slot), (slot_rank + 1) * (config.batch_size // ranks_per_slot)
+        )
         self.pool = pool or DecodePool(config.num_workers, config.prefetch)
         self._mean, self._std = (torch.tensor(list(v)).reshape(3, 1, 1) for v in (image_mean, image_std))
         self._root = dataset.address
@@ -111,8 +113,8 @@ class ClientData:
         """
         assert seed is None or seed == self.source.seed, "the evaluation sample is drawn by the run's seed"
         size = self.evaluation_size(num_pairs)
-        per_rank = -(-size // self.num_shards)
-        first, last = min(self.shard * per_rank, size), min((self.shard + 1) * per_rank, size)
+        per_rank = -(-size // self.ranks_per_slot)
+        first, last = min(self.slot_rank * per_rank, size), min((self.slot_rank + 1) * per_rank, size)
         starts = range(first, last, batch_size)
         tasks = (Task(s, min(s + batch_size, last), evaluate=(num_pairs, batch_size)) for s in starts)
         return self._stream(tasks, lambda task: None)

@@ -63,8 +63,8 @@ class StreamingData(ClientData):
                 source.name,
                 source.shard_of(),
                 order.batch_size,
-                rank=self.shard,
-                num_ranks=self.num_shards,
+                rank=self.slot_rank,
+                num_ranks=self.ranks_per_slot,
                 num_workers=max(1, self.pool.num_workers),
                 buffer=dataset.options.shuffle_buffer,
             )

@@ -29,7 +29,7 @@ class Miniature:
         self.host = Ledger(keeps=True)
         self.device = self.host if layout.device == "cpu" else Ledger(keeps=False)
         self.optimizer = self.host if layout.offloads_optimizer else self.device
-        self.strategy = build_strategy(config.strategy)
+        self.strategy = build_strategy(config.strategy, config.dro)
         zero = config.deepspeed.get("zero_optimization") or {}
         self.bucket = bucket_elements(config.deepspeed, layout.trained)
         self.prefetch = int(float(zero.get("stage3_prefetch_bucket_size", 5e7)))

@@ -78,7 +78,7 @@ class ProductSum(WeightedSum):
     def _factored(self, rows: Tensor, weights: Sequence[float], topology: Topology) -> Tensor:
         """(N, F), N weights of sum 1 → (F,): the averaged factors of this rank's layers, zeros elsewhere."""
         ranks_per_slot = topology.plan.ranks_per_slot
-        rank = topology.live_slots.index(topology.slot) * ranks_per_slot + topology.shard
+        rank = topology.live_slots.index(topology.slot) * ranks_per_slot + topology.slot_rank
         out = torch.zeros(self._row_length)
         for a, b in self.layers[rank :: len(topology.live_slots) * ranks_per_slot]:
             clients = [lora.Factors(self._whole(row, a), self._whole(row, b)) for row in rows]

@@ -66,17 +66,17 @@ def test_slicing_and_moving_keep_the_fields_together(dataset: Dataset, pool: Dec
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_ranks_and_workers_change_nothing(dataset: Dataset, num_workers: int, num_shards: int) -> None:
+@pytest.mark.parametrize("ranks_per_slot", [1, 2, 4])
+def test_ranks_and_workers_change_nothing(dataset: Dataset, num_workers: int, ranks_per_slot: int) -> None:
     with DecodePool(0, 1) as one, DecodePool(num_workers, 2) as many:
         whole = list(client_data(dataset, ["a"], pool=one, **AUGMENT).batches(Position(), 14))
         parts = [
             list(
-                client_data(dataset, ["a"], pool=many, shard=shard, num_shards=num_shards, **AUGMENT).batches(
-                    Position(), 14
-                )
+                client_data(
+                    dataset, ["a"], pool=many, slot_rank=slot_rank, ranks_per_slot=ranks_per_slot, **AUGMENT
+                ).batches(Position(), 14)
             )
-            for shard in range(num_shards)
+            for slot_rank in range(ranks_per_slot)
         ]
     for step, batch in enumerate(whole):
         assert [key for part in parts for key in part[step].keys] == batch.keys
@@ -147,19 +147,19 @@ def test_too_few_pairs_and_missing_splits_are_refused(dataset: Dataset, pool: De
 
 
 @pytest.mark.parametrize("num_pairs", [None, 10, 7, 3])
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks_per_slot", [1, 2, 3, 4])
 def test_evaluation_is_a_fixed_sample_in_contiguous_parts(
-    dataset: Dataset, pool: DecodePool, num_pairs, num_shards
+    dataset: Dataset, pool: DecodePool, num_pairs, ranks_per_slot
 ) -> None:
     kwargs = {"pool": pool, "batch_size": 12, **AUGMENT}
     whole = [k for b in client_data(dataset, ["a"], **kwargs).evaluation_batches(num_pairs, 4) for k in b.keys]
     size = client_data(dataset, ["a"], **kwargs).evaluation_size(num_pairs)
     assert len(set(whole)) == len(whole) == size == (23 if num_pairs is None else num_pairs)
-    per_rank = -(-size // num_shards)
-    for shard in range(num_shards):
-        data = client_data(dataset, ["a"], shard=shard, num_shards=num_shards, **kwargs)
+    per_rank = -(-size // ranks_per_slot)
+    for slot_rank in range(ranks_per_slot):
+        data = client_data(dataset, ["a"], slot_rank=slot_rank, ranks_per_slot=ranks_per_slot, **kwargs)
         batches = list(data.evaluation_batches(num_pairs, 4, seed=7))
-        assert [k for b in batches for k in b.keys] == whole[shard * per_rank : (shard + 1) * per_rank]
+        assert [k for b in batches for k in b.keys] == whole[slot_rank * per_rank : (slot_rank + 1) * per_rank]
         assert all(len(batch) == 4 for batch in batches[:-1])
 
 
@@ -226,7 +226,8 @@ def test_substitutes_depend_on_the_position_alone(tmp_path: Path) -> None:
         late = list(client_data(dataset, ["a"], **kwargs).batches(Position(1, 2), 3))
         assert all(map(same, whole[7:], late))
         parts = [
-            list(client_data(dataset, ["a"], shard=s, num_shards=4, **kwargs).batches(Position(), 10)) for s in range(4)
+            list(client_data(dataset, ["a"], slot_rank=s, ranks_per_slot=4, **kwargs).batches(Position(), 10))
+            for s in range(4)
         ]
         for step, batch in enumerate(whole):
             assert [key for part in parts for key in part[step].keys] == batch.keys

@@ -197,7 +197,7 @@ def test_workers_never_load_torch(dataset: Dataset, kind: type[ClientData]) -> N
 def test_evaluation_parts_are_the_same_for_any_number_of_ranks(dataset: Dataset) -> None:
     with DecodePool(0, 2) as pool:
         ranks = [(0, 1), (0, 2), (1, 2)]
-        data = [streaming(dataset, "val", pool=pool, shard=shard, num_shards=of) for shard, of in ranks]
+        data = [streaming(dataset, "val", pool=pool, slot_rank=shard, ranks_per_slot=of) for shard, of in ranks]
         whole, *parts = ([k for b in own.evaluation_batches(None, 2) for k in b.keys] for own in data)
         assert whole == parts[0] + parts[1]
         assert len(set(whole)) == 9

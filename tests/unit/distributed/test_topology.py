@@ -21,13 +21,13 @@ def test_every_rank_has_one_place_and_every_client_one_slot(world: int, clients:
         assert "topology.ranks_per_slot" in str(error)
         return
     assert p.num_slots * p.ranks_per_slot == world
-    places = [(p.slot_of(rank), p.shard_of(rank)) for rank in range(world)]
+    places = [(p.slot_of(rank), p.slot_rank_of(rank)) for rank in range(world)]
     assert sorted(places) == [(s, w) for s in range(p.num_slots) for w in range(p.ranks_per_slot)]
     assert sorted(i for slot in range(p.num_slots) for i in p.clients_of(slot)) == list(range(clients))
-    for shard in range(p.ranks_per_slot):
-        peers = p.peers_of(shard)
+    for slot_rank in range(p.ranks_per_slot):
+        peers = p.peers_of(slot_rank)
         assert [p.slot_of(rank) for rank in peers] == list(range(p.num_slots))
-        assert {p.shard_of(rank) for rank in peers} == {shard}
+        assert {p.slot_rank_of(rank) for rank in peers} == {slot_rank}
     loads = [len(p.clients_of(slot)) for slot in range(p.num_slots)]
     assert max(loads) - min(loads) <= 1
     assert min(loads) >= 1

@@ -17,17 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from feddra_ds.config.schema import ObjectiveConfig
+from feddra_ds.model import lora
 from feddra_ds.model.build import build_model
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.weights.deferred import defer, lay_out, make_room
 from feddra_ds.model.weights.tensor_files import INDEX, Shape, all_stored, stored, write_shards
+from feddra_ds.objectives import ObjectiveOptions
 
 
-def builder(lora: bool = False, **values: Any) -> Callable[[], DualEncoder]:
+def builder(with_lora: bool = False, **values: Any) -> Callable[[], DualEncoder]:
     def build() -> DualEncoder:
-        model = build_model(config(**values), ObjectiveConfig(learnable_temperature=True), **SIZES)
-        lora.apply(model, lora.parse({"type": "lora", "r": 2}) if lora else None)
+        model = build_model(config(**values), ObjectiveOptions(learnable_temperature=True), **SIZES)
+        lora.apply(model, lora.parse({"type": "lora", "r": 2}) if with_lora else None)
         return model
 
     return build
@@ -86,7 +87,7 @@ def test_random_text_encoders(values: dict[str, Any]) -> None:
 
 
 def test_adapters() -> None:
-    check(builder(lora=True))
+    check(builder(with_lora=True))
 
 
 @pytest.fixture(scope="module")

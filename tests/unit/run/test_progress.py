@@ -16,12 +16,14 @@ from rich.console import Console
 
 from feddra_ds.common.logs import logger
 from feddra_ds.common.text import duration
+from feddra_ds.federation.protocol import ClientReport
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.run.display import Display
 from feddra_ds.run.progress import FILE_NAME, Progress, summary
 
 CLIENTS = ["north", "south"]
-STAGE1, STAGE2 = Stage("stage1", 2, False, 1e-3), Stage("stage2", 3, True, 1e-3)
+STAGE1 = Stage("stage1", 2, 1e-3, trains_backbone=False, averages=True, hands_on_aligner=True, moves_mixture=False)
+STAGE2 = Stage("stage2", 3, 1e-3, trains_backbone=True, averages=True, hands_on_aligner=False, moves_mixture=False)
 
 
 class Clock:
@@ -81,7 +83,7 @@ def train(
         for step in range(stage.num_steps):
             clock.seconds += seconds
             on_step(step, loss)
-    told = lambda loss: {"train_loss": loss if math.isfinite(loss) else None, "pairs": 8 * stage.num_steps}
+    told = lambda loss: ClientReport(None, None, loss if math.isfinite(loss) else None, 8 * stage.num_steps)
     progress.end_stage(stage, {client: told(loss) for client, loss in losses.items()} | (others or {}), **more)
 
 
@@ -107,7 +109,7 @@ def test_a_pipe_gets_one_line_per_stage_and_round(tmp_path: Path, caplog: pytest
 
 def test_the_stage_line_covers_the_clients_of_other_slots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     progress, clock = make(tmp_path, clients=["north"], num_slots=3)
-    others = {"south": {"train_loss": 7.0, "pairs": 16}, "west": {"train_loss": None, "pairs": 0}}
+    others = {"south": ClientReport(None, None, 7.0, 16), "west": ClientReport(None, None, None, 0)}
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.INFO, "feddra_ds"), progress:

@@ -1,0 +1,147 @@
+"""What the ranks tell each other in a run, every message by name.
+
+Each is a small JSON value under a key of the run's store; no model data travels here. R: round, S: slot, K: rank.
+
+    resume                   coordinator → all     the checkpoint that the run goes on from, or why it cannot
+    round/R/STAGE/slot/S     leader → coordinator  a ClientReport for each client of the slot, by its index
+    round/R/STAGE/decision   coordinator → all     a Decision
+    round/R/STAGE/stop/K     all → coordinator     "I know why the run ends"
+    round/R/rank/K           all → coordinator     a RankReport
+    round/R/next             coordinator → all     p of the next round
+    saved/R/K                writers → coordinator what the rank wrote of the checkpoint
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from feddra_ds.distributed.topology import Topology
+
+COORDINATOR = "the coordinator (rank 0)"
+# The coordinator may itself wait clients.timeout_s for another slot after its own training.
+PATIENCE = 3
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What a stage of one client gave."""
+
+    problem: str | None  # why its update cannot be averaged; None: it can
+    loss: float | None  # L_i of the model that the stage started from, where it was read off the anchors
+    train_loss: float | None  # mean of its steps; None: not finite
+    pairs: int  # pairs trained on
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a stage's average is made of."""
+
+    included: list[int]  # indices of the clients
+    total_weight: float  # Σ of their weights in the average
+    weights: list[float]  # p, moved by the losses where they came with this stage
+    excluded: list[dict[str, str]]  # {id, reason}
+    live_slots: list[int]
+    generation: int  # grows whenever slots are dropped
+    stop: str | None = None  # why the run must end
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a rank tells at the end of a round."""
+
+    losses: dict[str, float | None] = field(default_factory=dict)  # L_i by the client's index; at the leader
+    positions: dict[str, dict[str, int]] = field(default_factory=dict)  # of each client in its data; at the leader
+    val: dict[str, dict[str, float]] = field(default_factory=dict)  # retrieval by gallery
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)  # unreadable samples by client and reason
+    samples: int = 0  # pairs trained on; at the leader
+    bytes: int = 0  # handed to collectives over the peers
+    memory: int = 0  # peak bytes
+
+
+class Protocol:
+    """The messages of one rank: `tell_*` publishes, `hear_*` waits a bounded time and raises WaitTimeout with the sender."""
+
+    def __init__(self, topology: Topology):
+        self.topology = topology
+
+    # ---- a stage
+    def tell_stage(self, round_index: int, stage: str, reports: Mapping[int, ClientReport]) -> None:
+        told = {str(index): asdict(report) for index, report in reports.items()}
+        self.topology.post(_slot(round_index, stage, self.topology.slot), told)
+
+    def hear_stage(self, round_index: int, stage: str, slot: int, timeout_s: float) -> dict[int, ClientReport]:
+        message = self.topology.fetch(_slot(round_index, stage, slot), sender=f"slot {slot}", timeout_s=timeout_s)
+        return {int(index): ClientReport(**told) for index, told in message.items()}
+
+    def tell_decision(self, round_index: int, stage: str, decision: Decision) -> None:
+        self.topology.post(_decision(round_index, stage), asdict(decision))
+
+    def hear_decision(self, round_index: int, stage: str) -> Decision:
+        return Decision(**self._patiently(_decision(round_index, stage)))
+
+    def leave(self, round_index: int, stage: str, live_slots: Sequence[int]) -> None:
+        """Before the run ends early: rank 0, whose store dies with it, waits (a bounded time) until the others know why."""
+        self.topology.leave_after_reading(f"round/{round_index}/{stage}/stop", live_slots)
+
+    # ---- a round
+    def tell_round(self, round_index: int, report: RankReport) -> None:
+        self.topology.post(_rank(round_index, self.topology.rank), asdict(report))
+
+    def hear_round(self, round_index: int) -> list[RankReport]:
+        """The reports of all live ranks, in rank order."""
+        return [
+            RankReport(**self.topology.fetch(_rank(round_index, rank), sender=f"rank {rank}"))
+            for rank in self.topology.live_ranks
+        ]
+
+    def tell_mixture(self, round_index: int, mixture: Sequence[float]) -> None:
+        self.topology.post(_next(round_index), list(mixture))
+
+    def hear_mixture(self, round_index: int) -> list[float]:
+        return [float(p) for p in self._patiently(_next(round_index))]
+
+    def keys_of_round(self, round_index: int) -> list[str]:
+        """The keys of a round that everybody has read once the next round has ended."""
+        topology = self.topology
+        keys = [_rank(round_index, rank) for rank in topology.live_ranks] + [_next(round_index)]
+        for stage in ("stage1", "stage2"):
+            keys += [_slot(round_index, stage, slot) for slot in topology.live_slots]
+            keys.append(_decision(round_index, stage))
+        return keys
+
+    # ---- a checkpoint
+    def tell_saved(self, round_index: int, files: Mapping[str, Any]) -> None:
+        self.topology.post(_saved(round_index, self.topology.rank), files)
+
+    def hear_saved(self, round_index: int, ranks: Iterable[int]) -> dict[str, Any]:
+        """What these ranks wrote, together."""
+        files: dict[str, Any] = {}
+        for rank in ranks:
+            files |= self.topology.fetch(_saved(round_index, rank), sender=f"rank {rank}")
+            self.topology.forget(_saved(round_index, rank))
+        return files
+
+    def _patiently(self, key: str) -> Any:
+        return self.topology.fetch(key, sender=COORDINATOR, timeout_s=PATIENCE * self.topology.timeout_s)
+
+
+def _slot(round_index: int, stage: str, slot: int) -> str:
+    return f"round/{round_index}/{stage}/slot/{slot}"
+
+
+def _decision(round_index: int, stage: str) -> str:
+    return f"round/{round_index}/{stage}/decision"
+
+
+def _rank(round_index: int, rank: int) -> str:
+    return f"round/{round_index}/rank/{rank}"
+
+
+def _next(round_index: int) -> str:
+    return f"round/{round_index}/next"
+
+
+def _saved(round_index: int, rank: int) -> str:
+    return f"saved/{round_index}/{rank}"

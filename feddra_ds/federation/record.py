@@ -1,0 +1,38 @@
+"""A round's line of metrics.jsonl."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class RoundRecord(TypedDict, total=False):
+    """What a run says of one round. Lists are in the order of client_ids; the last two keys are the coordinator's clock."""
+
+    round: int
+    """From 0."""
+    client_ids: list[str]
+    client_weights: list[float]
+    """p used in this round."""
+    next_client_weights: list[float] | None
+    """p of the next round; null where it moves only at the next round's first average."""
+    client_losses: list[float | None]
+    """L_i of the new global model; null for a client that was not heard of."""
+    mean_loss: float | None
+    worst_loss: float | None
+    excluded_clients: list[dict[str, str]]
+    """{id, reason} of every client that was left out of an average."""
+    skipped_samples: dict[str, dict[str, int]]
+    """Unreadable samples: {client: {reason: count}}."""
+    samples: int
+    """Pairs trained on."""
+    bytes_sent_per_rank: int
+    """Most bytes that a rank handed to collectives over its peers."""
+    peak_memory_bytes: list[int]
+    """By rank: of the device where there is one, else resident on the host."""
+    val: dict[str, dict[str, float]]
+    """Retrieval by gallery: {client or "all": {i2t_recall@1, …, chance@10, pairs}}."""
+    seconds: float
+    stage_seconds: dict[str, float]
+
+
+Record = dict[str, Any] | RoundRecord

@@ -1,0 +1,75 @@
+"""What a model gives an objective. B: pairs of this rank, D: embedding size, R: image regions, T: text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+TOKENS = "tokens"  # in Objective.needs: the embeddings of regions and words too
+
+
+class Features(NamedTuple):
+    """Embeddings of a batch, from the model that trains or, as anchors without gradient, from the global one."""
+
+    image: Tensor
+    """(B, D) fp32, unit norm."""
+    text: Tensor
+    """(B, D) fp32, unit norm."""
+    image_tokens: Tensor | None = None
+    """(B, R, D): every region through the image head; only where an objective needs TOKENS."""
+    text_tokens: Tensor | None = None
+    """(B, T, D): every word piece through the text head; only where an objective needs TOKENS."""
+    text_mask: Tensor | None = None
+    """(B, T), 1 for a word piece, 0 for padding; beside text_tokens."""
+    temperature: Tensor | float = 0.07
+    """τ: a number, or fp32 (1,) with a gradient where it is learned."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """`change` applied to every field that has a row a pair; the temperature stays."""
+        rows: list[Any] = [None if x is None else change(x) for x in self[:-1]]
+        return Features(*rows, temperature=self.temperature)  # type: ignore[misc]
+
+    def rows(self, part: slice) -> Features:
+        """The features of some of the pairs."""
+        return self.each(lambda x: x[part])
+
+    def gathered(self, group: dist.ProcessGroup | None) -> Features:
+        """The features of the whole batch, that of every rank of the client, by rank: for a loss that each rank computes whole.
+
+        Each rank's embeddings then receive their rows of the gradient, and the temperature this rank's share.
+        """
+        if group is None:
+            return self
+        from feddra_ds.distributed.collectives import gather, group_size, scale_gradient
+
+        whole = _padded_alike(self, group).each(lambda x: gather(x, group, "slice"))
+        temperature = self.temperature
+        if not isinstance(temperature, float):
+            temperature = scale_gradient(temperature, 1 / group_size(group))
+        return whole._replace(temperature=temperature)
+
+
+def _padded_alike(features: Features, group: dist.ProcessGroup) -> Features:
+    """Texts padded to the longest of any rank: each rank pads its own part of the batch."""
+    tokens, mask = features.text_tokens, features.text_mask
+    if tokens is None or mask is None:
+        return features
+    from torch.nn.functional import pad
+
+    from feddra_ds.distributed.collectives import gather_ints
+
+    missing = max(length for (length,) in gather_ints([tokens.shape[1]], group, tokens.device)) - tokens.shape[1]
+    return features._replace(text_tokens=pad(tokens, (0, 0, 0, missing)), text_mask=pad(mask, (0, missing)))
+
+
+def join(parts: Sequence[Features]) -> Features:
+    """The features of consecutive micro-batches as those of the batch."""
+    import torch
+
+    columns = zip(*(part[:-1] for part in parts), strict=True)
+    whole: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Features(*whole, temperature=parts[-1].temperature)  # type: ignore[misc]

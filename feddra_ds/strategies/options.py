@@ -1,0 +1,38 @@
+"""The keys that every strategy has: the config's sections `strategy` and `dro`. A strategy adds its own in its class."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from feddra_ds.common.section import Section
+
+
+class StrategyOptions(Section):
+    """Which federated algorithm runs."""
+
+    name: str = "feddra"
+    """The federated algorithm: feddra, fedavg, local, centralized, or package.module:Class for your own, whose options join
+    these. It presets other keys, which keys given by you override."""
+
+
+class DroOptions(Section):
+    """The robust weights p of equation (4): their set, their step, and the losses that move them."""
+
+    radius: float = Field(1.0, ge=0)
+    """ρ of equation (4); 0 pins the weights to the centre, (N − 1)/2 and more allows the whole simplex."""
+    step_size: float = Field(0.5, ge=0)
+    """η of equation (4), stated for direction_reduction = sum (the release: 0.01 × 50)."""
+    apply: Literal["aggregate", "loss", "both"] = "aggregate"
+    """Where p acts: the server's average, the client's loss (almost a no-op under Adam), or both."""
+    center: Literal["uniform", "samples"] = "uniform"
+    """Centre c of the ball: 1/N, or each client's share of the training pairs."""
+    fixed_weights: list[float] | None = None
+    """Pins p, one weight per client in the order of the clients; null lets it move."""
+    evaluation_pairs: int = Field(256, ge=1)
+    """Most training pairs per client in the losses that move p; the same number for every client."""
+    evaluation_batch_size: int = Field(32, ge=2)
+    """Batch size of those losses, the same for every client (chance is 2 log of it)."""
+    evaluate_on: Literal["sample", "anchors"] = "sample"
+    """sample: a fixed sample after each round. anchors: read off the next round's stage-1 anchor pass, no extra forward."""
