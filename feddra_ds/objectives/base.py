@@ -50,6 +50,16 @@ class Objective(ABC):
         Features.gathered gives. anchors: the global model's features of the same pairs, without gradient, or None.
         """
 
+    def equation_3(self, alignment: Tensor, anchor: Tensor | None) -> DroLoss:
+        """ℓ = λ₁ alignment + λ₂ anchor, and its mean, from both terms of every pair of the whole batch, (W·B,) each."""
+        import torch
+
+        from feddra_ds.losses import DroLoss
+
+        anchor = torch.zeros_like(alignment) if anchor is None else anchor
+        per_sample = self.options.alignment_weight * alignment + self.options.anchor_weight * anchor
+        return DroLoss(per_sample.mean(), per_sample.detach(), alignment.detach(), anchor.detach())
+
     @abstractmethod
     def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
         """(n,) loss of each pair among the n given, without anchors: their mean is L_i of equation (4).

@@ -30,7 +30,7 @@ from feddra_ds.data.loading.tokens import load_tokenizer
 from feddra_ds.model import lora
 from feddra_ds.model import to_transformers as to_transformers_module
 from feddra_ds.model.dual_encoder import DualEncoder
-from feddra_ds.model.folder import load_pretrained, save_model
+from feddra_ds.model.folder import MAX_SHARD_SIZE, load_pretrained, save_model
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor, image_statistics
 from feddra_ds.model.to_transformers import to_transformers
 
@@ -399,5 +399,5 @@ def test_what_cannot_be_exported_is_named(run: tuple[DualEncoder, Path], tmp_pat
     with pytest.raises(ValueError, match="does not exist"):
         run_command(tmp_path / "none", *out)
     assert not (tmp_path / "out").exists()
-    assert folder.MAX_SHARD_SIZE == "5GB"
+    assert MAX_SHARD_SIZE == "5GB"
     assert model.config.head_kind == "linear"
