@@ -55,12 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.overrides = parse_overrides(rest)
         return int(args.run(args, rest) if args.command == "train" else args.run(args))
-    except ConfigError as error:
-        for problem in error.problems:
+    except ValueError as error:  # ConfigError and DataError have a line per problem
+        for problem in getattr(error, "problems", [error]):
             print(f"feddra-ds: {problem}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"feddra-ds: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `… | head` has read enough; nothing more can be written, at the interpreter's end neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feddra_ds.common.console import guarded, next_step, print_table, track
+from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
 from feddra_ds.data.format.dataset import INDEX_NAME, Dataset, open_dataset
@@ -47,7 +47,6 @@ class _Seen:
     bad: Counter[str] = field(default_factory=Counter)
 
 
-@guarded
 def run(args: argparse.Namespace) -> int:
     """Print the tables and checks. Returns 0 when the dataset is whole, 1 when a check failed, 2 when it cannot be read."""
     if args.samples < 1:

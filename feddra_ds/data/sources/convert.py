@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from feddra_ds.common.console import guarded, next_step, print_table, track
+from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
 from feddra_ds.data.format.samples import text_id
@@ -77,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
 
 
-@guarded
 def run(args: argparse.Namespace) -> int:
     """Convert; prints a table of clients and the rows left out. Returns 0, or 2 with the problems on stderr."""
     _check_numbers(args)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from feddra_ds.common.console import guarded, next_step, print_table, track
+from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.samples import Samples
@@ -52,7 +52,6 @@ class _Pair:
     info: dict[str, Any]
 
 
-@guarded
 def run(args: argparse.Namespace) -> int:
     """Deal out; prints a table of clients. Returns 0, or 2 with the problems on stderr."""
     problems = []

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from feddra_ds.common.console import guarded, next_step, print_table, track
+from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.writer import DatasetWriter
 from feddra_ds.data.loading.order import permutation
@@ -65,7 +65,6 @@ class _Job:
     size: int
 
 
-@guarded
 def run(args: argparse.Namespace) -> int:
     """Make the dataset; prints a table of sites. Returns 0, or 2 with the problems on stderr."""
     problems = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import tarfile
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from feddra_ds.cli import main
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.loading.images import BadSample
 from feddra_ds.data.sources import convert
@@ -23,9 +23,7 @@ from feddra_ds.data.sources.split import choose_validation, components
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
-    return convert.run(parser.parse_args(list(words)))
+    return main(["data", "convert", *words])
 
 
 @pytest.fixture
