@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -199,6 +200,13 @@ def index_folder(folder: Path) -> dict[str, int]:
         raise DataError(f"{folder}: has no .tar shards")
     write_index(folder, folder.name, splits)
     return {split: len(part["samples"]) for split, part in sorted(splits.items())}
+
+
+def index_bare_folders(root: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """Write the index of every folder under `root` that has tars but none; (folder, {split: samples}) as each is done."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if folder.is_dir() and not (folder / INDEX_NAME).exists() and any(folder.glob("*.tar")):
+            yield folder, index_folder(folder)
 
 
 def _write_text(path: Path, text: str) -> None:
