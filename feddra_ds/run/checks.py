@@ -10,7 +10,6 @@ from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.schema import Config
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.preflight import preflight
-from feddra_ds.data.loading.streaming import options_of
 from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan, plan
 from feddra_ds.model import lora
@@ -41,12 +40,12 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
         eval_split=config.evaluation.split if config.evaluation.every > 0 else None,
         verify=config.data.verify and launch.rank == 0,
         pooled=strategy.pools_data,
-        options=options_of(config.data),
+        options=config.data.streaming,
     )
     problems += _cannot_be_made(Path(config.run.output_dir).absolute())
     if problems:
         raise ConfigError(problems)
-    dataset = open_dataset(str(config.data.root), config.clients.ids, options_of(config.data))
+    dataset = open_dataset(str(config.data.root), config.clients.ids, config.data.streaming)
     ids = list(dataset.client_ids)
     num_clients = 1 if strategy.pools_data else len(ids)
     if config.clients.minimum > num_clients:

@@ -22,7 +22,8 @@ import numpy as np
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
 from feddra_ds.common.text import listed
-from feddra_ds.data.format.remote import RemoteOptions, Store, is_remote
+from feddra_ds.config.schema import StreamingConfig
+from feddra_ds.data.format.remote import Store, is_remote
 from feddra_ds.data.format.samples import Samples
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
@@ -37,8 +38,8 @@ class Dataset:
     client_ids: those to train on. held_out: those kept for testing transfer. clients: all. info: dataset.json.
     """
 
-    def __init__(self, root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None):
-        self.options = options or RemoteOptions()
+    def __init__(self, root: str | Path, ids: Sequence[str] | None = None, options: StreamingConfig | None = None):
+        self.options = options or StreamingConfig()
         self.store = Store(str(root), self.options) if is_remote(root) else None
         self.root = Path(root) if self.store is None else self.store.folder
         self.address = str(root)
@@ -126,7 +127,7 @@ class Dataset:
         return problems
 
 
-def open_dataset(root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None) -> Dataset:
+def open_dataset(root: str | Path, ids: Sequence[str] | None = None, options: StreamingConfig | None = None) -> Dataset:
     """Open the dataset under `root`; `ids` chooses and orders the clients (null: all but the held-out, sorted).
 
     root: a folder, or an address (https://, s3://, …), whose files are fetched as `options` say.

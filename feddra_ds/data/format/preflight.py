@@ -7,8 +7,8 @@ from pathlib import Path
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
+from feddra_ds.config.schema import StreamingConfig
 from feddra_ds.data.format.dataset import DATASET_NAME, INDEX_NAME, Dataset, missing_clients
-from feddra_ds.data.format.remote import RemoteOptions
 
 
 def preflight(
@@ -21,7 +21,7 @@ def preflight(
     verify: bool,
     pooled: bool = False,
     progress: Callable[[str], None] | None = None,
-    options: RemoteOptions | None = None,
+    options: StreamingConfig | None = None,
 ) -> list[str]:
     """Everything that training would trip over, a line each, beginning with the config key or the file.
 

@@ -18,7 +18,6 @@ from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.decode import Decoded, Source, Task
-from feddra_ds.data.loading.images import Augment
 from feddra_ds.data.loading.order import Order, Position
 from feddra_ds.data.loading.pool import DecodePool
 from feddra_ds.data.loading.tokens import freeze
@@ -58,7 +57,7 @@ class ClientData:
             seed=seed,
             order=Order(seed, name, total, config.batch_size) if split == "train" else None,
             image_size=config.image_size,
-            augment=Augment(config.augment.crop_scale, config.augment.flip, config.augment.brightness),
+            augment=config.augment,
             tokenizer=tokenizer_json,
             pad_id=pad_id,
             text_length=config.text_length,

@@ -17,8 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.format.samples import Samples, text_id
-from feddra_ds.data.loading.images import Augment, BadSample, evaluation_pixels, training_pixels
+from feddra_ds.data.loading.images import BadSample, evaluation_pixels, training_pixels
 from feddra_ds.data.loading.order import EvaluationOrder, Order, Position
 from feddra_ds.data.loading.tokens import pad_batch
 
@@ -34,7 +35,7 @@ class Source:
     seed: int
     order: Order | None
     image_size: int
-    augment: Augment
+    augment: AugmentConfig
     tokenizer: str
     pad_id: int
     text_length: int
