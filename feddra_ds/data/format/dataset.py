@@ -48,11 +48,32 @@ class Dataset:
             raise DataError(problems)
         held_out = set(self.info.get("held_out", []))
         self.held_out = [c for c in self.clients if c in held_out]
-        self.client_ids = list(ids) if ids is not None else [c for c in self.clients if c not in held_out]
-        missing = missing_clients(self.address, self.client_ids, self.clients)
+        self._indexes: dict[str, dict[str, Any]] = {}
+        self.client_ids: list[str] = []
+        self.choose(ids)
+
+    def choose(self, ids: Sequence[str] | None) -> None:
+        """Set which clients to train on, in this order (None: all but the held-out). Raises DataError where one is not here."""
+        wanted = self.wanted(ids)
+        missing = self.missing(wanted)
         if missing:
             raise DataError(missing)
-        self._indexes: dict[str, dict[str, Any]] = {}
+        self.client_ids = wanted
+
+    def wanted(self, ids: Sequence[str] | None) -> list[str]:
+        """The ids themselves; for None all clients but the held-out."""
+        return list(ids) if ids is not None else [c for c in self.clients if c not in self.held_out]
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """A line for each of the ids that is no client here."""
+        problems = []
+        for client in ids:
+            if client not in self.clients:
+                near = difflib.get_close_matches(client, self.clients, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                have = listed(self.clients, 20)
+                problems.append(f"clients.ids: no client {client} under {self.address}; {hint}there are: {have}")
+        return problems
 
     def index(self, client: str) -> dict[str, Any]:
         """The client's index.json. Raises DataError when it is missing or broken."""
@@ -106,10 +127,13 @@ class Dataset:
         parts = self.index(client)["splits"].values()
         return [(self.root / client / shard["file"], shard) for part in parts for shard in part["shards"]]
 
-    def verify(self, progress: Callable[[str], None] | None = None) -> list[str]:
-        """Compare every shard's sha256 with its index.json; a line for each that differs. Reads everything once."""
+    def verify(self, clients: Sequence[str] | None = None, progress: Callable[[str], None] | None = None) -> list[str]:
+        """Compare every shard's sha256 with its index.json; a line for each that differs. Reads everything once.
+
+        clients: whose shards (None: client_ids). progress: is called with `<client>/<file>` before each.
+        """
         problems = []
-        for client in self.client_ids:
+        for client in self.client_ids if clients is None else clients:
             for path, shard in self.shards(client):
                 if progress is not None:
                     progress(f"{client}/{shard['file']}")
@@ -174,16 +198,6 @@ def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
     if unsafe or not clients:
         return [f"data.root: {store.address(DATASET_NAME)}: names no clients, or bad ones: {unsafe}"], {}, []
     return [], info, clients
-
-
-def missing_clients(root: str, wanted: Sequence[str], clients: list[str]) -> list[str]:
-    problems = []
-    for client in wanted:
-        if client not in clients:
-            near = difflib.get_close_matches(client, clients, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            problems.append(f"clients.ids: no client {client} under {root}; {hint}there are: {listed(clients, 20)}")
-    return problems
 
 
 def _read_json(path: Path) -> dict[str, Any]:

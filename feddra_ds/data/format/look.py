@@ -44,11 +44,11 @@ def look(dataset: Dataset, *, samples: int, verify: bool, track: Track = untrack
     clients = [*dataset.client_ids, *dataset.held_out]
     splits = sorted({split for client in clients for split in dataset.splits(client)}, key=_split_order)
     problems = lost_folders(dataset)
-    problems += preflight(dataset.root, clients, batch_size=0, eval_batch_size=0, eval_split=None, verify=False)
+    problems += preflight(dataset, clients, batch_size=0, eval_batch_size=0, eval_split=None, verify=False)
     if verify:
         shards = sum(len(dataset.shards(client)) for client in dataset.client_ids)
         steps = track(range(shards), shards, "verifying")
-        problems += dataset.verify(lambda shard: (next(steps, None), None)[1])
+        problems += dataset.verify(progress=lambda shard: (next(steps, None), None)[1])
     seen = {} if problems else {client: _look_at_client(dataset, client, samples) for client in clients}
     return Look(splits, problems, seen, _leaks(dataset, splits))
 

@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from data_helpers import client_data, make_dataset
+from data_helpers import client_data, make_dataset, preflight_lines
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import StreamingConfig
 from feddra_ds.data.format import remote
 from feddra_ds.data.format.dataset import Dataset, open_dataset
-from feddra_ds.data.format.preflight import preflight
 from feddra_ds.data.format.remote import FetchAhead, Store, is_remote
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.run.checks import check
 
 CHECK = {"batch_size": 4, "eval_batch_size": 2, "eval_split": None, "verify": False}
 
@@ -107,7 +109,7 @@ def cut_every_third(handler: http.server.BaseHTTPRequestHandler, number: int) ->
 @pytest.mark.parametrize("behave", [lambda h, n: False, every_third_fails, cut_every_third], ids=["good", "503", "cut"])
 def test_everything_arrives(server: Server, folder: Path, options: StreamingConfig, behave) -> None:
     server.behave = behave
-    assert preflight(server.address, None, **CHECK, options=options) == []
+    assert preflight_lines(server.address, None, **CHECK, options=options) == []
     dataset = open_dataset(server.address, options=options)
     assert dataset.client_ids == ["a", "b"]
     assert contents(dataset) == contents(open_dataset(folder))
@@ -119,6 +121,19 @@ def test_a_second_reader_uses_the_cache(server: Server, options: StreamingConfig
     assert fetched == len(set(server.requests) - {"/dataset.json", "/a/index.json", "/b/index.json"})
     assert contents(open_dataset(server.address, options=options)) == first
     assert len([r for r in server.requests if r.endswith(".tar")]) == fetched
+
+
+def test_a_run_opens_its_dataset_once(server: Server, options: StreamingConfig, tmp_path: Path) -> None:
+    user = {
+        "run": {"output_dir": str(tmp_path / "run"), "device": "cpu"},
+        "data": {"root": server.address, "batch_size": 4, "streaming": options.model_dump()},
+        "clients": {"ids": ["b"]},
+        "dro": {"evaluation_batch_size": 4},
+        "evaluation": {"every": 0},
+    }
+    dataset, ids, _ = check(from_dict(user), Launch(0, 1, 0, "127.0.0.1", 0))
+    assert (ids, dataset.client_ids, len(dataset.samples("b", "train"))) == (["b"], ["b"], 8)
+    assert server.requests == ["/dataset.json", "/b/index.json"]
 
 
 def test_a_server_that_hangs_ends_in_a_named_error_within_the_bound(server: Server, options: StreamingConfig) -> None:
@@ -154,7 +169,7 @@ def test_a_library_that_ignores_timeouts_is_bounded_too(tmp_path: Path) -> None:
     fsspec.register_implementation("stuck", Stuck, clobber=True)
     options = StreamingConfig(timeout_s=0.3, retries=1, cache_dir=str(tmp_path))
     start = time.monotonic()
-    lines = preflight("stuck://bucket/data", None, **CHECK, options=options)
+    lines = preflight_lines("stuck://bucket/data", None, **CHECK, options=options)
     assert time.monotonic() - start < 5
     assert len(lines) == 1
     assert lines[0].startswith("data.root: stuck://bucket/data/dataset.json: not fetched in 2 attempts")
@@ -169,17 +184,17 @@ def test_object_stores_through_fsspec(folder: Path, options: StreamingConfig) ->
             memory.pipe(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
     dataset = open_dataset("memory://bucket", ["b"], options)
     assert len(contents(dataset)) == 8
-    (line,) = preflight("memory://nowhere", None, **CHECK, options=options)
+    (line,) = preflight_lines("memory://nowhere", None, **CHECK, options=options)
     assert line.startswith("data.root: memory://nowhere/dataset.json: FileNotFoundError")
-    (line,) = preflight("s4://bucket/data", None, **CHECK, options=options)
+    (line,) = preflight_lines("s4://bucket/data", None, **CHECK, options=options)
     assert line.startswith("data.root: s4://bucket/data/dataset.json: Protocol not known: s4")
 
 
 def test_a_missing_file_is_said_at_once(server: Server, options: StreamingConfig) -> None:
-    (line,) = preflight(f"{server.address}/nothing", None, **CHECK, options=options)
+    (line,) = preflight_lines(f"{server.address}/nothing", None, **CHECK, options=options)
     assert line == f"data.root: {server.address}/nothing/dataset.json: the server says 404 File not found"
     assert len(server.requests) == 1, "a 404 is not tried again"
-    (line,) = preflight(server.address, ["a", "c"], **CHECK, options=options)
+    (line,) = preflight_lines(server.address, ["a", "c"], **CHECK, options=options)
     assert line == f"clients.ids: no client c under {server.address}; there are: a, b"
 
 
@@ -187,7 +202,7 @@ def test_nobody_listening(options: StreamingConfig) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (line,) = preflight(f"http://127.0.0.1:{port}/data", None, **CHECK, options=options)
+    (line,) = preflight_lines(f"http://127.0.0.1:{port}/data", None, **CHECK, options=options)
     assert "not fetched in 4 attempts" in line
     assert "Connection refused" in line
 
@@ -212,7 +227,7 @@ def test_wrong_bytes_are_never_used(server: Server, options: StreamingConfig) ->
         dataset.samples("a", "train").read_image(0)
     assert any(
         "sha256 differs" in line
-        for line in preflight(server.address, ["a"], **CHECK | {"verify": True}, options=options)
+        for line in preflight_lines(server.address, ["a"], **CHECK | {"verify": True}, options=options)
     )
     short = server.behave
     server.behave = lambda h, n: (
@@ -239,7 +254,7 @@ def test_a_bad_description_is_refused(tmp_path: Path, options: StreamingConfig, 
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / name).write_text(content)
     server = Server(tmp_path / "bad")
-    (line,) = preflight(server.address, None, **CHECK, options=options)
+    (line,) = preflight_lines(server.address, None, **CHECK, options=options)
     assert line.startswith("data.root: ")
     server.server.shutdown()
 
@@ -262,13 +277,13 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path, folder: Path, file
 def test_pipes_are_refused_unless_opted_in(folder: Path, options: StreamingConfig, tmp_path: Path) -> None:
     root = f"pipe:cat {folder}/{{path}}"
     assert is_remote(root)
-    (line,) = preflight(root, None, **CHECK, options=options)
+    (line,) = preflight_lines(root, None, **CHECK, options=options)
     assert line.startswith("data.root: pipe: runs a program here; it is refused")
     allowed = options.model_copy(update=dict(allow_pipe=True))
-    (line,) = preflight("pipe:cat x", None, **CHECK, options=allowed)
+    (line,) = preflight_lines("pipe:cat x", None, **CHECK, options=allowed)
     assert "needs {path}" in line
     assert contents(open_dataset(root, options=allowed)) == contents(open_dataset(folder))
-    (line,) = preflight(f"pipe:{sys.executable} -c exit(3) {{path}}", None, **CHECK, options=allowed)
+    (line,) = preflight_lines(f"pipe:{sys.executable} -c exit(3) {{path}}", None, **CHECK, options=allowed)
     assert "ended with status 3" in line
 
 
