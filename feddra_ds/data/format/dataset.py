@@ -29,7 +29,8 @@ from feddra_ds.data.format.samples import Samples
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)  # an index is data: it must not name files elsewhere
+# An index may come from anybody, so it must not name files outside its folder.
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
 
 
 class Dataset:
@@ -187,7 +188,7 @@ def _folders(path: Path) -> list[str]:
 
 
 def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
-    """The same of an address, by its dataset.json."""
+    """What `_scan` returns, for an address: its dataset.json names the clients."""
     try:
         store.text(DATASET_NAME)
         info = _read_json(store.folder / DATASET_NAME)

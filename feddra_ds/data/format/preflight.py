@@ -1,4 +1,4 @@
-"""Everything about a dataset that training would trip over, found before it starts."""
+"""Everything in a dataset that would stop training, found before it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def preflight(
     pooled: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Everything that training would trip over, a line each, beginning with the config key or the file.
+    """Everything that would stop training, a line each, beginning with the config key or the file.
 
     ids: the clients that are to be trained on (`dataset.choose` takes the same); None for all but the held-out.
     batch_size, eval_batch_size: data.batch_size and dro.evaluation_batch_size. eval_split: the split that retrieval is

@@ -91,10 +91,10 @@ class Store:
         path, expected = self.copy_of(address), self.expected[address]
         if not _has_size(path, expected[0]):
             with self._locked(path, address):
-                if not _has_size(path, expected[0]):  # another process may have fetched it meanwhile
+                if not _has_size(path, expected[0]):  # another process may have fetched it while this one waited
                     self._fetch(address, path, expected)
                     self._make_room(path)
-        os.utime(path)  # most recently used
+        os.utime(path)  # `_make_room` drops what was used longest ago
         return path
 
     @contextlib.contextmanager
@@ -213,10 +213,7 @@ def _open(address: str, timeout_s: float) -> Iterator[Any]:
 
         try:
             opened = fsspec.open(address, "rb")
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # the protocol's own package is missing, or nobody knows the protocol
+        except (ImportError, ValueError) as error:  # the protocol needs a package of its own, or is not known
             raise _GiveUp(str(error)) from error
         try:
             with opened as source:

@@ -85,7 +85,7 @@ class ClientData:
         return self._stream(map(self._training_task, positions), self._take_ahead)
 
     def prefetch(self, position: Position, num_steps: int) -> None:
-        """Start the first of the batches that `batches(position, …)` will be asked for, while something else runs."""
+        """Start decoding, in the background, the first of the batches that `batches(position, …)` will give."""
         wanted = [self.advance(position, step) for step in range(min(num_steps, self.pool.depth))]
         for stale in set(self._ahead) - set(wanted):
             self._ahead.pop(stale).cancel()
@@ -173,7 +173,7 @@ class ClientData:
                     self._skipped[reason] += 1
             found, allowed = len(self._bad), self._max_bad_fraction * self.num_samples
             if self._max_bad_fraction > 0:
-                allowed = max(allowed, 1)  # one bad picture of a small split is not a broken data set
+                allowed = max(allowed, 1)  # in a small split one bad picture alone may exceed the fraction
             if found > allowed:
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(self._bad.values()).items()))
                 some = ", ".join(self.source.key(sample) for sample in sorted(self._bad)[:3])

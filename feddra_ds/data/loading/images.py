@@ -20,7 +20,7 @@ _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; `reason` is one of REASONS and is what metrics count."""
+    """A sample that cannot be used; `reason` is one of REASONS; metrics count by it."""
 
     def __init__(self, reason: str):
         assert reason in REASONS, reason

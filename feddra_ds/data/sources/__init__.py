@@ -6,7 +6,7 @@ from importlib import import_module
 
 from feddra_ds.data.sources.base import Source
 
-# name: "module:Class". Imported only when asked for, so that one source's packages are no burden on the others.
+# name: "module:Class". Imported only when asked for, so that a source may need packages that the others do not.
 SOURCES = {"csv": "feddra_ds.data.sources.table:Table"}
 
 

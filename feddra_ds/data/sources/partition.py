@@ -148,11 +148,8 @@ def _shuffled(pairs: list[_Pair], owners: list[str], seed: int) -> list[int]:
     for client in sorted(set(owners)):
         own = [i for i, owner in enumerate(owners) if owner == client and pairs[i].part.split == "train"]
         order = permutation(len(own), "shuffle", seed, client).tolist()
-        following = {
-            own[order[k]]: own[order[(k + 1) % len(order)]] for k in range(len(order))
-        }  # one cycle: none keeps its own
-        for i in own:
-            out[i] = following[i]
+        for one, following in zip(order, order[1:] + order[:1], strict=True):  # one cycle, so that none keeps its own
+            out[own[one]] = own[following]
     return out
 
 

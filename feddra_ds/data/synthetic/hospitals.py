@@ -125,7 +125,8 @@ def _draw(job: _Job) -> tuple[bytes, str]:
 def _draw_all(jobs: list[_Job], workers: int) -> Iterator[tuple[bytes, str]]:
     """The jobs' results in order; from fresh interpreters where there is enough to do.
 
-    Not a multiprocessing pool: its children import the caller's main module, and one that fails is started for ever.
+    Not a multiprocessing pool: its children import the caller's main module, and one that fails
+    to start is started again without end.
     """
     if workers <= 1 or len(jobs) < _PARALLEL_FROM:
         yield from map(_draw, jobs)
@@ -142,7 +143,7 @@ def _draw_all(jobs: list[_Job], workers: int) -> Iterator[tuple[bytes, str]]:
             )
             parts.append(child)
             assert child.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has died: said below, where its first result is missing
+            with contextlib.suppress(BrokenPipeError):  # it has died; reported below, where its result is missing
                 pickle.dump(jobs[part::workers], child.stdin)
                 child.stdin.close()
         for number in range(len(jobs)):

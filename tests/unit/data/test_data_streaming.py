@@ -116,7 +116,7 @@ def test_substitutes_come_from_shards_at_hand_first() -> None:
     position = order.advance(Position(), 3)
     own = set(order.batch(position)[:, 1].tolist())
     here = {int(SHARDS[s]) for s in own}
-    streams = [list(order.substitutes(position, slot)) for slot in range(8)]
+    streams = [list(order.substitutes(position, entry)) for entry in range(8)]
     for stream in streams:
         assert set(stream) == set(range(80))
         assert int(SHARDS[stream[0]]) in here
