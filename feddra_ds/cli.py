@@ -55,12 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.overrides = parse_overrides(rest)
         return int(args.run(args, rest) if args.command == "train" else args.run(args))
-    except ConfigError as error:
-        for problem in error.problems:
+    except ValueError as error:  # ConfigError and DataError have a line per problem
+        for problem in getattr(error, "problems", [error]):
             print(f"feddra-ds: {problem}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"feddra-ds: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `… | head` has read enough; nothing more can be written, at the interpreter's end neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,13 +124,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Subcommands of `data`, each with its own module."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    for name, module_name, about in (
-        ("synth", "synthetic.hospitals", "make radiograph-like images with reports for five sites"),
-        ("convert", "sources.convert", "turn a CSV and a folder of images into shards per client"),
-        ("partition", "sources.partition", "split labelled shards over clients by a Dirichlet draw"),
-        ("inspect", "format.inspect", "show what a folder of shards holds"),
+    for name, about in (
+        ("synth", "make radiograph-like images with reports for five sites"),
+        ("convert", "turn a CSV and a folder of images into shards per client"),
+        ("partition", "split labelled shards over clients by a Dirichlet draw"),
+        ("inspect", "show what a folder of shards holds"),
     ):
-        module = import_module(f"feddra_ds.data.{module_name}")
+        module = import_module(f"feddra_ds.commands.data_{name}")
         sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
