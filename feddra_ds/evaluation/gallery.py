@@ -1,4 +1,4 @@
-"""Trained models at work outside a run: open them, embed a split of a dataset. No engine, no ranks, no DeepSpeed.
+"""Embedded splits of a dataset: what trained models make of its pictures and texts.
 
 Legend: n pairs, D embedding size, H width of the vision encoder.
 """
@@ -55,14 +55,15 @@ class Gallery:
         ]
 
 
-def open_split(root: str, split: str, clients: Sequence[str] | None, trained: Sequence[str] | None = None) -> Dataset:
+def open_split(models: Models, root: str, split: str, clients: Sequence[str] | None) -> Dataset:
     """The dataset and, as its client_ids, the clients to look at: those named, else those trained on, then the held-out.
 
-    Raises ValueError where none of them has the split.
+    Raises ValueError where none of them has the split, and DataError where a named client is not there.
     """
     dataset = open_dataset(root, list(clients) if clients is not None else None)
     if clients is None:
-        first = list(trained) if trained is not None else dataset.client_ids
+        trained = models.trained_on(dataset)
+        first = dataset.client_ids if trained is None else trained
         dataset.client_ids = first + [c for c in dataset.held_out if c not in first]
     if all(split_of(dataset, client, split) is None for client in dataset.client_ids):
         have = sorted({name for client in dataset.client_ids for name in dataset.splits(client)})
