@@ -163,12 +163,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def peak(events: list[Event]) -> int:
-    """Largest sum of bytes that are held at a time."""
-    held = highest = 0
-    for kind, num_bytes in events:
-        held += {"take": num_bytes, "give": -num_bytes, "gradient": 0}[kind]
-        highest = max(highest, held)
-    return highest
