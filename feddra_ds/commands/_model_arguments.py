@@ -1,4 +1,4 @@
-"""Arguments that `evaluate` and `probe` share. No command."""
+"""Arguments that `evaluate` and `probe` share; this file is not a command."""
 
 from __future__ import annotations
 

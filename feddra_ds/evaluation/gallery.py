@@ -48,7 +48,8 @@ class Gallery:
 
     @property
     def groups(self) -> list[str]:
-        """What pairs share that are no independent evidence: the patient where the json names one, else the text."""
+        """A key for each pair: its patient where the json names one, else its text. Pairs of one key are not
+        independent evidence."""
         return [
             f"{self.client}/{info['patient']}" if info.get("patient") else f"text {text}"
             for info, text in zip(self.infos, self.text_ids.tolist(), strict=True)
@@ -72,7 +73,7 @@ def open_split(models: Models, root: str, split: str, clients: Sequence[str] | N
 
 
 def split_of(dataset: Dataset, client: str, split: str) -> str | None:
-    """`split` where the client has it; a held-out client has nothing to keep apart, and may have `test` instead."""
+    """`split` if the client has it; for `val` of a held-out client, which may have no other, else `test`. None for neither."""
     names = [split, "test"] if client in dataset.held_out and split == "val" else [split]
     return next((name for name in names if dataset.num_samples(client, name)), None)
 
@@ -148,7 +149,7 @@ def _embed(
             if features:
                 pooled.append(seen.pop().float().cpu().numpy())
             seen.clear()
-    # A stand-in for an unreadable pair may be a pair that is there already: each counts once.
+    # An unreadable pair is replaced by another, which may be in the gallery already: count each pair once.
     first = np.unique(np.array(keys), return_index=True)[1]
     first.sort()
     samples = dataset.samples(client, split)
@@ -171,7 +172,7 @@ def _embed(
 
 
 def _info(samples: Samples, index: int) -> dict[str, Any]:
-    """The pair's json member; {} for one that is broken, which is no reason not to measure the pair."""
+    """The pair's json member; {} where it is broken: the pair is measured all the same."""
     try:
         info = samples.read_info(index)
     except (ValueError, EOFError):

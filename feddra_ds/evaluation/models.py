@@ -45,7 +45,7 @@ class Models:
 
     @property
     def round(self) -> int | None:
-        """The round after which a run's model was taken, which is its newest checkpoint's; None for an export."""
+        """The round after which a run's model was taken: that of its newest checkpoint. None for an export."""
         if not self.is_run or self.run is None:
             return None
         kept = self.run.checkpoints

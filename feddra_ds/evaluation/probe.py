@@ -216,7 +216,9 @@ def _scores(
             continue
         margin = model.decision_function(features.astype(np.float64))
         margin = np.stack([-margin, margin], axis=1) if margin.ndim == 1 else margin
-        scores = np.full((len(targets), len(task.classes)), margin.min() - 1.0)  # a class never seen comes last
+        scores = np.full(
+            (len(targets), len(task.classes)), margin.min() - 1.0
+        )  # a class that was not trained on comes last
         scores[:, model.classes_] = margin
         out[name] = measure(targets, scores)
     return out

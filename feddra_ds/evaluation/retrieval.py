@@ -73,7 +73,7 @@ class Retrieved:
     estimates: list[Estimate]
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The table and the estimates as a JSON-ready dict."""
         return self.table | {"intervals": {f"recall@{e.k}": asdict(e) | {"verdict": e.verdict} for e in self.estimates}}
 
 
@@ -91,8 +91,8 @@ def retrieve(gallery: Gallery, draws: int, seed: int) -> Retrieved:
 def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
     """The mean recall over NUM_SHUFFLES random pairings of images and texts, and SURE standard errors of it each way.
 
-    A pairing that means nothing is found as often as by chance, unless the measure leaks or the model puts frequent
-    texts first whatever the picture: that is what this looks for. `draws` is not used.
+    A random pairing is found as often as chance says, unless the measure leaks or the model puts frequent texts first
+    whatever the picture; that is what the control looks for. `draws` is not used.
     """
     orders = [ranks(g.image, g.text, g.text_ids) for g in (shuffle(gallery, [seed, i]) for i in range(NUM_SHUFFLES))]
     tables = [recall_table(found) for found in orders]
