@@ -46,10 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="largest weights file (default: %(default)s)"
     )
-    parser.set_defaults(run=main)
 
 
-def main(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run `feddra-ds export`. Raises ValueError."""
     run = args.source
     if args.format == "adapter":

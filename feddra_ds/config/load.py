@@ -18,6 +18,7 @@ from feddra_ds.common.section import Section
 from feddra_ds.common.tree import get_path, merge
 from feddra_ds.config.checks import contradictions
 from feddra_ds.config.schema import Config
+from feddra_ds.config.shipped import find, names
 
 # Config defaults of each strategy; what it *does* differently is in strategies/.
 STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -63,11 +64,14 @@ def from_dict(user: dict[str, Any]) -> Config:
 
 
 def load(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a YAML file (or none) and put nested `overrides` on top. Raises ConfigError."""
+    """Read a YAML file (a shipped config's name; or none) and put nested `overrides` on top. Raises ConfigError."""
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = yaml.safe_load(find(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError as error:
+            shipped = f"the configs that come with feddra_ds are {', '.join(names())}"
+            raise ConfigError([f"--config: cannot read {path}: {error.strerror}; {shipped}"]) from error
         except OSError as error:
             raise ConfigError([f"--config: cannot read {path}: {error.strerror}"]) from error
         except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""docs/configuration.md, written from the config classes: `python -m feddra_ds.config.reference > docs/configuration.md`."""
+"""What the config classes say about every key: docs/configuration.md, and a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Any
 
 from feddra_ds.config.checks import REFUSED_FRAGMENT_KEYS
 from feddra_ds.config.load import STRATEGY_DEFAULTS, known_keys
+from feddra_ds.config.schema import Config
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema of a config file: every key with its type, bounds, default and meaning; no others are allowed."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    return schema | {"title": "A config of feddra_ds", "description": "Each key: `feddra-ds config reference`."}
 
 
 def reference() -> str:
@@ -14,7 +21,7 @@ def reference() -> str:
     out = [
         "# Configuration reference",
         "",
-        "Written from the config classes (`python -m feddra_ds.config.reference > docs/configuration.md`); a test keeps it so.",
+        "Written from the config classes (`feddra-ds config reference > docs/configuration.md`); a test keeps it so.",
         "YAML sections of keys; `--section.key value` on the command line goes on top; `feddra-ds train --print_config` shows",
         "the resolved tree. Every problem of a config is reported at once, each with its key, before any process starts.",
     ]
@@ -61,7 +68,3 @@ def _bounds(info: Any) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = [f"{sign} {getattr(m, name)}" for m in info.metadata for name, sign in signs.items() if hasattr(m, name)]
     return f", {', '.join(found)}" if found else ""
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

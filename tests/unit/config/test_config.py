@@ -127,4 +127,4 @@ def test_the_reference_is_up_to_date() -> None:
     from feddra_ds.config.reference import reference
 
     text = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
-    assert text == reference(), "run: python -m feddra_ds.config.reference > docs/configuration.md"
+    assert text == reference(), "run: feddra-ds config reference > docs/configuration.md"
