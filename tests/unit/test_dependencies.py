@@ -1,4 +1,4 @@
-"""pyproject.toml declares what the package imports, and nothing without a reason."""
+"""pyproject.toml declares what the package imports, and nothing without a reason; one version everywhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
+
+from feddra_ds import __version__
 
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -70,3 +73,8 @@ def test_what_is_declared_is_imported_or_has_a_reason() -> None:
 
 def test_every_reason_is_needed() -> None:
     assert set(USED_BY_OTHERS) <= declared() - USED
+
+
+def test_one_version() -> None:
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"]
+    assert __version__ == PROJECT["version"] == cited
