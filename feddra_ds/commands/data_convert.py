@@ -111,5 +111,5 @@ def _report(args: argparse.Namespace, done: Ingested) -> None:
         print(f"patients, texts and pictures that must stay together allow no nearer split of {listed(uneven)}{loosen}")
     next_step(
         f"feddra-ds data inspect {args.out}",
-        f"feddra-ds train --config configs/cxr_regions.yaml --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
+        f"feddra-ds train --config cxr_regions --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
     )

@@ -107,9 +107,7 @@ def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:
             f"ok       smallest client {smallest}: data.batch_size can be up to {dataset.num_samples(smallest, 'train')}"
         )
     name = str(dataset.root).rstrip("/").rpartition("/")[2]
-    next_step(
-        f"feddra-ds train --config configs/cxr_regions.yaml --data.root {dataset.root} --run.output_dir runs/{name}"
-    )
+    next_step(f"feddra-ds train --config cxr_regions --data.root {dataset.root} --run.output_dir runs/{name}")
 
 
 def _megabytes(size: int) -> str:

@@ -60,6 +60,6 @@ def run(args: argparse.Namespace) -> int:
     splits = sorted({split for count in counts.values() for split in count}, key=["train", "val", "test"].index)
     print_table(f"{args.out}", ["client", *splits], [(c, *(n[s] for s in splits)) for c, n in sorted(counts.items())])
     next_step(f"feddra-ds data inspect {args.out}",
-              f"feddra-ds train --config configs/cxr_regions.yaml --data.root {args.out} "
+              f"feddra-ds train --config cxr_regions --data.root {args.out} "
               f"--run.output_dir runs/{Path(args.out).name}")  # fmt: skip
     return 0

@@ -62,6 +62,6 @@ def run(args: argparse.Namespace) -> int:
     print_table(f"{args.out}", columns, rows)
     next_step(
         f"feddra-ds data inspect {args.out}",
-        f"feddra-ds train --config configs/quickstart.yaml --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
+        f"feddra-ds train --config quickstart --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
     )
     return 0
