@@ -190,8 +190,8 @@ def charts(files: RunFiles) -> dict[str, Markup]:
     if len(ids) > 1:
         losses.append(Series("worst", [line["worst_loss"] for line in lines], "ink", dash=True))
         losses.append(Series("mean", [line["mean_loss"] for line in lines], "ink"))
-    chance = chance_loss(files)
-    level = [] if chance is None else [("chance", chance)]
+    unknowing = chance_loss(files)
+    level = [] if unknowing is None else [("chance", unknowing)]
     out = {"loss": line_chart(losses, x, title="Loss per client over rounds", show=number, references=level)}
     if len(ids) > 1:
         weights = [line["client_weights"] for line in lines]
