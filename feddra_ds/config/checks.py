@@ -5,8 +5,8 @@ from __future__ import annotations
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 
-# Fragments that would break the federation silently: (path, what to do instead).
-REFUSED_FRAGMENT_KEYS: dict[str, str] = {
+# Keys of DeepSpeed's config that would break the federation silently: (path, what to do instead).
+REFUSED_DEEPSPEED_KEYS: dict[str, str] = {
     "scheduler": "overwrites the stage's learning rates, unfreezing the backbone; use schedule.warmup_rounds and schedule.decay",
     "optimizer": "set the optimizer section instead: stages need its two parameter groups",
     "zero_optimization.round_robin_gradients": "permutes the partitions that peers average; remove it",
@@ -68,7 +68,7 @@ def contradictions(config: Config) -> list[str]:
     for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):
         if encoder.pretrained is not None and encoder.config is not None:
             out.append(f"model.{name}.config: contradicts model.{name}.pretrained; give one of them")
-    for path, advice in REFUSED_FRAGMENT_KEYS.items():
+    for path, advice in REFUSED_DEEPSPEED_KEYS.items():
         if get_path(c.deepspeed, path) not in (None, False):
             out.append(f"deepspeed.{path}: {advice}")
     stage = get_path(c.deepspeed, "zero_optimization.stage")

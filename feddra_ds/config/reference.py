@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from feddra_ds import strategies
-from feddra_ds.config.checks import REFUSED_FRAGMENT_KEYS
+from feddra_ds.config.checks import REFUSED_DEEPSPEED_KEYS
 from feddra_ds.config.load import known_keys
 from feddra_ds.config.schema import Config
 
@@ -54,8 +54,8 @@ def reference(config: type[Config]) -> str:
         tree = strategies.find(name).presets
         presets = ", ".join(f"`{s}.{k} = {v}`" for s, keys in tree.items() for k, v in keys.items())
         out.append(f"| {name} | {presets or 'the defaults above'} |")
-    out += ["", "## DeepSpeed fragments that are refused", "", "| key | why, and what to do |", "|---|---|"]
-    out += [f"| `deepspeed.{key}` | {advice} |" for key, advice in REFUSED_FRAGMENT_KEYS.items()]
+    out += ["", "## DeepSpeed keys that are refused", "", "| key | why, and what to do |", "|---|---|"]
+    out += [f"| `deepspeed.{key}` | {advice} |" for key, advice in REFUSED_DEEPSPEED_KEYS.items()]
     return "\n".join(out) + "\n"
 
 

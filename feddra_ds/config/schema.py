@@ -217,7 +217,7 @@ class Config(Section):
     strategy: SerializeAsAny[StrategyOptions] = StrategyOptions()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: dict[str, Any] = Field({}, json_schema_extra=MAY_CHANGE)
-    """A plain DeepSpeed JSON fragment, passed through (zero_optimization, bf16, fp16, …)."""
+    """Keys of DeepSpeed's own config, passed through (zero_optimization, bf16, fp16, …)."""
     topology: TopologyConfig = TopologyConfig()
     aggregate: AggregateConfig = AggregateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,4 +1,4 @@
-"""Which rank is what: the plan (pure), then the process groups and the store behind it (DESIGN 1).
+"""This process's place in the plan: the process groups, and the store behind them.
 
 slot: a group of ranks which hosts clients · slot rank: a rank's index in its slot · peers: ranks of equal slot rank across
 slots · client: a data owner, simulated on a slot. Each slot is a torch.distributed world of its own, so DeepSpeed

@@ -19,8 +19,8 @@ def build_monitor(kinds: Sequence[str], output_dir: str, name: str) -> Any:
 
     keys = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
     where: dict[str, Any] = {"enabled": True, "output_path": output_dir, "job_name": name}
-    fragment = {keys[k]: {"enabled": True, "project": name} if k == "wandb" else where for k in kinds}
-    return MonitorMaster(get_monitor_config(fragment))
+    ds_config = {keys[k]: {"enabled": True, "project": name} if k == "wandb" else where for k in kinds}
+    return MonitorMaster(get_monitor_config(ds_config))
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -1,7 +1,7 @@
-"""The one DeepSpeed engine of a rank: build it, step it, read and write its fp32 masters. Only file to import deepspeed.
+"""The one DeepSpeed engine of a rank: build it, step it, read and write its fp32 masters.
 
 The model has two parts, `aligner` and `backbone` (the prefixes of its parameter names), which are optimizer groups of
-one engine, built once for the run (DESIGN 3). A part's weights travel as `PartState`: host copies of its slices.
+one engine, built once for the run. A part's weights travel as `PartState`: host copies of its slices.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Engine:
         """
         deepspeed = import_deepspeed(device)
         self.device, self.slot_rank, self.ranks_per_slot = device, slot_rank, ranks_per_slot
-        fragment = copy.deepcopy(config.deepspeed)
-        self.dtype = _dtype(fragment)
-        self.zero_stage = int(get_path(fragment, "zero_optimization.stage") or 0)
+        ds_config = copy.deepcopy(config.deepspeed)
+        self.dtype = _dtype(ds_config)
+        self.zero_stage = int(get_path(ds_config, "zero_optimization.stage") or 0)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         per_rank = max(1, config.data.batch_size // ranks_per_slot)
@@ -67,17 +67,17 @@ class Engine:
         self.num_micro_batches = -(-per_rank // micro_batch)
         if self.zero_stage > 0:
             num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            fragment["zero_optimization"]["reduce_bucket_size"] = bucket_elements(fragment, num_trained)
-        fragment |= {
+            ds_config["zero_optimization"]["reduce_bucket_size"] = bucket_elements(ds_config, num_trained)
+        ds_config |= {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": self.num_micro_batches,
-            "gradient_clipping": fragment.get("gradient_clipping", 0.0),  # DeepSpeed's own default is 1.0
+            "gradient_clipping": ds_config.get("gradient_clipping", 0.0),  # DeepSpeed's own default is 1.0
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
         with launched_as(slot_rank, ranks_per_slot):
             if weights is not None:
-                self._lay_out(model, weights, fragment)
+                self._lay_out(model, weights, ds_config)
                 initial = {}
             else:
                 initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -85,8 +85,8 @@ class Engine:
             self._group_parts = [group["part"] for group in groups]
             self._ds, _, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=pass_over_frozen_groups(build_optimizer(groups, config, fragment)),
-                config=fragment,
+                optimizer=pass_over_frozen_groups(build_optimizer(groups, config, ds_config)),
+                config=ds_config,
                 dist_init_required=False,
             )
         self.module = self._ds.module
@@ -102,9 +102,9 @@ class Engine:
             self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
         self.reset_optimizer()
 
-    def _lay_out(self, model: nn.Module, weights: Weights, fragment: dict[str, Any]) -> None:
+    def _lay_out(self, model: nn.Module, weights: Weights, ds_config: dict[str, Any]) -> None:
         """Give a model of the meta device parameters without content: partitions of them with ZeRO 3."""
-        partition = self._partitioner(fragment) if self.zero_stage == 3 else None
+        partition = self._partitioner(ds_config) if self.zero_stage == 3 else None
 
         def make(parameter: nn.Parameter) -> nn.Parameter:
             # zeros: memory that nobody has written to yet costs the host nothing
@@ -116,11 +116,11 @@ class Engine:
 
         lay_out(model, weights, make, self.device)
 
-    def _partitioner(self, fragment: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    def _partitioner(self, ds_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
         import deepspeed
 
         # zero.Init reads its options, and swaps torch's linear for one that keeps no gathered weight, for any module
-        context = deepspeed.zero.Init(module=nn.Module(), dtype=self.dtype, config_dict_or_path=fragment)
+        context = deepspeed.zero.Init(module=nn.Module(), dtype=self.dtype, config_dict_or_path=ds_config)
 
         def partition(parameter: nn.Parameter) -> None:
             context._convert_to_deepspeed_param(parameter)
@@ -166,7 +166,7 @@ class Engine:
             group["lr"] = rates[part]
 
     def reset_optimizer(self) -> None:
-        """Forget the moments and step counts, as at the start of each stage (ALGORITHM 6)."""
+        """Forget the moments and step counts, as at the start of each stage."""
         reset_state(self._ds)
 
     def gradient_norms(self) -> dict[str, float]:
@@ -247,9 +247,9 @@ class Engine:
         return {name: b for name, b in self.module.named_buffers() if name in persistent}
 
 
-def _dtype(fragment: Mapping[str, Any]) -> torch.dtype:
-    if get_path(dict(fragment), "bf16.enabled"):
+def _dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
+    if get_path(dict(ds_config), "bf16.enabled"):
         return torch.bfloat16
-    if get_path(dict(fragment), "fp16.enabled"):
+    if get_path(dict(ds_config), "fp16.enabled"):
         return torch.float16
     return torch.float32

@@ -57,12 +57,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: Config, fragment: dict[str, Any]) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], config: Config, ds_config: dict[str, Any]) -> torch.optim.Optimizer:
     """The local optimizer over parameter groups; DeepSpeed's CPUAdam where the optimizer is offloaded."""
     options = config.optimizer
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
-    if get_path(fragment, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
+    if get_path(ds_config, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         if locks := stale_locks():
@@ -75,7 +75,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config, fragment: dict
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
-def bucket_elements(fragment: Mapping[str, Any], num_trained: int) -> int:
+def bucket_elements(ds_config: Mapping[str, Any], num_trained: int) -> int:
     """Elements of ZeRO's flat gradient buffer: DeepSpeed reserves 5e8 whatever the model; never more than it can fill."""
-    asked = get_path(dict(fragment), "zero_optimization.reduce_bucket_size")
+    asked = get_path(dict(ds_config), "zero_optimization.reduce_bucket_size")
     return min(num_trained, int(float(5e8 if asked is None else asked)))

@@ -12,8 +12,6 @@ Legend: B batch, T tokens or patches, H hidden size, D embedding size.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -142,8 +140,3 @@ def pool(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
         return states.mean(dim=1)
     weight = mask.to(states.dtype).unsqueeze(-1)
     return (states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-
-
-def log_ratio(temperature: float, initial: float) -> float:
-    """The value of Temperature's parameter at which τ = temperature."""
-    return math.log(temperature / initial)

@@ -1,11 +1,10 @@
 """LoRA on the backbones, through peft: what trains, what travels, how factors are averaged, merging.
 
 The alignment module stays fully trained. The stages become: alignment module; alignment module + adapters. The
-backbone's own weights are frozen and equal everywhere, so only parameters with `requires_grad` travel and are saved:
-`trained_names` lists them.
+backbone's own weights are frozen and equal everywhere, so only parameters with `requires_grad` travel and are saved.
 
 A layer computes W x + s B A x with A (r, in), B (out, r), s = alpha / r. What a server wants is the mean update
-Σ pᵢ Bᵢ Aᵢ, and the three rules differ in how close they come (relative Frobenius error; `update_error` measures it):
+Σ pᵢ Bᵢ Aᵢ, and the three rules differ in how close they come (relative Frobenius error):
 
 - factors: A ← Σ pᵢ Aᵢ, B ← Σ pᵢ Bᵢ. The plain average; wrong by the covariance of Aᵢ and Bᵢ over the clients.
 - product: the best rank-r factors of the mean update, by SVD. Wrong by the singular values behind the r-th.
@@ -52,7 +51,7 @@ class LoraOptions(Section):
     target_modules: list[str] | None = None
     """Names of Linear layers of the encoders' blocks, by their last parts (query, q_proj, mlp.fc1); null: all of them."""
     aggregation: Literal["factors", "product", "freeze_a"] = "factors"
-    """How the server averages: see feddra_ds/adapters.py."""
+    """How the server averages: see feddra_ds/model/lora.py."""
 
 
 class Factors(NamedTuple):
@@ -123,11 +122,6 @@ def _draw(a: Tensor, name: str) -> None:
     a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed)))
 
 
-def trained_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that train in some stage: they alone travel, are averaged and saved."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     """(name of A, name of B) of every adapted layer among parameter names."""
     have = set(names)
@@ -135,23 +129,6 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 # ---- averaging
-def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float], rule: str) -> dict[str, Tensor]:
-    """Σ pᵢ θᵢ of trained parameters by name, whole tensors in fp32; adapters by `rule`, all else plainly.
-
-    Raises ValueError unless there is a weight per state and the weights sum to 1.
-    """
-    if len(states) != len(weights) or not states or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"{len(states)} states need as many weights that sum to 1, got {list(weights)}")
-    out = {}
-    for name in states[0]:
-        out[name] = sum((p * s[name].float() for p, s in zip(weights, states, strict=True)), torch.zeros(()))
-    if rule == "product":
-        for a, b in pairs(list(out)):
-            factors = average_product([Factors(s[a], s[b]) for s in states], weights)
-            out[a], out[b] = factors
-    return out
-
-
 def average_product(clients: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The rank-r factors nearest to Σ pᵢ Bᵢ Aᵢ, in fp32; the out × in matrix is never formed.
 
@@ -159,7 +136,7 @@ def average_product(clients: Sequence[Factors], weights: Sequence[float]) -> Fac
     A ≠ 0 and can still learn (with both factors 0 its gradients would stay 0).
     """
     rank = clients[0].a.shape[0]
-    left, core, right = _mean_update(clients, weights)
+    left, core, right = mean_update(clients, weights)
     u, s, vh = torch.linalg.svd(core)
     length = sum(p * f.a.double().norm() for p, f in zip(weights, clients, strict=True)) / math.sqrt(rank)
     a = length * (vh[:rank] @ right.T)
@@ -167,14 +144,7 @@ def average_product(clients: Sequence[Factors], weights: Sequence[float]) -> Fac
     return Factors(a.float(), b.float())
 
 
-def update_error(factors: Factors, clients: Sequence[Factors], weights: Sequence[float]) -> float:
-    """‖B A − Σ pᵢ Bᵢ Aᵢ‖ / ‖Σ pᵢ Bᵢ Aᵢ‖ in the Frobenius norm; 0 where both are 0."""
-    _, mean, _ = _mean_update(clients, weights)
-    _, difference, _ = _mean_update([*clients, factors], [*weights, -1.0])
-    return float(difference.norm() / mean.norm()) if mean.norm() > 0 else float(difference.norm())
-
-
-def _mean_update(clients: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+def mean_update(clients: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """Σ pᵢ Bᵢ Aᵢ = left @ core @ rightᵀ in float64, left (out, k) and right (in, k) with orthonormal columns, k ≤ N r."""
     left, upper = torch.linalg.qr(torch.cat([p * f.b.double() for p, f in zip(weights, clients, strict=True)], dim=1))
     right, lower = torch.linalg.qr(torch.cat([f.a.double() for f in clients]).T)

@@ -1,4 +1,4 @@
-"""Buffers in the server's average: floating ones are averaged, integers are the first client's or stay (PITFALLS 6)."""
+"""Buffers in the server's average: floating ones are averaged, integers are the first client's or stay."""
 
 from __future__ import annotations
 

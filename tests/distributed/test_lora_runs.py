@@ -21,6 +21,7 @@ from helpers import (
     weights_of,
     zero,
 )
+from lora_reference import average
 from test_checkpoint import load_and_go_on
 
 from feddra_ds.common.errors import ConfigError
@@ -40,7 +41,8 @@ def _settings(rule: str, **more: Any) -> dict[str, Any]:
 def _shapes(dataset: Path, rule: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     config = make_config(dataset, Path("unused"), **_settings(rule))
     model = model_of(config, tokenizer_of(config))
-    return {n: tuple(p.shape) for n, p in model.named_parameters()}, lora.trained_names(model)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}, trained
 
 
 def _updates(flat: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -85,12 +87,12 @@ def test_the_average_is_that_of_the_clients_own_adapters(dataset: Path, tmp_path
     ]
     p = metrics_of(tmp_path)[0]["client_weights"]
     assert len(p) == len(states) > 1
-    wanted = {name: tensor.numpy() for name, tensor in lora.average(states, p, rule).items()}
+    wanted = {name: tensor.numpy() for name, tensor in average(states, p, rule).items()}
     found = weights_of(tmp_path, 0)
     assert largest_difference(_updates(wanted, shapes), _updates(found, shapes)) <= 1e-6
     if rule != "product":
         return
-    plain = {name: tensor.numpy() for name, tensor in lora.average(states, p, "factors").items()}
+    plain = {name: tensor.numpy() for name, tensor in average(states, p, "factors").items()}
     assert largest_difference(_updates(plain, shapes), _updates(found, shapes)) > 1e-5, "the rules can be told apart"
 
 

