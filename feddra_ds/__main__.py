@@ -1,4 +1,4 @@
-"""`python -m feddra_ds` is `feddra-ds`."""
+"""`python -m feddra_ds …` is `feddra-ds …`, and `deepspeed --module feddra_ds train …` starts it on many ranks."""
 
 from feddra_ds.cli import main
 

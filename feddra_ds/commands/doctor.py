@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +25,10 @@ from feddra_ds.doctor.machine import (
     check_network,
     check_software,
 )
-from feddra_ds.doctor.memory.ledger import High
-from feddra_ds.doctor.memory.verdict import Verdict, judge, machine_here
+
+if TYPE_CHECKING:  # these import torch and transformers, which --help can do without
+    from feddra_ds.doctor.memory.ledger import High
+    from feddra_ds.doctor.memory.verdict import Verdict
 
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
@@ -64,33 +66,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.rest[0]}: config keys need --config FILE beside them")
     if args.gpu is not None and (not args.plan or args.gpu <= 0):
         raise ValueError(f"--gpu: is a number of GiB for --plan, got {args.gpu:g}")
-    if args.plan:
-        if args.config is None:
-            raise ValueError("--plan: needs --config FILE")
-        from feddra_ds.commands.doctor import run_plan
+    if args.plan and args.config is None:
+        raise ValueError("--plan: needs --config FILE")
+    return _plan(args) if args.plan else _check(args)
 
-        return run_plan(args.config, args.overrides, args.num_ranks, args.gpu, args.json)
+
+def _check(args: argparse.Namespace) -> int:
+    """Print findings as they come; 1 where one is a problem."""
     findings: list[Finding] = []
     console = Console(soft_wrap=True)
-
-    def tell(found: Iterator[Finding]) -> None:
-        for finding in found:
-            findings.append(finding)
-            if not args.json:
-                console.print(_line(finding))
-
-    tell(check_software())
-    tell(check_hardware())
-    tell(check_network())
-    if not args.no_self_test:
-        tell(check_deepspeed(args.timeout))
-        tell(check_gloo(args.timeout))
-    if args.config is None:
-        tell(check_disk(Path.cwd(), None))
-    else:
-        from feddra_ds.doctor.run_config import check_config
-
-        tell(check_config(args.config, args.overrides, args.num_ranks))
+    for finding in _findings(args):
+        findings.append(finding)
+        if not args.json:
+            console.print(_line(finding))
     problems = sum(f.level == "problem" for f in findings)
     if args.json:
         print(json.dumps({"problems": problems, "findings": [asdict(f) for f in findings]}))
@@ -99,6 +87,34 @@ def run(args: argparse.Namespace) -> int:
         print(f"{problems} problems, {warnings} warnings")
         next_step(*_advice(args, problems))
     return 1 if problems else 0
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    yield from check_software()
+    yield from check_hardware()
+    yield from check_network()
+    if not args.no_self_test:
+        yield from check_deepspeed(args.timeout)
+        yield from check_gloo(args.timeout)
+    if args.config is None:
+        yield from check_disk(Path.cwd(), None)
+    else:
+        from feddra_ds.doctor.run_config import check_config  # late: torch and transformers
+
+        yield from check_config(args.config, args.overrides, args.num_ranks)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Plan and print; 0 where it fits, else 1. Raises ConfigError."""
+    from feddra_ds.doctor.memory.verdict import judge, machine_here  # late: torch and transformers
+
+    config = load(args.config, args.overrides)
+    verdict = judge(config, args.num_ranks, machine_here(config.run.device, args.num_ranks, args.gpu))
+    if args.json:
+        print(json.dumps(verdict.as_dict()))
+    else:
+        show(verdict, Console(soft_wrap=True))
+    return 0 if verdict.short is None else 1
 
 
 def _line(finding: Finding) -> Text:
@@ -120,39 +136,6 @@ def _advice(args: argparse.Namespace, problems: int) -> list[str]:
     if args.num_ranks > 1:
         return [f"deepspeed --num_accelerators {args.num_ranks} launch/train.py --config {args.config} {keys}".rstrip()]
     return [f"feddra-ds train --config {args.config} {keys}".rstrip()]
-
-
-def run_plan(path: str, overrides: dict[str, Any], num_ranks: int, gpu_gib: float | None, as_json: bool) -> int:
-    """Plan, print; 0 where it fits, else 1. Raises ConfigError."""
-    config = load(path, overrides)
-    verdict = judge(config, num_ranks, machine_here(config.run.device, num_ranks, gpu_gib))
-    if as_json:
-        import json
-
-        print(json.dumps(as_dict(verdict)))
-    else:
-        show(verdict, Console(soft_wrap=True))
-    return 0 if verdict.short is None else 1
-
-
-def as_dict(verdict: Verdict) -> dict[str, Any]:
-    """The verdict as plain data; bytes."""
-    plan = verdict.plan
-    return {
-        "fits": verdict.short is None,
-        "short": verdict.short,
-        "ranks_per_slot": verdict.ranks_per_slot,
-        "clients_per_slot": verdict.clients_per_slot,
-        "parameters": plan.parameters,
-        "trained": plan.trained,
-        "machine": asdict(verdict.machine),
-        "peak": {where: plan.bytes_of(where) for where in ("device", "host")},
-        "phases": {
-            where: {name: high.total for name, high in getattr(plan, where).items()} for where in ("device", "host")
-        },
-        "items": {where: high.items for where in ("device", "host") if (high := plan.peak(where)) is not None},
-        "changes": [asdict(change) for change in verdict.changes],
-    }
 
 
 def show(verdict: Verdict, console: Console) -> None:

@@ -5,29 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from feddra_ds.commands._model_arguments import add_model_arguments, positive, split_ids
 from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.files import write_atomic
-from feddra_ds.common.text import listed
-from feddra_ds.data.format.dataset import open_dataset
-from feddra_ds.evaluation.gallery import embed_clients, open_split
+from feddra_ds.common.text import decimals, listed, percent
 from feddra_ds.evaluation.labels import weakest
-from feddra_ds.evaluation.models import Models, open_models
-from feddra_ds.evaluation.retrieval import (
-    ABOVE,
-    BELOW,
-    NUM_SHUFFLES,
-    POOLED,
-    SURE,
-    UNSURE,
-    evaluate,
-    joint_verdict,
-    judged,
-)
-from feddra_ds.evaluation.zero_shot import zero_shot
+from feddra_ds.evaluation.verdict import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, joint_verdict, judged
 from feddra_ds.metrics.ranking import RECALL_AT
-from feddra_ds.run.files import EVALUATION_NAME
+from feddra_ds.run.files import EVALUATION_NAME, RunFiles, is_run
 
 CONTROL = {
     UNSURE: "The control is at chance.",
@@ -36,20 +24,6 @@ CONTROL = {
     BELOW: "THE CONTROL IS BELOW CHANCE: a tie counts against the match, and a model that gives many pictures or many texts "
     "the same embedding has many ties.",
 }
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `evaluate` and `probe` share."""
-    parser.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, its model/, or an exported model")
-    parser.add_argument("--data", metavar="ROOT", help="folder of shards (default: the run's data.root)")
-    parser.add_argument("--clients", metavar="A,B", help="clients to look at (default: all, the held-out ones too)")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pairs a forward (default: 64)")
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="decoding processes (default: 0)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto, a GPU if any)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of samples and resampling (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,38 +50,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where the --shuffled-texts control is not at chance."""
-    models = open_models(args.model, args.device)
-    root = models.data_root(args.data)
-    dataset = open_split(root, args.split, split_ids(args.clients), _trained(models, root))
-    galleries = embed_clients(
-        models,
-        dataset,
-        dataset.client_ids,
-        args.split,
+    from feddra_ds.evaluation.evaluate import evaluate  # late: torch and transformers, which --help can do without
+    from feddra_ds.evaluation.models import run_of
+
+    path = Path(args.model).expanduser()
+    result = evaluate(
+        path,
+        data=args.data,
+        split=args.split,
+        clients=split_ids(args.clients),
+        device=args.device,
         max_pairs=args.max_pairs,
         batch_size=args.batch_size,
-        seed=args.seed,
         num_workers=args.num_workers,
+        seed=args.seed,
+        bootstrap=args.bootstrap,
+        zero_shot=not args.no_zero_shot,
+        shuffled_texts=args.shuffled_texts,
     )
-    trained = models.trained_on(dataset)
-    held_out = [c for c in galleries if (c in dataset.held_out if trained is None else c not in trained)]
-    result = evaluate(models, galleries, held_out, draws=args.bootstrap, seed=args.seed, shuffled=args.shuffled_texts)
-    result = {"model": str(models.source), "round": models.round, "data": root, "split": args.split} | result
-    result["without_split"] = [c for c in dataset.client_ids if c not in galleries]
-    if not (args.no_zero_shot or args.shuffled_texts):
-        result["zero_shot"], result["labels_left_out"] = zero_shot(models, galleries)
-    whole = args.clients is None and not args.shuffled_texts
-    kept = keep(models, result) if whole and models.is_run else None
+    of_the_whole_run = is_run(path) and args.clients is None and not args.shuffled_texts
+    kept = keep(path / EVALUATION_NAME, result) if of_the_whole_run else None
     if args.json:
         print(json.dumps(result))
     else:
-        show(models, result, kept)
+        show(path, run_of(path), result, kept)
     return 1 if result["control_at_chance"] is False else 0
 
 
-def keep(models: Models, result: dict[str, Any]) -> str | None:
-    """Write RUN/evaluation.json for `report`. Returns its path, or None where the run's folder cannot be written to."""
-    path = models.path / EVALUATION_NAME
+def keep(path: Path, result: dict[str, Any]) -> Path | None:
+    """Write the result where `report` looks for it. Returns the path, or None where it cannot be written."""
     try:
         write_atomic(path, json.dumps(result) + "\n")
     except OSError as error:
@@ -115,24 +86,15 @@ def keep(models: Models, result: dict[str, Any]) -> str | None:
             f"feddra-ds: {path} cannot be written ({error.strerror}), so the report will not show this", file=sys.stderr
         )
         return None
-    return str(path)
+    return path
 
 
-def split_ids(text: str | None) -> list[str] | None:
-    """`a,b` as a list; None for None. Raises ValueError for an empty one."""
-    if text is None:
-        return None
-    ids = [part.strip() for part in text.split(",") if part.strip()]
-    if not ids:
-        raise ValueError("--clients: is empty; leave it out to take all of them")
-    return ids
-
-
-def show(models: Models, result: dict[str, Any], kept: str | None) -> None:
-    """The tables, and what they mean. kept: the file that `report` reads them from."""
+def show(path: Path, run: RunFiles | None, result: dict[str, Any], kept: Path | None) -> None:
+    """The tables, and what they mean. path: of the run or model; run: None for an export; kept: the file that `report`
+    reads them from."""
     if result["shuffled_texts"]:
         print(f"Control: the texts are in random orders, the mean of {NUM_SHUFFLES} of them is shown.")
-    _client_table(models, result)
+    _client_table(run, result)
     print("recall in %, image → text and text → image; p is the client's weight in the first round → after the last")
     print("chance: a random order, in which equal reports count for each other; –: no more than k different reports")
     worst = result["worst_client"]
@@ -160,16 +122,16 @@ def show(models: Models, result: dict[str, Any], kept: str | None) -> None:
     if kept is not None:
         print(f"\nkept in {kept}, which `feddra-ds report` shows")
     print()
-    next_step(*_advice(models, result))
+    next_step(*_advice(path, run, result))
 
 
-def _client_table(models: Models, result: dict[str, Any]) -> None:
-    lines = models.run.lines if models.run is not None else []
+def _client_table(run: RunFiles | None, result: dict[str, Any]) -> None:
+    lines = run.lines if run is not None else []
     rows: list[list[object]] = []
     for client, about in result["clients"].items():
         rows.append([_name(client, about, result["split"]), about["pairs"], *_weights(lines, client), *_recalls(about)])
     for name in ("mean", "worst", "spread"):
-        rows.append([name, "", "", _number(_across_losses(lines, name)), *_recalls(result[name])])
+        rows.append([name, "", "", decimals(_across_losses(lines, name), 3), *_recalls(result[name])])
     if result[POOLED]:
         rows.append(["all, one gallery", result[POOLED]["pairs"], "", "", *_recalls(result[POOLED])])
     cuts = "/".join(str(k) for k in RECALL_AT)
@@ -177,7 +139,7 @@ def _client_table(models: Models, result: dict[str, Any]) -> None:
     if not lines:
         rows = [[row[0], row[1], *row[4:]] for row in rows]
         columns = columns[:2] + columns[4:]
-    print_table(f"{models.source} on {result['split']} of {result['data']}", columns, rows)
+    print_table(f"{result['model']} on {result['split']} of {result['data']}", columns, rows)
 
 
 def _name(client: str, about: dict[str, Any], split: str) -> str:
@@ -191,7 +153,7 @@ def _weights(lines: list[dict[str, Any]], client: str) -> tuple[str, str]:
         return "–", "–"
     i, last = lines[-1]["client_ids"].index(client), lines[-1]
     after = last.get("next_client_weights") or last["client_weights"]
-    return f"{lines[0]['client_weights'][i]:.2f} → {after[i]:.2f}", _number(last["client_losses"][i])
+    return f"{lines[0]['client_weights'][i]:.2f} → {after[i]:.2f}", decimals(last["client_losses"][i], 3)
 
 
 def _across_losses(lines: list[dict[str, Any]], what: str) -> float | None:
@@ -257,41 +219,18 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
         print(f"  {label}: left out, {reason}")
 
 
-def _advice(models: Models, result: dict[str, Any]) -> list[str]:
+def _advice(path: Path, run: RunFiles | None, result: dict[str, Any]) -> list[str]:
     out = []
     if not result["shuffled_texts"]:
-        command = f"feddra-ds evaluate {models.path} --data {result['data']} --shuffled-texts"
+        command = f"feddra-ds evaluate {path} --data {result['data']} --shuffled-texts"
         out.append(f"{command}   # the control: must be at chance")
-    if models.run is not None:
-        out.append(f"feddra-ds report {models.run.path}")
+    if run is not None:
+        out.append(f"feddra-ds report {run.path}")
     if result.get("zero_shot"):
         label = next(iter(result["zero_shot"])).partition(":")[0]
-        out.append(f"feddra-ds probe {models.path} --data {result['data']} --label-key {label}")
-    return out or [f"feddra-ds evaluate {models.path} --data {result['data']}"]
-
-
-def percent(value: float | None) -> str:
-    """A share in %: one decimal below 10, none above; – where there is none."""
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}" if abs(value) < 0.0995 else f"{100 * value:.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+        out.append(f"feddra-ds probe {path} --data {result['data']} --label-key {label}")
+    return out or [f"feddra-ds evaluate {path} --data {result['data']}"]
 
 
 def _signed(value: float) -> str:
     return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no -0.000
-
-
-def _trained(models: Models, root: str) -> list[str] | None:
-    return models.trained_on(open_dataset(root))
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -5,14 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from feddra_ds.checkpoint.choose import find_checkpoint
-from feddra_ds.checkpoint.format import SHARED, read_coordinator
-from feddra_ds.checkpoint.restore import export_checkpoint, load_checkpoint
+from feddra_ds.checkpoint.format import SHARED
 from feddra_ds.common.console import next_step
-from feddra_ds.config.load import from_dict
-from feddra_ds.model import lora
-from feddra_ds.model.folder import MAX_SHARD_SIZE, load_pretrained, save_model, write_folder
-from feddra_ds.model.to_transformers import to_transformers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,52 +38,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint in peft's format, and the alignment module (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="largest weights file (default: %(default)s)"
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest weights file (default: %(default)s)"
     )
-    parser.set_defaults(run=main)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run `feddra-ds export`. Raises ValueError."""
-    run = args.source
-    if args.format == "adapter":
-        return _write_adapter(run, args)
-    has_model = (run / "config.json").is_file() or (run / "model" / "config.json").is_file()
-    own = run / "model" / args.client
-    if args.checkpoint is None and args.client != SHARED and (own / "config.json").is_file():
-        model, processor = load_pretrained(own)
-    elif args.checkpoint is None and (has_model or not (run / "checkpoints").is_dir()):
-        model, processor = load_pretrained(run)
-    else:
-        folder = find_checkpoint(run, args.checkpoint)
-        if args.format == "feddra":
-            export_checkpoint(folder, args.client, args.out, max_shard_size=args.max_shard_size)
-            return _written(args.out)
-        model, processor = load_checkpoint(folder, args.client)
-    if args.format == "transformers":
-        whole = to_transformers(model, processor)
-        write_folder(whole.state_dict(), whole.config, processor, args.out, args.max_shard_size)
-        print(f"wrote {args.out}")
-        next_step(f"transformers.VisionTextDualEncoderModel.from_pretrained({str(args.out)!r})   # in Python")
-        return 0
-    save_model(model.state_dict(), model.config, processor, args.out, max_shard_size=args.max_shard_size)
-    return _written(args.out)
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0. Raises ValueError where there is no such model."""
+    from feddra_ds.evaluation.export import export  # late: torch and transformers, which --help can do without
 
-
-def _written(out: Path) -> int:
-    print(f"wrote {out}")
-    next_step(
-        f"feddra_ds.load_pretrained({str(out)!r})   # in Python", f"feddra-ds evaluate {out} --data FOLDER_OF_SHARDS"
+    written = export(
+        args.source,
+        args.out,
+        checkpoint=args.checkpoint,
+        client=args.client,
+        kind=args.format,
+        max_shard_size=args.max_shard_size,
     )
-    return 0
-
-
-def _write_adapter(run: Path, args: argparse.Namespace) -> int:
-    folder = find_checkpoint(run, args.checkpoint)
-    model, _ = load_checkpoint(folder, args.client, merge_adapters=False)
-    config = from_dict(read_coordinator(folder)["config"]).model
-    base = {side: getattr(config, side).pretrained or config.pretrained for side in ("vision", "text")}
-    for path in lora.save_adapter(model, args.out, base):
+    for path in written:
         print(f"wrote {path}")
-    next_step(f"peft.PeftModel.from_pretrained(encoder, {str(args.out / 'vision')!r})   # in Python; text alike")
+    next_step(*_advice(args.format, args.out))
     return 0
+
+
+def _advice(kind: str, out: Path) -> list[str]:
+    if kind == "adapter":
+        return [f"peft.PeftModel.from_pretrained(encoder, {str(out / 'vision')!r})   # in Python; text alike"]
+    if kind == "transformers":
+        return [f"transformers.VisionTextDualEncoderModel.from_pretrained({str(out)!r})   # in Python"]
+    return [
+        f"feddra_ds.load_pretrained({str(out)!r})   # in Python",
+        f"feddra-ds evaluate {out} --data FOLDER_OF_SHARDS",
+    ]

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from feddra_ds.commands.evaluate import add_model_arguments, positive, split_ids
+from feddra_ds.commands._model_arguments import add_model_arguments, positive, split_ids
 from feddra_ds.common.console import next_step, print_table
-from feddra_ds.data.format.dataset import open_dataset
-from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
-from feddra_ds.evaluation.models import open_models
-from feddra_ds.evaluation.probe import probe_all
-from feddra_ds.evaluation.retrieval import POOLED
-
-FEATURES = ("backbone", "embedding")
+from feddra_ds.evaluation.verdict import POOLED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--features",
-        choices=FEATURES,
+        choices=("backbone", "embedding"),
         default="backbone",
         help="backbone: what goes into the image head; embedding: what comes out of it (default: backbone)",
     )
@@ -66,51 +61,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0. Raises ValueError for what cannot be probed."""
     fractions = parse_fractions(args.fractions)
-    if args.strength <= 0:
-        raise ValueError(f"--strength: must be above 0, got {args.strength:g}")
-    models = open_models(args.model, args.device)
-    if not models.shared:
-        raise ValueError(
-            f"{models.path}: each client has a model of its own, and a probe needs one; give {models.source}"
-        )
-    root = models.data_root(args.data)
-    dataset = open_split(root, args.split, split_ids(args.clients), models.trained_on(open_dataset(root)))
-    parts: dict[str, dict[str, Gallery]] = {}
-    for split in (args.train_split, args.split):
-        parts[split] = embed_clients(
-            models,
-            dataset,
-            dataset.client_ids,
-            split,
-            max_pairs=args.max_pairs,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            num_workers=args.num_workers,
-            features=args.features == "backbone",
-        )
-    train, val = parts[args.train_split], parts[args.split]
-    trained = models.trained_on(dataset)
-    held_out = [c for c in dataset.client_ids if (c in dataset.held_out if trained is None else c not in trained)]
-    if not any(c in train for c in dataset.client_ids if c not in held_out):
-        raise ValueError(
-            f"--train-split: none of {', '.join(dataset.client_ids)} has a {args.train_split} split to train on"
-        )
-    result: dict[str, Any] = {
-        "model": str(models.source),
-        "data": root,
-        "features": args.features,
-        "fractions": fractions,
-    }
-    result |= probe_all(
-        train, val, held_out, args.label_key, fractions, repeats=args.repeats, seed=args.seed, strength=args.strength
+    from feddra_ds.evaluation.probe import probe  # late: torch and transformers, which --help can do without
+
+    path = Path(args.model).expanduser()
+    result = probe(
+        path,
+        data=args.data,
+        clients=split_ids(args.clients),
+        label_keys=args.label_key,
+        fractions=fractions,
+        features=args.features,
+        train_split=args.train_split,
+        split=args.split,
+        max_pairs=args.max_pairs,
+        repeats=args.repeats,
+        strength=args.strength,
+        device=args.device,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        seed=args.seed,
     )
-    if not result["labels"]:
-        reasons = "".join(f"; {label}: {why}" for label, why in result["labels_left_out"].items())
-        raise ValueError(f"--label-key: {root} has no label to predict{reasons}")
     if args.json:
         print(json.dumps(result))
     else:
-        show(result, str(models.path))
+        show(result, path)
     return 0
 
 
@@ -128,7 +102,7 @@ def parse_fractions(text: str) -> list[float]:
     return sorted(set(out))
 
 
-def show(result: dict[str, Any], model: str) -> None:
+def show(result: dict[str, Any], model: Path) -> None:
     """A table per label: rows are clients, columns the shares of the labels."""
     for label, about in result["labels"].items():
         clients = [c for c in about["train"] if about["val"][c]]

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from feddra_ds.common.console import next_step, print_table
-from feddra_ds.common.text import by_reason, duration, listed
+from feddra_ds.common.text import by_reason, decimals, duration, listed
+from feddra_ds.report.standing import standing
+from feddra_ds.report.tables import both_ways, mean_gallery
 from feddra_ds.run.files import RunFiles, open_run
 
 GOOD_STATES = ("running", "starting", "finished")
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--watch: must be more than 0 seconds, got {args.watch:g}")
     while True:
         files = open_run(args.run_dir)
-        report = describe(files)
+        report = standing(files)
         if args.json:
             print(json.dumps(report))
         else:
@@ -41,43 +43,6 @@ def run(args: argparse.Namespace) -> int:
         time.sleep(args.watch)
         if not args.json and Console().is_terminal:
             Console().clear()
-
-
-def describe(files: RunFiles, now: float | None = None) -> dict[str, Any]:
-    """The standing as a JSON-ready dict; times in seconds."""
-    now = time.time() if now is None else now
-    state, reason = files.state(now)
-    last = files.lines[-1] if files.lines else None
-    active = state == "running"
-    checkpoints = files.checkpoints
-    return {
-        "run": str(files.path),
-        "strategy": files.get("strategy.name"),
-        "state": state,
-        "reason": reason,
-        "rounds_done": files.rounds_done,
-        "rounds": files.num_rounds,
-        "now": {k: files.progress.get(k) for k in ("round", "phase", "client", "step", "num_steps", "loss")}
-        if active
-        else None,
-        "last_sign_seconds_ago": round(now - files.last_sign, 1),
-        "seconds_per_round": files.seconds_per_round() or None,
-        "seconds_left": files.seconds_left(now) if active else None,
-        "checkpoint": str(checkpoints[-1]) if checkpoints else None,
-        "client_ids": files.client_ids,
-        "client_weights": (last.get("next_client_weights") or last["client_weights"]) if last else None,
-        "client_losses": last["client_losses"] if last else None,
-        "mean_loss": last["mean_loss"] if last else None,
-        "worst_loss": last["worst_loss"] if last else None,
-        "excluded_clients": last["excluded_clients"] if last else [],
-        "skipped_samples": skipped_total(files),
-        "val": last.get("val") if last else None,
-    }
-
-
-def skipped_total(files: RunFiles) -> int:
-    """Unreadable samples met in all rounds."""
-    return sum(n for line in files.lines for counts in line["skipped_samples"].values() for n in counts.values())
 
 
 def show(files: RunFiles, report: dict[str, Any]) -> None:
@@ -122,35 +87,23 @@ def _table(files: RunFiles, report: dict[str, Any]) -> None:
                 client,
                 f"{first['client_weights'][i]:.3f}",
                 f"{report['client_weights'][i]:.3f}",
-                _number(first["client_losses"][i]),
-                _number(loss),
-                *_recall(val.get(client)),
+                decimals(first["client_losses"][i], 4),
+                decimals(loss, 4),
+                *_recall(val.get(client, {})),
             ]
         )
     if len(files.client_ids) > 1:
-        mean = _mean([val[client] for client in files.client_ids if client in val])
-        rows.append(["mean", "", "", _number(first["mean_loss"]), _number(report["mean_loss"]), *_recall(mean)])
+        mean = mean_gallery([val[client] for client in files.client_ids if client in val])
+        rows.append(["mean", "", "", decimals(first["mean_loss"], 4), decimals(report["mean_loss"], 4), *_recall(mean)])
     if "all" in val:
         rows.append(["all, one gallery", "", "", "", "", *_recall(val["all"])])
     columns = ["client", "p first", "p next", "loss first", "loss last", "recall@5", "chance"]
     print_table(f"after round {files.rounds_done - 1}", columns, rows)
 
 
-def _mean(galleries: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of recall@5 and chance@5 over the clients whose gallery is large enough; {} where none is."""
-    keys = ("i2t_recall@5", "t2i_recall@5", "chance@5")
-    known = [about for about in galleries if all(key in about for key in keys)]
-    return {key: sum(about[key] for about in known) / len(known) for key in keys} if known else {}
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _recall(val: dict[str, float] | None) -> tuple[str, str]:
-    if not val or "i2t_recall@5" not in val:
-        return "–", "–"
-    return f"{(val['i2t_recall@5'] + val['t2i_recall@5']) / 2:.3f}", f"{val['chance@5']:.3f}"
+def _recall(val: dict[str, float]) -> tuple[str, str]:
+    """Recall@5 of both ways and its chance, where the gallery is large enough."""
+    return decimals(both_ways(val, 5), 3), decimals(val.get("chance@5"), 3)
 
 
 def _advice(files: RunFiles, state: str) -> list[str]:

@@ -1,34 +1,15 @@
-"""What the data commands share: printing for terminals and pipes alike, and one way to fail."""
+"""What the commands share: tables and progress bars for terminals and pipes alike."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from feddra_ds.common.errors import DataError
-
 T = TypeVar("T")
-
-
-def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """A command's run(args): a DataError becomes its lines on stderr and the exit status 2."""
-
-    def run(args: argparse.Namespace) -> int:
-        try:
-            return command(args)
-        except DataError as error:
-            for line in error.problems:
-                print(f"feddra-ds: {line}", file=sys.stderr)
-            return 2
-
-    run.__doc__ = command.__doc__
-    return run
 
 
 def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:

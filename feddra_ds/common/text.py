@@ -25,6 +25,11 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def decimals(value: float | None, places: int) -> str:
+    """So many figures after the point; – for none."""
+    return "–" if value is None else f"{value:.{places}f}"
+
+
 def percent(value: float | None) -> str:
     """A share in %: one decimal below 10, none above; – for none."""
     if value is None:

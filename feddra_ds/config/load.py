@@ -20,6 +20,7 @@ from feddra_ds.common.section import Section
 from feddra_ds.common.tree import get_path, merge
 from feddra_ds.config.checks import contradictions
 from feddra_ds.config.schema import Config
+from feddra_ds.config.shipped import find, names
 from feddra_ds.objectives import Objective, ObjectiveOptions
 from feddra_ds.strategies import Strategy, StrategyOptions
 
@@ -38,13 +39,14 @@ def chosen(tree: dict[str, Any]) -> tuple[type[Objective], type[Strategy], list[
     """The objective and strategy that a tree names, and what is wrong with the names; the defaults where something is."""
     problems: list[str] = []
     classes: list[Any] = []
-    for key, find in (("objective.name", objectives.find), ("strategy.name", strategies.find)):
-        default = next(iter(objectives.OBJECTIVES if find is objectives.find else strategies.STRATEGIES))
+    defaults = (ObjectiveOptions().name, StrategyOptions().name)
+    finders: Any = (objectives.find, strategies.find)
+    for key, find_class, default in zip(("objective.name", "strategy.name"), finders, defaults, strict=True):
         try:
-            classes.append(find(default if (name := get_path(tree, key)) is None else name))
+            classes.append(find_class(default if (name := get_path(tree, key)) is None else name))
         except ConfigError as error:
             problems += error.problems
-            classes.append(find(default))
+            classes.append(find_class(default))
     return classes[0], classes[1], problems
 
 
@@ -73,18 +75,34 @@ def from_dict(user: dict[str, Any]) -> Config:
 
 
 def load(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a YAML file (or none) and put nested `overrides` on top. Raises ConfigError."""
+    """Read a YAML file (a shipped config's name; or none) and put nested `overrides` on top. Raises ConfigError."""
+    return from_dict(read_tree(path, overrides))
+
+
+def class_of(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> type[Config]:
+    """The config class of what a file and overrides name, whose keys are known_keys. Raises ConfigError."""
+    objective, strategy, problems = chosen(read_tree(path, overrides))
+    if problems:
+        raise ConfigError(problems)
+    return config_class(objective.Options, strategy.Options)
+
+
+def read_tree(path: str | Path | None, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A YAML file (a shipped config's name; or none) with `overrides` on top, not validated. Raises ConfigError."""
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = yaml.safe_load(find(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError as error:
+            shipped = f"the configs that come with feddra_ds are {', '.join(names())}"
+            raise ConfigError([f"--config: cannot read {path}: {error.strerror}; {shipped}"]) from error
         except OSError as error:
             raise ConfigError([f"--config: cannot read {path}: {error.strerror}"]) from error
         except yaml.YAMLError as error:
             raise ConfigError([f"--config: {path} is not YAML: {' '.join(str(error).split())}"]) from error
         if not isinstance(tree, dict):
             raise ConfigError([f"--config: {path} must be sections of keys, got {type(tree).__name__}"])
-    return from_dict(merge(tree, overrides or {}))
+    return merge(tree, overrides or {})
 
 
 def dump(config: Config) -> str:
@@ -97,9 +115,7 @@ def known_keys(section: type[Section] | None = None, prefix: str = "") -> dict[s
 
     section: a config class (config_class gives that of an objective and a strategy); None: that of the defaults.
     """
-    if section is None:
-        objective, strategy, _ = chosen({})
-        section = config_class(objective.Options, strategy.Options)
+    section = section or class_of()
     out: dict[str, Any] = {}
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):

@@ -1,4 +1,4 @@
-"""docs/configuration.md, written from the config classes: `python -m feddra_ds.config.reference > docs/configuration.md`."""
+"""What the config classes say about every key: docs/configuration.md, and a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from typing import Any
 from feddra_ds import strategies
 from feddra_ds.config.checks import REFUSED_FRAGMENT_KEYS
 from feddra_ds.config.load import known_keys
+from feddra_ds.config.schema import Config
 
 
-def reference() -> str:
-    """The configuration reference as Markdown."""
+def json_schema(config: type[Config]) -> dict[str, Any]:
+    """A JSON schema of a config file: every key with its type, bounds, default and meaning; no others are allowed."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **config.model_json_schema()}
+    return schema | {"title": "A config of feddra_ds", "description": "Each key: `feddra-ds config reference`."}
+
+
+def reference(config: type[Config]) -> str:
+    """The configuration reference as Markdown, with the keys of the objective and strategy of a config class."""
     out = [
         "# Configuration reference",
         "",
-        "Written from the config classes (`python -m feddra_ds.config.reference > docs/configuration.md`); a test keeps it so.",
+        "Written from the config classes (`feddra-ds config reference > docs/configuration.md`); a test keeps it so.",
         "YAML sections of keys; `--section.key value` on the command line goes on top; `feddra-ds train --print_config` shows",
         "the resolved tree. Every problem of a config is reported at once, each with its key, before any process starts.",
     ]
     section = None
-    for key, info in known_keys().items():
+    for key, info in known_keys(config).items():
         head = key.split(".")[0]
         if head != section:
             section = head
@@ -63,7 +70,3 @@ def _bounds(info: Any) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = [f"{sign} {getattr(m, name)}" for m in info.metadata for name, sign in signs.items() if hasattr(m, name)]
     return f", {', '.join(found)}" if found else ""
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -6,7 +6,7 @@ keys of the objective and strategy that a config names. `feddra-ds train --help`
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
@@ -195,6 +195,17 @@ class EvaluationConfig(Section):
     """Pairs per rank in one evaluation forward."""
 
 
+class DebugConfig(Section):
+    """For looking into a run; none of it changes what is computed."""
+
+    deterministic: bool = Field(False, json_schema_extra=MAY_CHANGE)
+    """Use torch's deterministic algorithms; an operation that has none ends the run with its name."""
+    log_steps: bool = Field(False, json_schema_extra=MAY_CHANGE)
+    """A line per local step, with its loss and the norms of gradient and update per part, in the log and under debug/."""
+    profile_steps: list[Annotated[int, Field(ge=0)]] = Field([], json_schema_extra=MAY_CHANGE)
+    """Local steps of each process, counted from 0, that torch's profiler writes to debug/trace-rankK-stepN.json."""
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -211,3 +222,4 @@ class Config(Section):
     aggregate: AggregateConfig = AggregateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    debug: DebugConfig = DebugConfig()

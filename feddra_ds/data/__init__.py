@@ -1,1 +1,1 @@
-"""Data: the shard contract, its readers and writers, and the commands that make datasets."""
+"""From elsewhere to shards on disk, and from there to batches. Knows no model and prints nothing."""

@@ -10,7 +10,7 @@ Level = Literal["ok", "note", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what, what was found, and what to do where it is not well."""
+    """One thing that was looked at: what, what was found, and what to do about it (`todo`, empty where nothing is wrong)."""
 
     level: Level
     what: str

@@ -85,7 +85,7 @@ def _data(config: Config, dataset: Dataset, ids: Sequence[str]) -> Iterator[Find
 def _parameters(config: Config, layout: Plan, num_clients: int) -> Iterator[Finding]:
     try:
         tokenizer = tokenizer_of(config)
-        model, _ = defer(lambda: model_of(config, tokenizer))  # the shapes alone: no memory, no weights
+        model, _ = defer(lambda: model_of(config, tokenizer))  # only shapes, without memory for weights
     except ConfigError as error:
         yield from (_problem(line) for line in error.problems)
         return

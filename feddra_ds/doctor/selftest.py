@@ -1,4 +1,4 @@
-"""Two processes, two slots, one sum: `python -m feddra_ds.doctor.selftest RANK PORT TIMEOUT`, started by `feddra-ds doctor`."""
+"""Two ranks that meet on this host and add up: `python -m feddra_ds.doctor.selftest RANK PORT TIMEOUT`, run by `doctor`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(timeout_s: float) -> Outcome:
             if time.monotonic() - began > timeout_s:
                 waiting = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
                 problem = f"rank {waiting} did not end within {timeout_s:g} s"
-            problem = problem or _failure(ranks, logs)  # one that fails leaves the other waiting
+            problem = problem or _failure(ranks, logs)  # if one rank fails, the other waits for it: stop at once
             time.sleep(0.05)
         problem = problem or _failure(ranks, logs)
     return Outcome(problem, time.monotonic() - began)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 from feddra_ds.engine.bootstrap import import_deepspeed, launched_as
-from feddra_ds.engine.masters import Fragment, Slice, find_masters, write_frozen
+from feddra_ds.engine.masters import Fragment, Slice, find_masters, full_gradient, write_frozen
 from feddra_ds.engine.optimizer import (
     bucket_elements,
     build_optimizer,
@@ -168,6 +168,15 @@ class Engine:
     def reset_optimizer(self) -> None:
         """Forget the moments and step counts, as at the start of each stage (ALGORITHM 6)."""
         reset_state(self._ds)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of each part's gradient, between backward and step; 0 for a part without one. Collective over the slot."""
+        squares = dict.fromkeys(PARTS, 0.0)
+        for name, parameter in self.module.named_parameters():
+            gradient = full_gradient(parameter) if parameter.requires_grad else None
+            if gradient is not None:
+                squares[name.split(".")[0]] += float(gradient.double().square().sum())
+        return {part: square**0.5 for part, square in squares.items()}
 
     # ---- weights
     def slices(self, part: str) -> list[Tensor]:

@@ -173,6 +173,16 @@ def _stage3(optimizer: Any, names: dict[int, str], slot_rank: int, ranks_per_slo
     return Masters(slices, refresh)
 
 
+def full_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's whole gradient, summed over the slot's ranks as the optimizer will use it; None where it has none.
+
+    Collective over the slot with ZeRO, in the same order of parameters on every rank.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
 @torch.no_grad()
 def write_frozen(parameter: nn.Parameter, values: Tensor, slot_rank: int) -> None:
     """Write a parameter that no optimizer holds, from all its elements, flat; this rank's chunk of it with ZeRO 3."""

@@ -1,1 +1,1 @@
-"""Trained models at work: retrieval, zero-shot, probes. No engine, no ranks."""
+"""Trained models at work: retrieval, zero-shot, probes, export. No engine, no ranks."""

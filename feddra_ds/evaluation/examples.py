@@ -74,7 +74,7 @@ class _Reader:
 def retrieval_examples(
     models: Models, dataset: Dataset, split: str, *, num_each: int, max_pairs: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(pictures with the texts found, texts with the pictures found), `num_each` of each: seeded draws, none chosen.
+    """(pictures with the texts found, texts with the pictures found), `num_each` of each, drawn at random by the seed.
 
     They are spread over the clients. The gallery is everybody's where all share one model, else the client's own.
     """

@@ -1,4 +1,4 @@
-"""Trained models at work outside a run: open them, embed a split of a dataset. No engine, no ranks, no DeepSpeed.
+"""Embedded splits of a dataset: what trained models make of its pictures and texts.
 
 Legend: n pairs, D embedding size, H width of the vision encoder.
 """
@@ -48,21 +48,23 @@ class Gallery:
 
     @property
     def groups(self) -> list[str]:
-        """What pairs share that are no independent evidence: the patient where the json names one, else the text."""
+        """A key for each pair: its patient where the json names one, else its text. Pairs of one key are not
+        independent evidence."""
         return [
             f"{self.client}/{info['patient']}" if info.get("patient") else f"text {text}"
             for info, text in zip(self.infos, self.text_ids.tolist(), strict=True)
         ]
 
 
-def open_split(root: str, split: str, clients: Sequence[str] | None, trained: Sequence[str] | None = None) -> Dataset:
+def open_split(models: Models, root: str, split: str, clients: Sequence[str] | None) -> Dataset:
     """The dataset and, as its client_ids, the clients to look at: those named, else those trained on, then the held-out.
 
-    Raises ValueError where none of them has the split.
+    Raises ValueError where none of them has the split, and DataError where a named client is not there.
     """
     dataset = open_dataset(root, list(clients) if clients is not None else None)
     if clients is None:
-        first = list(trained) if trained is not None else dataset.client_ids
+        trained = models.trained_on(dataset)
+        first = dataset.client_ids if trained is None else trained
         dataset.client_ids = first + [c for c in dataset.held_out if c not in first]
     if all(split_of(dataset, client, split) is None for client in dataset.client_ids):
         have = sorted({name for client in dataset.client_ids for name in dataset.splits(client)})
@@ -71,7 +73,7 @@ def open_split(root: str, split: str, clients: Sequence[str] | None, trained: Se
 
 
 def split_of(dataset: Dataset, client: str, split: str) -> str | None:
-    """`split` where the client has it; a held-out client has nothing to keep apart, and may have `test` instead."""
+    """`split` if the client has it; for `val` of a held-out client, which may have no other, else `test`. None for neither."""
     names = [split, "test"] if client in dataset.held_out and split == "val" else [split]
     return next((name for name in names if dataset.num_samples(client, name)), None)
 
@@ -147,7 +149,7 @@ def _embed(
             if features:
                 pooled.append(seen.pop().float().cpu().numpy())
             seen.clear()
-    # A stand-in for an unreadable pair may be a pair that is there already: each counts once.
+    # An unreadable pair is replaced by another, which may be in the gallery already: count each pair once.
     first = np.unique(np.array(keys), return_index=True)[1]
     first.sort()
     samples = dataset.samples(client, split)
@@ -170,7 +172,7 @@ def _embed(
 
 
 def _info(samples: Samples, index: int) -> dict[str, Any]:
-    """The pair's json member; {} for one that is broken, which is no reason not to measure the pair."""
+    """The pair's json member; {} where it is broken: the pair is measured all the same."""
     try:
         info = samples.read_info(index)
     except (ValueError, EOFError):

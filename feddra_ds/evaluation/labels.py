@@ -1,6 +1,6 @@
-"""Labels in the samples' json as classification tasks, zero-shot prompts for them, and the measures of both.
+"""Labels in the samples' json as classification tasks, and zero-shot prompts for them.
 
-Legend: n pairs, C classes, D embedding size.
+Legend: n pairs.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Models:
 
     @property
     def round(self) -> int | None:
-        """The round after which a run's model was taken, which is its newest checkpoint's; None for an export."""
+        """The round after which a run's model was taken: that of its newest checkpoint. None for an export."""
         if not self.is_run or self.run is None:
             return None
         kept = self.run.checkpoints
@@ -89,6 +90,21 @@ class Models:
             ids = [c for c in dataset.clients if c not in dataset.held_out]
         return [c for c in ids if c in dataset.clients]
 
+    def held_out(self, dataset: Dataset, clients: Sequence[str]) -> list[str]:
+        """Those of `clients` that were not trained on; for an export, those that the dataset holds out."""
+        trained = self.trained_on(dataset)
+        return [c for c in clients if (c in dataset.held_out if trained is None else c not in trained)]
+
+
+def run_of(path: str | Path) -> RunFiles | None:
+    """The run whose folder or model `path` is; None for an export. Raises ValueError where there is no model."""
+    root = Path(path).expanduser()
+    if is_run(root):
+        return open_run(root)
+    folder = find_model(root)
+    above = folder.parent if folder.name == "model" else folder.parent.parent
+    return open_run(above) if is_run(above) else None
+
 
 def open_models(path: str | Path, device: str = "auto") -> Models:
     """The model(s) of a run directory, its model/, or an export; of a run that goes on, those of its newest checkpoint.
@@ -97,11 +113,9 @@ def open_models(path: str | Path, device: str = "auto") -> Models:
     """
     root = Path(path).expanduser()
     where = choose_device(device, 0)
-    if not is_run(root):
-        folder = find_model(root)
-        above = folder.parent if folder.name == "model" else folder.parent.parent
-        return Models(root, {"": folder}, open_run(above) if is_run(above) else None, where)
-    run = open_run(root)
+    run = run_of(root)
+    if run is None or not is_run(root):
+        return Models(root, {"": find_model(root)}, run, where)
     newest = find_newest(root)
     written = max((folder.stat().st_mtime for folder in run.models.values()), default=0.0)
     if newest is not None and (newest / "manifest.json").stat().st_mtime > written:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from feddra_ds.common.console import track
-from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
 from feddra_ds.evaluation.labels import Task, find_tasks
-from feddra_ds.evaluation.retrieval import POOLED
+from feddra_ds.evaluation.models import open_models
+from feddra_ds.evaluation.verdict import POOLED
 from feddra_ds.metrics.classification import measure
 
 
@@ -36,6 +38,67 @@ class Side:
     def is_in(self, clients: Sequence[str]) -> NDArray[np.bool_]:
         """(n,) whether the pair belongs to one of these clients."""
         return np.isin(self.client, [self.clients.index(c) for c in clients if c in self.clients])
+
+
+def probe(
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    clients: Sequence[str] | None = None,
+    label_keys: Sequence[str] | None = None,
+    fractions: Sequence[float] = (0.01, 0.1, 1.0),
+    features: Literal["backbone", "embedding"] = "backbone",
+    train_split: str = "train",
+    split: str = "val",
+    max_pairs: int | None = 20000,
+    repeats: int = 5,
+    strength: float = 1.0,
+    device: str = "auto",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Linear probes of a trained model: what `feddra-ds probe --json` prints, as a dict.
+
+    path, data, clients, device, max_pairs, num_workers: as `evaluate` takes them. label_keys: labels to predict (None:
+    every one). fractions: shares of the training labels. features: what goes into the image head, or what comes out of
+    it. repeats: draws of the labels where not all are used. strength: inverse of the L2 penalty. Raises ValueError for
+    what cannot be probed.
+    """
+    if strength <= 0:
+        raise ValueError(f"--strength: must be above 0, got {strength:g}")
+    models = open_models(path, device)
+    if not models.shared:
+        raise ValueError(
+            f"{models.path}: each client has a model of its own, and a probe needs one; give {models.source}"
+        )
+    root = models.data_root(None if data is None else str(data))
+    dataset = open_split(models, root, split, clients)
+    train, val = (
+        embed_clients(
+            models,
+            dataset,
+            dataset.client_ids,
+            part,
+            max_pairs=max_pairs,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            features=features == "backbone",
+        )
+        for part in (train_split, split)
+    )
+    held_out = models.held_out(dataset, dataset.client_ids)
+    if not any(c in train for c in dataset.client_ids if c not in held_out):
+        raise ValueError(
+            f"--train-split: none of {', '.join(dataset.client_ids)} has a {train_split} split to train on"
+        )
+    about = {"model": str(models.source), "data": root, "features": features, "fractions": list(fractions)}
+    found = probe_all(train, val, held_out, label_keys, fractions, repeats=repeats, seed=seed, strength=strength)
+    if not found["labels"]:
+        reasons = "".join(f"; {label}: {why}" for label, why in found["labels_left_out"].items())
+        raise ValueError(f"--label-key: {root} has no label to predict{reasons}")
+    return about | found
 
 
 def probe_all(
@@ -153,7 +216,9 @@ def _scores(
             continue
         margin = model.decision_function(features.astype(np.float64))
         margin = np.stack([-margin, margin], axis=1) if margin.ndim == 1 else margin
-        scores = np.full((len(targets), len(task.classes)), margin.min() - 1.0)  # a class never seen comes last
+        scores = np.full(
+            (len(targets), len(task.classes)), margin.min() - 1.0
+        )  # a class that was not trained on comes last
         scores[:, model.classes_] = margin
         out[name] = measure(targets, scores)
     return out

@@ -1,4 +1,4 @@
-"""What `evaluate` measures on embedded galleries: retrieval with intervals, its control, zero-shot classification."""
+"""Retrieval on embedded galleries: recall with intervals, its control, and how the clients differ."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 
 from feddra_ds.evaluation.gallery import Gallery
-from feddra_ds.evaluation.models import Models
+from feddra_ds.evaluation.verdict import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, joint_verdict
 from feddra_ds.metrics.intervals import bootstrap
 from feddra_ds.metrics.ranking import ranks, recall_table
-
-POOLED = "pooled"
-NUM_SHUFFLES = 20
-ABOVE, BELOW, UNSURE = "above chance", "below chance", "not told apart from chance"
-SURE = 4.0  # standard errors from chance at which a control has failed: it has many galleries and cut-offs
 
 
 @dataclass(frozen=True)
@@ -35,16 +30,23 @@ class Estimate:
         return ABOVE if self.low > self.chance + 1e-9 else BELOW if self.high < self.chance - 1e-9 else UNSURE
 
 
-def evaluate(
-    models: Models, galleries: dict[str, Gallery], held_out: Sequence[str], *, draws: int, seed: int, shuffled: bool
+def measure_retrieval(
+    galleries: dict[str, Gallery],
+    held_out: Sequence[str],
+    *,
+    one_model: bool,
+    draws: int,
+    seed: int,
+    shuffled: bool,
 ) -> dict[str, Any]:
     """Retrieval of every client and of the pooled gallery of those that are not held out, as a JSON-ready dict.
 
-    draws: of the intervals. shuffled: the control, every gallery with its texts in NUM_SHUFFLES random orders.
+    one_model: all galleries were embedded by one model; else there is no pooled gallery. draws: of the intervals.
+    shuffled: the control, every gallery with its texts in NUM_SHUFFLES random orders.
     """
     searched = dict(galleries)
     insiders = [galleries[name] for name in galleries if name not in held_out]
-    if models.shared and len(insiders) > 1:
+    if one_model and len(insiders) > 1:
         searched[POOLED] = join(insiders)
     measure = control if shuffled else retrieve
     found = {name: measure(gallery, draws, seed) for name, gallery in searched.items()}
@@ -63,20 +65,6 @@ def evaluate(
     return result | {"control_at_chance": joint_verdict(result) == UNSURE if shuffled else None}
 
 
-def judged(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The galleries of a result that are held against chance, by client or POOLED: the pooled one, else every client's,
-    and those of the held-out clients."""
-    if not result[POOLED]:
-        return dict(result["clients"])
-    return {POOLED: result[POOLED]} | {name: about for name, about in result["clients"].items() if about["held_out"]}
-
-
-def joint_verdict(result: dict[str, Any]) -> str:
-    """What the judged galleries say together: ABOVE where any of them is at any cut-off, else BELOW where any is."""
-    told = {e["verdict"] for about in judged(result).values() for e in about["intervals"].values()}
-    return next((word for word in (ABOVE, BELOW) if word in told), UNSURE)
-
-
 @dataclass(frozen=True)
 class Retrieved:
     """A gallery's recall_table, with an Estimate for each cut-off."""
@@ -85,7 +73,7 @@ class Retrieved:
     estimates: list[Estimate]
 
     def report(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The table and the estimates as a JSON-ready dict."""
         return self.table | {"intervals": {f"recall@{e.k}": asdict(e) | {"verdict": e.verdict} for e in self.estimates}}
 
 
@@ -103,8 +91,8 @@ def retrieve(gallery: Gallery, draws: int, seed: int) -> Retrieved:
 def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
     """The mean recall over NUM_SHUFFLES random pairings of images and texts, and SURE standard errors of it each way.
 
-    A pairing that means nothing is found as often as by chance, unless the measure leaks or the model puts frequent
-    texts first whatever the picture: that is what this looks for. `draws` is not used.
+    A random pairing is found as often as chance says, unless the measure leaks or the model puts frequent texts first
+    whatever the picture; that is what the control looks for. `draws` is not used.
     """
     orders = [ranks(g.image, g.text, g.text_ids) for g in (shuffle(gallery, [seed, i]) for i in range(NUM_SHUFFLES))]
     tables = [recall_table(found) for found in orders]

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from feddra_ds.evaluation.gallery import Gallery, embed_texts
 from feddra_ds.evaluation.labels import Task, find_tasks
 from feddra_ds.evaluation.models import Models
-from feddra_ds.evaluation.retrieval import POOLED
+from feddra_ds.evaluation.verdict import POOLED
 from feddra_ds.metrics.classification import measure
 
 
-def zero_shot(models: Models, galleries: dict[str, Gallery]) -> tuple[dict[str, Any], dict[str, str]]:
-    """{label: {pooled: measures, clients: {client: measures}}}, and the labels left out with the reason."""
+def classify(models: Models, galleries: dict[str, Gallery]) -> tuple[dict[str, Any], dict[str, str]]:
+    """{label: {pooled: measures, clients: {client: measures}, classes: their number}}, and the labels left out with the
+    reason, for every label in the samples' json."""
     infos = [info for gallery in galleries.values() for info in gallery.infos]
     tasks, refused = find_tasks(infos)
     out: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from feddra_ds.federation.aggregation.admission import validate_update
 from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
 from feddra_ds.federation.protocol import ClientReport
 from feddra_ds.federation.schedule import Stage
-from feddra_ds.federation.step import LocalStep
+from feddra_ds.federation.step import LocalStep, StepObserver
 from feddra_ds.objectives.base import Objective
 from feddra_ds.objectives.features import Features
 from feddra_ds.strategies import Strategy
@@ -101,13 +101,15 @@ class LocalTrainer:
         strategy: Strategy,
         config: Config,
         topology: Topology,
+        observer: StepObserver | None = None,
     ):
         self.engine, self.objective, self.strategy = engine, objective, strategy
         self.config, self.topology = config, topology
         self.frozen_aligner = frozen_aligner  # holds θ_g in stage 1, beside the live θ_i on the same backbone pass
         self.frozen_model = frozen_model  # holds (φ_g, θ_g) in stage 2 where objective.anchors is resident
         self.group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
-        self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size)
+        self.observer = observer or StepObserver()
+        self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size, self.observer)
 
     def run_stage(
         self,
@@ -135,11 +137,13 @@ class LocalTrainer:
         tally, anchor_losses = _Tally(), []
         for step, batch in enumerate(anchors.batches):
             source = lambda rows, part, hidden, step=step: anchors.of(step, rows, part, hidden)
+            self.observer.begin_step(client.id, stage, step)
             value = self.step(batch, source, train_backbone=stage.trains_backbone, weight=loss_weight)
             if stage.moves_mixture:
                 anchor_losses.append(self._anchor_losses(batch))
             if correction is not None and math.isfinite(value):
                 correction.apply()
+            self.observer.end_step(value)
             tally.add(step, value)
             if on_step is not None:
                 on_step(step, value)

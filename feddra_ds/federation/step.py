@@ -18,8 +18,25 @@ from torch import Tensor
 
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.schedule import Stage
 from feddra_ds.objectives.base import Objective
 from feddra_ds.objectives.features import TOKENS, Features, join
+
+
+class StepObserver:
+    """Is told of every local step; this one does nothing. run/debug.py has one that writes down what it sees."""
+
+    round_index = 0
+
+    def begin_step(self, client: str, stage: Stage, step: int) -> None:
+        """A client's step begins."""
+
+    def before_update(self) -> None:
+        """The gradients of the step are there, and the optimizer comes next; not called where the loss is not finite."""
+
+    def end_step(self, value: float) -> None:
+        """The step has ended with this loss."""
+
 
 # (rows of this rank's batch, that part of the batch, its backbone output) → the global model's features of it
 AnchorsOf = Callable[[slice, Batch, Any], Features | None]
@@ -30,9 +47,15 @@ class LocalStep:
     """Callable: trains on one batch and returns its loss, equal on every rank of the client's group."""
 
     def __init__(
-        self, engine: Engine, objective: Objective, group: dist.ProcessGroup | None, micro_batch_size: int | None
+        self,
+        engine: Engine,
+        objective: Objective,
+        group: dist.ProcessGroup | None,
+        micro_batch_size: int | None,
+        observer: StepObserver,
     ):
         self.engine, self.objective, self.group, self.micro_batch_size = engine, objective, group, micro_batch_size
+        self.observer = observer
         self.last_anchors: Features | None = None  # of the newest batch, whole, for dro.evaluate_on = anchors
 
     def __call__(self, batch: Batch, anchors: AnchorsOf, *, train_backbone: bool, weight: float) -> float:
@@ -68,6 +91,7 @@ class LocalStep:
         value = float(total.detach())
         if math.isfinite(value):
             self.engine.backward(weight * total)
+            self.observer.before_update()
             self.engine.step()
         return value
 
@@ -93,6 +117,8 @@ class LocalStep:
             with _replayed(state, self.engine.device):  # the same dropout as in the first pass
                 features, _ = self._forward(batch, train_backbone)
             self.engine.backward(_carrier(features, gradients, rows, len(parts)))
+            if rows == parts[-1][0]:
+                self.observer.before_update()
             self.engine.step()  # DeepSpeed steps at the last micro-batch
         return value
 

@@ -1,1 +1,1 @@
-"""Arrays in, numbers out: ranking, classification, intervals. NumPy and SciPy only."""
+"""Arrays in, numbers out: ranking, classification, intervals. NumPy, SciPy and scikit-learn only."""

@@ -1,4 +1,4 @@
-"""Retrieval as ranks (pure NumPy): recall, its chance level, and how sure one may be of it.
+"""Retrieval as ranks: recall and its chance level.
 
 Legend: n pairs in the gallery, D embedding size, k rank cut-off, m positives of a query.
 """
@@ -6,7 +6,6 @@ Legend: n pairs in the gallery, D embedding size, k rank cut-off, m positives of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +49,11 @@ class Ranks:
 
     def chance(self, k: int) -> NDArray[np.float64]:
         """(n,) probability that a random order puts a positive among the first k, the mean of both directions."""
-        t2i = np.array([1 - _miss(len(self), int(m), k) for m in self.positives])
-        return (min(1.0, k / self.num_texts) + t2i) / 2
+        from scipy.stats import hypergeom  # late: its import takes most of a second
+
+        positives, which = np.unique(self.positives, return_inverse=True)
+        missed = hypergeom.pmf(0, len(self), positives, k)  # no positive among k draws without return
+        return (min(1.0, k / self.num_texts) + (1 - missed[which])) / 2
 
 
 def ranks(image: NDArray[np.floating], text: NDArray[np.floating], text_ids: Ints) -> Ranks:
@@ -81,12 +83,3 @@ def recall_table(found: Ranks) -> dict[str, float]:
 def _better(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> Ints:
     best = np.where(same, scores, -np.inf).max(1)
     return (np.where(same, -np.inf, scores) >= best[:, None]).sum(1)
-
-
-@lru_cache(maxsize=4096)
-def _miss(n: int, positives: int, k: int) -> float:
-    """Probability that k draws of n without return hit none of the positives."""
-    miss = 1.0
-    for j in range(k):
-        miss *= max(0, n - positives - j) / (n - j)
-    return miss

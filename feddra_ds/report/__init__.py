@@ -1,1 +1,1 @@
-"""A run as one HTML page. Reads, never trains."""
+"""A run as one HTML page, and where it stands. Reads, never trains."""

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from feddra_ds import __version__
 from feddra_ds.common.text import duration, number, percent
+from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import Series, line_chart, stacked_bars
 from feddra_ds.report.tables import both_ways, client_rows, evaluation, mean_gallery, recall_bars, skipped_rows, styles
 from feddra_ds.run.files import RunFiles
@@ -44,7 +45,7 @@ KEY_FACTS = {
 
 
 def context(files: RunFiles) -> dict[str, Any]:
-    """What the template shows, but for the examples."""
+    """What the template shows, except for the examples."""
     lines, ids = files.lines, files.client_ids
     state, reason = files.state()
     val = last_val(lines)
@@ -81,7 +82,7 @@ def context(files: RunFiles) -> dict[str, Any]:
 
 
 def last_val(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest retrieval results; rounds without an evaluation have none."""
+    """The retrieval results of the last round that has any; {} where none has."""
     return next((line["val"] for line in reversed(lines) if line.get("val")), {})
 
 
@@ -91,7 +92,7 @@ def val_round(lines: list[dict[str, Any]]) -> int | None:
 
 
 def tiles(files: RunFiles, val: dict[str, Any]) -> list[dict[str, str]]:
-    """The few numbers on top: value, what it is, and what to hold it against."""
+    """The few numbers at the top of the page: value, what it is, and what to compare it with."""
     lines = files.lines
     if not lines:
         return []
@@ -205,7 +206,7 @@ def charts(files: RunFiles) -> dict[str, Markup]:
         )
     pooled = [(line["round"], line["val"]["all"]) for line in lines if (line.get("val") or {}).get("all")]
     if pooled:
-        cuts = [k for k in (1, 5, 10) if f"chance@{k}" in pooled[-1][1]]
+        cuts = [k for k in RECALL_AT if f"chance@{k}" in pooled[-1][1]]
         recall = [Series(f"recall@{k}", [both_ways(v, k) for _, v in pooled], f"t{j}") for j, k in enumerate(cuts)]
         chance = [
             Series(f"chance@{k}", [v.get(f"chance@{k}") for _, v in pooled], f"t{j}", dash=True)

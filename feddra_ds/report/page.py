@@ -8,7 +8,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from feddra_ds.common.text import duration, listed, number, percent, size
-from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.report.charts import NUM_COLOURS, NUM_SHADES
 from feddra_ds.report.contents import context
 from feddra_ds.run.files import RunFiles
@@ -18,9 +17,8 @@ def examples_of(files: RunFiles, data: str | None, num: int, max_pairs: int, see
     """{by_image, by_text, split, source}, or {why} where there are none."""
     if num == 0:
         return {"why": "They were left out (--examples 0)."}
-    from feddra_ds.evaluation.examples import (
-        retrieval_examples,  # late: torch and transformers, which a page without examples can do without
-    )
+    # late: these import torch and transformers, which a page without examples can do without
+    from feddra_ds.evaluation.examples import retrieval_examples
     from feddra_ds.evaluation.gallery import open_split
     from feddra_ds.evaluation.models import open_models
 
@@ -28,7 +26,7 @@ def examples_of(files: RunFiles, data: str | None, num: int, max_pairs: int, see
         models = open_models(files.path)
         split = str(files.get("evaluation.split") or "val")
         root = models.data_root(data)
-        dataset = open_split(root, split, None, models.trained_on(open_dataset(root)))
+        dataset = open_split(models, root, split, None)
         by_image, by_text = retrieval_examples(models, dataset, split, num_each=num, max_pairs=max_pairs, seed=seed)
     except (ValueError, OSError) as error:
         return {"why": f"There are none: {str(error).splitlines()[0]}"}

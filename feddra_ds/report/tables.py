@@ -8,10 +8,10 @@ from typing import Any
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.evaluation.labels import weakest
+from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import NUM_COLOURS
 from feddra_ds.run.files import RunFiles
 
-CUTS = (1, 5, 10)
 _MAX_BARS = 12
 
 
@@ -50,7 +50,7 @@ def client_rows(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
                 "p_last": after[i] if i is not None and after else None,
                 "loss": last["client_losses"][i] if i is not None and last else None,
                 "val": val.get(name),
-                "recall": {k: both_ways(val[name], k) for k in (1, 5, 10)} if name in val else {},
+                "recall": {k: both_ways(val[name], k) for k in RECALL_AT} if name in val else {},
             }
         )
     return out
@@ -116,7 +116,7 @@ def evaluation(files: RunFiles) -> dict[str, Any] | None:
                 "held_out": about.get("held_out", False),
                 "split": about.get("split", told["split"]),
                 "pairs": about["pairs"],
-                "recalls": {k: about["intervals"].get(f"recall@{k}") for k in CUTS},
+                "recalls": {k: about["intervals"].get(f"recall@{k}") for k in RECALL_AT},
             }
             for name, about in galleries
         ],

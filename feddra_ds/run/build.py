@@ -42,6 +42,7 @@ from feddra_ds.model.weights.deferred import Weights, defer, make_room
 from feddra_ds.objectives import Objective
 from feddra_ds.objectives import build as build_objective
 from feddra_ds.run.checks import check
+from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
 from feddra_ds.strategies import Strategy
@@ -128,7 +129,8 @@ def build_trainer(
     for twin in (frozen_aligner, frozen_model):
         if twin is not None:
             make_room(twin, device, engine.dtype)
-    return LocalTrainer(engine, frozen_aligner, frozen_model, objective, strategy, config, topology)
+    observer = recorder(config.debug, engine, topology, Path(config.run.output_dir))
+    return LocalTrainer(engine, frozen_aligner, frozen_model, objective, strategy, config, topology, observer)
 
 
 def _resume(run: Run, folder: Path) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 from feddra_ds import strategies
-from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.config.schema import Config
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.preflight import preflight
-from feddra_ds.data.loading.streaming import options_of
 from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan, plan
 from feddra_ds.model import lora
@@ -33,20 +32,24 @@ def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
     """
     problems: list[str] = []
     strategy = strategies.build(config.strategy, config.dro)
-    problems += preflight(
-        config.data.root,
-        config.clients.ids,
-        batch_size=config.data.batch_size,
-        eval_batch_size=config.dro.evaluation_batch_size,
-        eval_split=config.evaluation.split if config.evaluation.every > 0 else None,
-        verify=config.data.verify and launch.rank == 0,
-        pooled=strategy.pools_data,
-        options=options_of(config.data),
-    )
+    dataset = None
+    try:
+        dataset = open_dataset(str(config.data.root), options=config.data.streaming)
+        problems += preflight(
+            dataset,
+            config.clients.ids,
+            batch_size=config.data.batch_size,
+            eval_batch_size=config.dro.evaluation_batch_size,
+            eval_split=config.evaluation.split if config.evaluation.every > 0 else None,
+            verify=config.data.verify and launch.rank == 0,
+            pooled=strategy.pools_data,
+        )
+    except DataError as error:
+        problems += error.problems
     problems += _cannot_be_made(Path(config.run.output_dir).absolute())
-    if problems:
+    if problems or dataset is None:
         raise ConfigError(problems)
-    dataset = open_dataset(str(config.data.root), config.clients.ids, options_of(config.data))
+    dataset.choose(config.clients.ids)
     ids = list(dataset.client_ids)
     num_clients = 1 if strategy.pools_data else len(ids)
     if config.clients.minimum > num_clients:

@@ -32,6 +32,7 @@ from feddra_ds.federation.schedule import Stage, stages_of_round, steps_per_roun
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, client_loss, embed, evaluation_size, retrieval
 from feddra_ds.objectives import Objective
+from feddra_ds.run.debug import deterministic
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
 from feddra_ds.strategies import Strategy
@@ -85,9 +86,10 @@ class Run:
 
     def rounds(self) -> None:
         """All rounds that are left, then the final model."""
-        with self.progress:
+        with self.progress, deterministic(self.config.debug.deterministic):
             for round_index in range(self.next_round, self.config.schedule.rounds):
                 self.progress.begin_round(round_index)
+                self.trainer.observer.round_index = round_index
                 began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
                 samples = 0
                 for stage in stages_of_round(self.config, round_index):

@@ -32,7 +32,7 @@ def run(path: str | None, overrides: dict[str, Any]) -> int:
             print(f"feddra-ds: {problem}", file=sys.stderr)
         if path is None:
             print(
-                "feddra-ds: --config: none was given, so each key has its default; configs/ has examples",
+                "feddra-ds: --config: none was given, so each key has its default; `feddra-ds config list` shows examples",
                 file=sys.stderr,
             )
         return 2

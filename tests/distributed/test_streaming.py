@@ -63,15 +63,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
 
 def stream_one_pass(rank: int, world_size: int, address: str, cache: str) -> dict[str, Any]:
     """What this rank reads until its readers have passed once over their shards."""
-    from feddra_ds.config.schema import DataConfig
+    from feddra_ds.config.schema import DataConfig, StreamingConfig
     from feddra_ds.data.format.dataset import open_dataset
-    from feddra_ds.data.format.remote import RemoteOptions
     from feddra_ds.data.loading.order import Position
     from feddra_ds.data.loading.pool import DecodePool
     from feddra_ds.data.loading.streaming import build_data
     from feddra_ds.data.loading.tokens import load_tokenizer
 
-    options = RemoteOptions(timeout_s=10, first_pause_s=0.01, cache_dir=cache, shuffle_buffer=10)
+    options = StreamingConfig(timeout_s=10, cache_dir=cache, shuffle_buffer=10)
     dataset = open_dataset(address, options=options)
     config = DataConfig(order="streaming", batch_size=4, image_size=8, text_length=8, num_workers=2)
     with DecodePool(2, 2, timeout_s=60) as pool:

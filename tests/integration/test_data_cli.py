@@ -107,6 +107,13 @@ def test_help_explains_every_option(command: str) -> None:
         assert len(after.split()) >= 4, option
 
 
+def test_help_comes_without_waiting_for_torch() -> None:
+    names = ("synth", "convert", "partition", "inspect")
+    code = f"import sys, {', '.join(f'feddra_ds.commands.data_{name}' for name in names)}"
+    code += "; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 @pytest.mark.skipif(not (SHARED / "cxr").is_dir(), reason="the radiographs are not beside this checkout")
 def test_real_radiographs(tmp_path: Path) -> None:
     table = SHARED / "cxr" / "metadata.csv"

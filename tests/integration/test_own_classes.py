@@ -174,7 +174,11 @@ def test_their_options_are_keys_like_all_others(package: Path, root: Path, tmp_p
     ]
     shown = command(package, "train", "--config", path, "--print_config")
     resolved = yaml.safe_load(shown.stdout)
-    assert (resolved["objective"]["margin"], resolved["strategy"]["pull"], resolved["dro"]["radius"]) == (0.3, 1.0, 0.25)
+    assert (resolved["objective"]["margin"], resolved["strategy"]["pull"], resolved["dro"]["radius"]) == (
+        0.3,
+        1.0,
+        0.25,
+    )
     for words in (("train", "--config", path, "--help"), ("config", "reference", "--config", path)):
         page = command(package, *words)
         assert page.returncode == 0, page.stderr

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from feddra_ds.config.schema import DataConfig
-from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.common.errors import DataError
+from feddra_ds.config.schema import DataConfig, StreamingConfig
+from feddra_ds.data.format.dataset import Dataset, open_dataset
+from feddra_ds.data.format.preflight import preflight
 from feddra_ds.data.format.writer import DatasetWriter
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.pool import DecodePool
@@ -70,6 +72,16 @@ def make_dataset(
                     info = {"labels": {"odd": number % 2}, "site": client, "patient": f"p{number // 2}"}
                     writer.add(client, split, f"{split}{number:04d}", info=info, **sample)
     return Dataset(root)
+
+
+def preflight_lines(
+    root: str | Path, ids: list[str] | None, *, options: StreamingConfig | None = None, **check: Any
+) -> list[str]:
+    """What a run would be told of the dataset under `root` before it starts."""
+    try:
+        return preflight(open_dataset(root, options=options), ids, **check)
+    except DataError as error:
+        return error.problems
 
 
 def client_data(

@@ -1,32 +1,18 @@
-"""Command-line overrides and the list of commands."""
+"""The table of commands, and errors as lines and exit codes."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from feddra_ds.cli import main, parse_overrides
-from feddra_ds.common.errors import ConfigError
+from feddra_ds import cli
+from feddra_ds.cli import COMMANDS, GROUPS, main
+from feddra_ds.common.errors import DataError
 from feddra_ds.config.load import known_keys
-
-
-def test_overrides_are_yaml_values_and_the_last_wins() -> None:
-    assert parse_overrides(["--a.b", "1", "--a.c=[x, y]", "--d.e.f", "null", "--a.b=1e-3", "--g", "-2", "--h=a=b"]) == {
-        "a": {"b": 1e-3, "c": ["x", "y"]},
-        "d": {"e": {"f": None}},
-        "g": -2,
-        "h": "a=b",
-    }
-
-
-def test_bad_overrides_are_all_named() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_overrides(["stray", "--a.c", "--a.d", "1", "--a.b"])
-    assert [line.split(":")[0] for line in caught.value.problems] == ["stray", "a.c", "a.b"]
-    assert "has no value; write --a.c VALUE" in caught.value.problems[1]
 
 
 def test_train_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,16 +24,78 @@ def test_train_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> No
         assert f"--{key} " in text
 
 
-COMMANDS = ["data", "evaluate", "probe", "export", "report", "status", "doctor"]
-COMMANDS += [f"data {name}" for name in ("synth", "convert", "partition", "inspect")]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*GROUPS, *COMMANDS])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])
     assert stopped.value.code == 0
-    assert "usage" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: feddra-ds {command} ")
+    for name in COMMANDS:
+        assert not name.startswith(f"{command} ") or name.split()[1] in text
+
+
+def test_only_the_command_that_is_asked_for_is_imported() -> None:
+    code = (
+        "import sys; from feddra_ds.cli import COMMANDS, main; main(['config', 'list']); "
+        "print(sorted(m for m, _ in COMMANDS.values() if m in sys.modules), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "['feddra_ds.commands.config_list'] False"
+
+
+def test_the_launchers_local_rank_is_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    for place in range(4):  # `deepspeed --module` puts it before the command, `deepspeed launch/train.py` behind it
+        words = ["train", "--config=quickstart", "--print_config"]
+        words.insert(place, "--local_rank=1")
+        assert main(words) == 0
+        assert "output_dir: quickstart/run" in capsys.readouterr().out
+
+
+class Broken(RuntimeError):
+    problems = ("a.csv: has no column", "b.csv: is empty")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (DataError(["hospital-a: no shards", "hospital-b: no shards"]), 2, ["hospital-a: no shards", "hospital-b: no shards"]),
+        (Broken(), 2, ["a.csv: has no column", "b.csv: is empty"]),
+        (ValueError("--seed: must be at least 0"), 2, ["--seed: must be at least 0"]),
+        (PermissionError(13, "Permission denied", "/x"), 2, ["/x: Permission denied"]),
+        (KeyboardInterrupt(), 130, []),
+    ],
+)  # fmt: skip
+def test_errors_become_lines_and_exit_codes(
+    error: BaseException,
+    code: int,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=fail, add_arguments=lambda parser: None))
+    assert main(["status"]) == code
+    assert capsys.readouterr().err.splitlines() == [f"feddra-ds: {line}" for line in lines]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), OSError("no file's")])
+def test_errors_that_no_user_can_mend_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=fail, add_arguments=lambda parser: None))
+    with pytest.raises(type(error)):
+        main(["status"])
+
+
+def test_an_unknown_option_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["config", "list", "--colour", "red"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --colour red" in capsys.readouterr().err
 
 
 def test_a_path_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

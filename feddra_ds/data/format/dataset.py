@@ -22,13 +22,15 @@ import numpy as np
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
 from feddra_ds.common.text import listed
-from feddra_ds.data.format.remote import RemoteOptions, Store, is_remote
+from feddra_ds.config.schema import StreamingConfig
+from feddra_ds.data.format.remote import Store, is_remote
 from feddra_ds.data.format.samples import Samples
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)  # an index is data: it must not name files elsewhere
+# An index may come from anybody, so it must not name files outside its folder.
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
 
 
 class Dataset:
@@ -37,8 +39,8 @@ class Dataset:
     client_ids: those to train on. held_out: those kept for testing transfer. clients: all. info: dataset.json.
     """
 
-    def __init__(self, root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None):
-        self.options = options or RemoteOptions()
+    def __init__(self, root: str | Path, ids: Sequence[str] | None = None, options: StreamingConfig | None = None):
+        self.options = options or StreamingConfig()
         self.store = Store(str(root), self.options) if is_remote(root) else None
         self.root = Path(root) if self.store is None else self.store.folder
         self.address = str(root)
@@ -47,11 +49,32 @@ class Dataset:
             raise DataError(problems)
         held_out = set(self.info.get("held_out", []))
         self.held_out = [c for c in self.clients if c in held_out]
-        self.client_ids = list(ids) if ids is not None else [c for c in self.clients if c not in held_out]
-        missing = missing_clients(self.address, self.client_ids, self.clients)
+        self._indexes: dict[str, dict[str, Any]] = {}
+        self.client_ids: list[str] = []
+        self.choose(ids)
+
+    def choose(self, ids: Sequence[str] | None) -> None:
+        """Set which clients to train on, in this order (None: all but the held-out). Raises DataError where one is not here."""
+        wanted = self.wanted(ids)
+        missing = self.missing(wanted)
         if missing:
             raise DataError(missing)
-        self._indexes: dict[str, dict[str, Any]] = {}
+        self.client_ids = wanted
+
+    def wanted(self, ids: Sequence[str] | None) -> list[str]:
+        """The ids themselves; for None all clients but the held-out."""
+        return list(ids) if ids is not None else [c for c in self.clients if c not in self.held_out]
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """A line for each of the ids that is no client here."""
+        problems = []
+        for client in ids:
+            if client not in self.clients:
+                near = difflib.get_close_matches(client, self.clients, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                have = listed(self.clients, 20)
+                problems.append(f"clients.ids: no client {client} under {self.address}; {hint}there are: {have}")
+        return problems
 
     def index(self, client: str) -> dict[str, Any]:
         """The client's index.json. Raises DataError when it is missing or broken."""
@@ -105,10 +128,13 @@ class Dataset:
         parts = self.index(client)["splits"].values()
         return [(self.root / client / shard["file"], shard) for part in parts for shard in part["shards"]]
 
-    def verify(self, progress: Callable[[str], None] | None = None) -> list[str]:
-        """Compare every shard's sha256 with its index.json; a line for each that differs. Reads everything once."""
+    def verify(self, clients: Sequence[str] | None = None, progress: Callable[[str], None] | None = None) -> list[str]:
+        """Compare every shard's sha256 with its index.json; a line for each that differs. Reads everything once.
+
+        clients: whose shards (None: client_ids). progress: is called with `<client>/<file>` before each.
+        """
         problems = []
-        for client in self.client_ids:
+        for client in self.client_ids if clients is None else clients:
             for path, shard in self.shards(client):
                 if progress is not None:
                     progress(f"{client}/{shard['file']}")
@@ -126,7 +152,7 @@ class Dataset:
         return problems
 
 
-def open_dataset(root: str | Path, ids: Sequence[str] | None = None, options: RemoteOptions | None = None) -> Dataset:
+def open_dataset(root: str | Path, ids: Sequence[str] | None = None, options: StreamingConfig | None = None) -> Dataset:
     """Open the dataset under `root`; `ids` chooses and orders the clients (null: all but the held-out, sorted).
 
     root: a folder, or an address (https://, s3://, …), whose files are fetched as `options` say.
@@ -162,7 +188,7 @@ def _folders(path: Path) -> list[str]:
 
 
 def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
-    """The same of an address, by its dataset.json."""
+    """What `_scan` returns, for an address: its dataset.json names the clients."""
     try:
         store.text(DATASET_NAME)
         info = _read_json(store.folder / DATASET_NAME)
@@ -173,16 +199,6 @@ def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
     if unsafe or not clients:
         return [f"data.root: {store.address(DATASET_NAME)}: names no clients, or bad ones: {unsafe}"], {}, []
     return [], info, clients
-
-
-def missing_clients(root: str, wanted: Sequence[str], clients: list[str]) -> list[str]:
-    problems = []
-    for client in wanted:
-        if client not in clients:
-            near = difflib.get_close_matches(client, clients, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            problems.append(f"clients.ids: no client {client} under {root}; {hint}there are: {listed(clients, 20)}")
-    return problems
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,18 +1,16 @@
-"""Everything about a dataset that training would trip over, found before it starts."""
+"""Everything in a dataset that would stop training, found before it starts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
-from feddra_ds.data.format.dataset import DATASET_NAME, INDEX_NAME, Dataset, missing_clients
-from feddra_ds.data.format.remote import RemoteOptions
+from feddra_ds.data.format.dataset import DATASET_NAME, INDEX_NAME, Dataset
 
 
 def preflight(
-    root: str | Path | None,
+    dataset: Dataset,
     ids: Sequence[str] | None,
     *,
     batch_size: int,
@@ -21,38 +19,31 @@ def preflight(
     verify: bool,
     pooled: bool = False,
     progress: Callable[[str], None] | None = None,
-    options: RemoteOptions | None = None,
 ) -> list[str]:
-    """Everything that training would trip over, a line each, beginning with the config key or the file.
+    """Everything that would stop training, a line each, beginning with the config key or the file.
 
+    ids: the clients that are to be trained on (`dataset.choose` takes the same); None for all but the held-out.
     batch_size, eval_batch_size: data.batch_size and dro.evaluation_batch_size. eval_split: the split that retrieval is
     measured on, or None when it never is. pooled: the clients' pairs count together (the centralised strategy).
     Reads files only; needs no process group.
     """
-    if root is None:
-        return ["data.root: is needed; a folder that `feddra-ds data convert` or `feddra-ds data synth` wrote"]
-    try:
-        whole = Dataset(root, [], options)
-    except DataError as error:
-        return error.problems
-    clients = whole.clients
-    wanted = list(ids) if ids is not None else [c for c in clients if c not in whole.held_out]
-    problems = missing_clients(str(root), wanted, clients)
+    wanted = dataset.wanted(ids)
+    problems = dataset.missing(wanted)
     if ids is None:
-        problems += lost_folders(whole)
+        problems += lost_folders(dataset)
     if not wanted:
-        problems.append(f"clients.ids: {root} has no client to train on")
+        problems.append(f"clients.ids: {dataset.address} has no client to train on")
     counts: dict[str, int] = {}
     without_split = []
-    for client in (c for c in wanted if c in clients):
+    for client in (c for c in wanted if c in dataset.clients):
         try:
-            dataset = Dataset(root, [client], options)
             problems += _shard_problems(dataset, client) if dataset.store is None else []
             counts[client] = dataset.num_samples(client, "train")
             if eval_split is not None and not dataset.num_samples(client, eval_split):
                 without_split.append(client)
             if verify:
-                problems += [p for p in dataset.verify(progress) if p.split(":")[0] not in " ".join(problems)]
+                known = " ".join(problems)
+                problems += [p for p in dataset.verify([client], progress) if p.split(":")[0] not in known]
         except DataError as error:
             problems += error.problems
     if pooled:

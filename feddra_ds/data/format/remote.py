@@ -23,28 +23,12 @@ from typing import IO, Any
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
+from feddra_ds.config.schema import StreamingConfig
 
 _BLOCK = 1 << 20
+_FIRST_PAUSE_S = 0.5  # doubles with every further attempt
 _LONGEST_PAUSE_S = 30.0
 _FINAL_STATUS = frozenset({400, 401, 403, 404, 405, 410})
-
-
-@dataclass(frozen=True)
-class RemoteOptions:
-    """How remote data is fetched, and how streaming shuffles.
-
-    timeout_s: longest time without a byte before an attempt is given up. retries: further attempts, with doubling
-    pauses. cache_dir: where shards are kept (null: ~/.cache/feddra_ds). cache_bytes: most of them, per dataset.
-    allow_pipe: let `pipe:` addresses run programs. shuffle_buffer: samples that streaming mixes at a time.
-    """
-
-    timeout_s: float = 60.0
-    retries: int = 5
-    first_pause_s: float = 0.5
-    cache_dir: str | None = None
-    cache_bytes: int = 50 << 30
-    allow_pipe: bool = False
-    shuffle_buffer: int = 1000
 
 
 class _GiveUp(Exception):
@@ -64,7 +48,7 @@ class Store:
     """
 
     root: str
-    options: RemoteOptions = RemoteOptions()
+    options: StreamingConfig = field(default_factory=StreamingConfig)
     expected: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,10 +91,10 @@ class Store:
         path, expected = self.copy_of(address), self.expected[address]
         if not _has_size(path, expected[0]):
             with self._locked(path, address):
-                if not _has_size(path, expected[0]):  # another process may have fetched it meanwhile
+                if not _has_size(path, expected[0]):  # another process may have fetched it while this one waited
                     self._fetch(address, path, expected)
                     self._make_room(path)
-        os.utime(path)  # most recently used
+        os.utime(path)  # `_make_room` drops what was used longest ago
         return path
 
     @contextlib.contextmanager
@@ -139,7 +123,7 @@ class Store:
         aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
         for attempt in range(attempts):
             if attempt:
-                time.sleep(min(_LONGEST_PAUSE_S, self.options.first_pause_s * 2 ** (attempt - 1)))
+                time.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempt - 1)))
             try:
                 _download(address, aside, self.options.timeout_s)
                 if expected is not None:
@@ -229,10 +213,7 @@ def _open(address: str, timeout_s: float) -> Iterator[Any]:
 
         try:
             opened = fsspec.open(address, "rb")
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # the protocol's own package is missing, or nobody knows the protocol
+        except (ImportError, ValueError) as error:  # the protocol needs a package of its own, or is not known
             raise _GiveUp(str(error)) from error
         try:
             with opened as source:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -20,7 +21,7 @@ from feddra_ds.data.format.dataset import DATASET_NAME, FORMAT, IMAGE_SUFFIXES, 
 from feddra_ds.data.format.samples import text_id
 
 MAX_SHARD_BYTES = 256 * 1024 * 1024
-_HEADER_BYTES = tarfile.BLOCKSIZE  # of a member; its data are padded to as many
+_HEADER_BYTES = tarfile.BLOCKSIZE  # of a member's header; the data behind it are padded to a multiple of this
 
 
 def safe_name(value: str) -> str:
@@ -56,7 +57,7 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if self.aside.exists():
-            shutil.rmtree(self.aside)  # of an earlier run that was killed
+            shutil.rmtree(self.aside)  # left by an earlier run that was killed
         self.aside.mkdir()
         return self
 
@@ -132,8 +133,9 @@ class _ClientWriter:
     def _start(self, split: str) -> Any:
         from webdataset import ShardWriter  # on demand: it imports torch
 
-        fixed = {"mtime": 0, "user": "", "group": ""}  # equal bytes every time
-        never = {"maxsize": sys.maxsize, "maxcount": sys.maxsize}  # it would count without headers; `add` counts
+        fixed = {"mtime": 0, "user": "", "group": ""}  # so that equal samples give equal bytes
+        # Webdataset counts bytes without the tar headers, so `add` decides when a shard is full.
+        never = {"maxsize": sys.maxsize, "maxcount": sys.maxsize}
         pattern = f"{split}-%06d.tar"
         return ShardWriter(pattern, **never, **fixed, encoder=False, verbose=0, opener=self._open, post=self._close)
 
@@ -199,6 +201,13 @@ def index_folder(folder: Path) -> dict[str, int]:
         raise DataError(f"{folder}: has no .tar shards")
     write_index(folder, folder.name, splits)
     return {split: len(part["samples"]) for split, part in sorted(splits.items())}
+
+
+def index_bare_folders(root: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """Write the index of every folder under `root` that has tars but none; (folder, {split: samples}) as each is done."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if folder.is_dir() and not (folder / INDEX_NAME).exists() and any(folder.glob("*.tar")):
+            yield folder, index_folder(folder)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -18,7 +18,6 @@ from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.decode import Decoded, Source, Task
-from feddra_ds.data.loading.images import Augment
 from feddra_ds.data.loading.order import Order, Position
 from feddra_ds.data.loading.pool import DecodePool
 from feddra_ds.data.loading.tokens import freeze
@@ -58,7 +57,7 @@ class ClientData:
             seed=seed,
             order=Order(seed, name, total, config.batch_size) if split == "train" else None,
             image_size=config.image_size,
-            augment=Augment(config.augment.crop_scale, config.augment.flip, config.augment.brightness),
+            augment=config.augment,
             tokenizer=tokenizer_json,
             pad_id=pad_id,
             text_length=config.text_length,
@@ -88,7 +87,7 @@ class ClientData:
         return self._stream(map(self._training_task, positions), self._take_ahead)
 
     def prefetch(self, position: Position, num_steps: int) -> None:
-        """Start the first of the batches that `batches(position, …)` will be asked for, while something else runs."""
+        """Start decoding, in the background, the first of the batches that `batches(position, …)` will give."""
         wanted = [self.advance(position, step) for step in range(min(num_steps, self.pool.depth))]
         for stale in set(self._ahead) - set(wanted):
             self._ahead.pop(stale).cancel()
@@ -176,7 +175,7 @@ class ClientData:
                     self._skipped[reason] += 1
             found, allowed = len(self._bad), self._max_bad_fraction * self.num_samples
             if self._max_bad_fraction > 0:
-                allowed = max(allowed, 1)  # one bad picture of a small split is not a broken data set
+                allowed = max(allowed, 1)  # in a small split one bad picture alone may exceed the fraction
             if found > allowed:
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(self._bad.values()).items()))
                 some = ", ".join(self.source.key(sample) for sample in sorted(self._bad)[:3])

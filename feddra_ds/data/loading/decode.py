@@ -17,8 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.format.samples import Samples, text_id
-from feddra_ds.data.loading.images import Augment, BadSample, evaluation_pixels, training_pixels
+from feddra_ds.data.loading.images import BadSample, evaluation_pixels, training_pixels
 from feddra_ds.data.loading.order import EvaluationOrder, Order, Position
 from feddra_ds.data.loading.tokens import pad_batch
 
@@ -34,7 +35,7 @@ class Source:
     seed: int
     order: Order | None
     image_size: int
-    augment: Augment
+    augment: AugmentConfig
     tokenizer: str
     pad_id: int
     text_length: int
@@ -46,7 +47,7 @@ class Source:
         return {**self.__dict__, "_decoder": None}  # each process builds its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, tokenizer=sys.intern(state["tokenizer"]))  # one text for all sources of a worker
+        self.__dict__.update(state, tokenizer=sys.intern(state["tokenizer"]))  # sources share one copy of this text
 
     def decode(self, task: Task) -> Decoded:
         """See `Decoder.decode`."""
@@ -132,7 +133,7 @@ class Decoder:
         return source
 
     def decode(self, task: Task) -> Decoded:
-        """Raises DataError where a shard cannot be opened or no stand-in for a bad sample can be read."""
+        """Raises DataError where a shard cannot be opened or no substitute for a bad sample can be read."""
         source = self.source
         pixels = np.empty((task.stop - task.start, 3, source.image_size, source.image_size), dtype=np.uint8)
         rows, text_ids, keys = [], np.empty(len(pixels), dtype=np.int64), []
@@ -146,14 +147,14 @@ class Decoder:
         return Decoded(pixels, ids, mask, text_ids, keys, bad)
 
     def _entries(self, task: Task) -> Iterator[tuple[int, int, Iterator[int]]]:
-        """(epoch or -1, sample, its stand-ins) of each entry."""
-        slots = range(task.start, task.stop)
+        """(epoch or -1, sample, its substitutes) of each entry."""
+        entries = range(task.start, task.stop)
         if task.position is not None:
             order, position = self.source.order, task.position
             assert order is not None
             batch = order.batch(position)[task.start : task.stop].tolist()
-            for slot, (epoch, sample) in zip(slots, batch, strict=True):
-                yield epoch, sample, order.substitutes(position, slot)
+            for entry, (epoch, sample) in zip(entries, batch, strict=True):
+                yield epoch, sample, order.substitutes(position, entry)
         else:
             assert task.evaluate is not None
             if task.evaluate not in self._evaluations:
@@ -163,8 +164,8 @@ class Decoder:
                     self.source.seed, self.source.name, len(self.source), pairs, batch_size, shards
                 )
             evaluation = self._evaluations[task.evaluate]
-            for slot in slots:
-                yield -1, int(evaluation.samples[slot]), evaluation.substitutes(slot)
+            for entry in entries:
+                yield -1, int(evaluation.samples[entry]), evaluation.substitutes(entry)
 
     def _first_good(
         self, out: np.ndarray, epoch: int, sample: int, others: Iterator[int], bad: list[tuple[int, int, str]]

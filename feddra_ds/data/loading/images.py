@@ -1,17 +1,17 @@
 """Images: encoded bytes → uint8 pixels. The evaluation transform equals transformers' ViT image processor (PIL).
 
-Legend: S side of the square image. Pixels are (3, S, S) uint8; normalising happens in pipeline.Batch.
+Legend: S side of the square image. Pixels are (3, S, S) uint8; batch.Batch normalises them.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.loading.order import seeded
 
 # Pillow's own threshold for a decompression bomb; a 4,096 × 5,120 mammogram is a quarter of it.
@@ -20,7 +20,7 @@ _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; `reason` is one of REASONS and is what metrics count."""
+    """A sample that cannot be used; `reason` is one of REASONS; metrics count by it."""
 
     def __init__(self, reason: str):
         assert reason in REASONS, reason
@@ -37,15 +37,6 @@ REASONS = (
     "corrupt_text",
     "truncated_shard",
 )
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Training augmentation: smallest crop area (1 = whole image), mirroring, largest relative brightness change."""
-
-    crop_scale: float = 1.0
-    flip: bool = False
-    brightness: float = 0.0
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -83,7 +74,7 @@ def evaluation_pixels(data: bytes, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def training_pixels(data: bytes, size: int, augment: Augment, *seed: object) -> np.ndarray:
+def training_pixels(data: bytes, size: int, augment: AugmentConfig, *seed: object) -> np.ndarray:
     """(3, S, S) uint8: a random resized crop, mirror image, brightness and contrast, all set by `seed`.
 
     Raises BadSample.

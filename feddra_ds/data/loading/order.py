@@ -78,14 +78,14 @@ class Order:
         """Batches before `position`, counted from the beginning."""
         return position.epoch * self.num_samples // self.batch_size + position.step
 
-    def substitutes(self, position: Position, slot: int) -> Iterator[int]:
-        """The samples to try, in turn, in place of the bad entry `slot` of a batch: a function of the position alone.
+    def substitutes(self, position: Position, entry: int) -> Iterator[int]:
+        """The samples to try, in turn, in place of a bad entry of a batch: a function of the position and the entry.
 
-        The batch's slots try different samples, none of the batch's own, for as long as the client has others.
+        The entries of a batch try different samples, none of the batch's own, for as long as the client has others.
         """
         own = self.batch(position)[:, 1]
         place = (self.seed, self.client, position.epoch, position.step)
-        yield from _others(self.num_samples, set(own.tolist()), slot, self.batch_size, *place)
+        yield from _others(self.num_samples, set(own.tolist()), entry, self.batch_size, *place)
 
     def _entries(self, epoch: int) -> np.ndarray:
         """The epoch's list: (tail + n, 2) int64."""
@@ -94,7 +94,7 @@ class Order:
             return entries
         n, b = self.num_samples, self.batch_size
         first = cached + 1 if 0 <= cached < epoch else 0
-        if n >= 2 * b:  # an epoch's tail then lies beyond its straddling batch, so that it needs no history
+        if n >= 2 * b:  # then only the first batch depends on the epochs before, and the tail lies behind it
             first = max(first, epoch - 1)
         if first != cached + 1:
             entries = entries[:0]
@@ -146,20 +146,20 @@ class EvaluationOrder:
             drawn = np.concatenate([drawn[near], drawn[~near]])
         self.samples = drawn[: self.size]
 
-    def substitutes(self, slot: int) -> Iterator[int]:
-        """The samples to try in place of the bad entry `slot`: outside the list first, then outside its batch."""
+    def substitutes(self, entry: int) -> Iterator[int]:
+        """The samples to try in place of a bad entry: outside the list first, then outside its batch."""
         place = (self.seed, self.client, "evaluation")
         listed = set(self.samples.tolist())
-        yield from (s for s in _others(self.num_samples, listed, slot, self.size, *place) if s not in listed)
-        near = self.samples[max(0, slot - self.batch_size + 1) : slot + self.batch_size]
+        yield from (s for s in _others(self.num_samples, listed, entry, self.size, *place) if s not in listed)
+        near = self.samples[max(0, entry - self.batch_size + 1) : entry + self.batch_size]
         window = 2 * self.batch_size
-        yield from _others(self.num_samples, set(near.tolist()), slot % window, window, *place)
+        yield from _others(self.num_samples, set(near.tolist()), entry % window, window, *place)
 
 
-def _others(n: int, avoid: set[int], slot: int, stride: int, *place: object) -> Iterator[int]:
-    """Every sample, in a seeded order: the slot's own share of those outside `avoid`, then all those, then the rest.
+def _others(n: int, avoid: set[int], entry: int, stride: int, *place: object) -> Iterator[int]:
+    """Every sample, in a seeded order: the entry's own share of those outside `avoid`, then all those, then the rest.
 
-    The shares of slots 0 … stride - 1 are disjoint. The order is an arithmetic walk modulo n, which costs nothing to
+    The shares of entries 0 … stride - 1 are disjoint. The order is an arithmetic walk modulo n, which costs nothing to
     start, unlike a permutation of a large client.
     """
     words = np.frombuffer(seeded("substitutes", *place), dtype=np.uint64)
@@ -167,11 +167,11 @@ def _others(n: int, avoid: set[int], slot: int, stride: int, *place: object) -> 
     while math.gcd(step, n) != 1:
         step += 1
     walk = lambda indices: ((start + j * step) % n for j in indices)
-    if n <= 64 * len(avoid):  # then a share of the walk might lie wholly in `avoid`, so share out what is free
+    if n <= 64 * len(avoid):  # a share of the walk might lie wholly in `avoid`, so share out what is free
         free = [s for s in walk(range(n)) if s not in avoid]
-        yield from free[slot::stride]
+        yield from free[entry::stride]
         yield from free
     else:
-        yield from (s for s in walk(range(slot, n, stride)) if s not in avoid)
+        yield from (s for s in walk(range(entry, n, stride)) if s not in avoid)
         yield from (s for s in walk(range(n)) if s not in avoid)
     yield from (s for s in walk(range(n)) if s in avoid)

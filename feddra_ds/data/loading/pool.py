@@ -150,7 +150,7 @@ class _Workers:
             worker = min(self.workers, key=lambda w: (len(w.pending), w.number))
             number = next(self.numbers)
             worker.pending[number] = (future, f"client {source.name} {task}")
-            with contextlib.suppress(OSError):  # a dead worker: the receiving thread says so through the future
+            with contextlib.suppress(OSError):  # where it has died, the receiving thread reports that
                 if source.uid not in worker.sources:
                     worker.connection.send(("source", source.uid, source))
                     worker.sources.add(source.uid)
@@ -191,7 +191,7 @@ class _Workers:
             return
         self.closed = True
         for worker in self.workers:
-            worker.process.kill()  # it holds nothing that needs an orderly end
+            worker.process.kill()  # it writes nothing, so it can be ended at any moment
         for worker in self.workers:
             worker.process.wait(10)
             self._bury(worker)
@@ -206,7 +206,7 @@ def _forget(worker: weakref.ref[_Worker], uid: int) -> None:
 
 def worker_main(descriptor: int) -> None:
     """A worker process: receives sources and tasks over the socket, sends arrays back, ends when the parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a run ends, and finishes its step first
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the parent first finishes its step
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.getppid()
 

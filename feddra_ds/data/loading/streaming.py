@@ -14,28 +14,18 @@ of (seed, client, position) all the same. The order is computed from the index a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset
-from feddra_ds.data.format.remote import FetchAhead, RemoteOptions
+from feddra_ds.data.format.remote import FetchAhead
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.decode import Task
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.streaming_order import StreamOrder
 
 _SHARDS_AHEAD = 2
-
-
-def options_of(config: DataConfig) -> RemoteOptions:
-    """The options of the config's data.streaming section; each key has the name of the field."""
-    section = getattr(config, "streaming", None)
-    if section is None:
-        return RemoteOptions()
-    return RemoteOptions(
-        **{f.name: getattr(section, f.name) for f in fields(RemoteOptions) if hasattr(section, f.name)}
-    )
 
 
 def build_data(

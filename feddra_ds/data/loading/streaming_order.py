@@ -69,13 +69,13 @@ class ReaderOrder(Order):
         stream = np.concatenate([self.members[shards == shard] for shard in order])
         return shuffle_through_buffer(stream, self.buffer, self.seed, self.client, self.reader, epoch)
 
-    def substitutes(self, position: Position, slot: int) -> Iterator[int]:
-        """From the batch's own shards first: those are here already."""
+    def substitutes(self, position: Position, entry: int) -> Iterator[int]:
+        """The samples to try in place of the bad entry: from the batch's own shards first, which are already here."""
         own = self.batch(position)[:, 1]
         place = ("stream", self.seed, self.client, self.reader, position.epoch, position.step)
         others = self.members[permutation(len(self.members), *place)]
         near, free = np.isin(self.shard_of[others], self.shard_of[own]), ~np.isin(others, own)
-        yield from others[near & free][slot :: self.batch_size].tolist()
+        yield from others[near & free][entry :: self.batch_size].tolist()
         for mask in (near & free, ~near & free, ~free):
             yield from others[mask].tolist()
 
@@ -149,10 +149,10 @@ class StreamOrder(Order):
         reader, own = self._reader(position)
         return reader.batch(own)
 
-    def substitutes(self, position: Position, slot: int) -> Iterator[int]:
-        """See ReaderOrder.substitutes."""
+    def substitutes(self, position: Position, entry: int) -> Iterator[int]:
+        """The samples to try in place of a bad entry; see ReaderOrder.substitutes."""
         reader, own = self._reader(position)
-        return reader.substitutes(own, slot)
+        return reader.substitutes(own, entry)
 
     def shards_from(self, position: Position, ahead: int) -> list[int]:
         """The next shards of every reader of this rank."""

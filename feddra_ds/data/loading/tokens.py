@@ -77,9 +77,3 @@ def pad_batch(rows: list[list[int]], pad_id: int, text_length: int) -> tuple[np.
         ids[number, : len(row)] = row
         mask[number, : len(row)] = 1
     return ids, mask
-
-
-def words_per_piece(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
-    """Mean pieces per whitespace-separated word, special tokens apart: how well a vocabulary fits some texts."""
-    pieces = sum(len(tokenizer.tokenize(text)) for text in texts)
-    return pieces / max(1, sum(len(text.split()) for text in texts))

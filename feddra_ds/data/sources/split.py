@@ -1,4 +1,4 @@
-"""Train and validation sides that share no patient, no report and no picture. Pure."""
+"""Train and validation sides that share no patient, no report and no picture. Reads no files."""
 
 from __future__ import annotations
 

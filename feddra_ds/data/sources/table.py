@@ -1,89 +1,50 @@
-"""Reads the CSV of `data convert`: every problem with its line, nothing lost silently."""
+"""A table (CSV) beside a folder of images, as a source."""
 
 from __future__ import annotations
 
 import csv
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.data.sources.base import Columns, Row, Skip, Source, nearest
 
 _MAX_CELL = 10_000_000
 
 
-@dataclass
-class Row:
-    """One row: the line it begins at (1 is the header) and the cells of the chosen columns."""
+class Table(Source):
+    """A CSV with a header line, UTF-8, separated by commas, semicolons or tabs; image paths are relative to its folder."""
 
-    line: int
-    image: str
-    text: str
-    client: str
-    group: str = ""
-    site: str = ""
-    labels: dict[str, str | None] = field(default_factory=dict)
+    option = "--csv"
 
+    def rows(self) -> Iterator[Row | Skip]:
+        """A Skip has the wrong number of cells, no image, no text or no client; blank lines are passed over.
 
-@dataclass(frozen=True)
-class Skip:
-    """A row that was left out, and why."""
+        Raises DataError for a file that cannot be read, is not UTF-8, or lacks a column (all such columns are named).
+        """
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                header_line = file.readline()
+                file.seek(0)
+                csv.field_size_limit(_MAX_CELL)
+                reader = csv.reader(file, delimiter=max(",;\t", key=header_line.count))
+                header = [name.strip() for name in next(reader, [])]
+                _check_columns(self.path, header, self.columns)
+                end = reader.line_num
+                for cells in reader:
+                    line, end = end + 1, reader.line_num
+                    if any(cell.strip() for cell in cells):
+                        yield _row(line, header, cells, self.columns)
+        except OSError as error:
+            raise DataError(f"--csv: cannot read {self.path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"--csv: {self.path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        except csv.Error as error:
+            raise DataError(f"--csv: {self.path}: {error}") from error
 
-    line: int
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns, by what they are for; None where the user named none."""
-
-    image: str
-    text: str
-    client: str | None = None
-    group: str | None = None
-    site: str | None = None
-    labels: tuple[str, ...] = ()
-
-    def given(self) -> list[tuple[str, str]]:
-        """(option, column) of every column that must be there."""
-        named = [("--image-column", self.image), ("--text-column", self.text), ("--client-column", self.client)]
-        named += [("--group-column", self.group), ("--site-column", self.site)]
-        return [(option, name) for option, name in named if name] + [("--label-columns", name) for name in self.labels]
-
-
-def read_rows(path: Path, columns: Columns) -> tuple[list[Row], list[Skip]]:
-    """Usable rows and those left out: wrong number of cells, no image, no text, no client.
-
-    Raises DataError for a file that cannot be read, is not UTF-8, or lacks a column (all such columns are named).
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header_line = file.readline()
-            file.seek(0)
-            csv.field_size_limit(_MAX_CELL)
-            reader = csv.reader(file, delimiter=max(",;\t", key=header_line.count))
-            header = [name.strip() for name in next(reader, [])]
-            _check_columns(path, header, columns)
-            rows: list[Row] = []
-            skipped: list[Skip] = []
-            end = reader.line_num
-            for cells in reader:
-                line, end = end + 1, reader.line_num
-                if any(cell.strip() for cell in cells):
-                    row = _row(line, header, cells, columns)
-                    if isinstance(row, Row):
-                        rows.append(row)
-                    else:
-                        skipped.append(row)
-            return rows, skipped
-    except OSError as error:
-        raise DataError(f"--csv: cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"--csv: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise DataError(f"--csv: {path}: {error}") from error
+    def read_image(self, row: Row) -> bytes:
+        """The file's bytes. Raises OSError, and ValueError for a path that cannot be one."""
+        return (self.path.parent / row.image).read_bytes()
 
 
 def _check_columns(path: Path, header: list[str], columns: Columns) -> None:
@@ -118,10 +79,3 @@ def _row(line: int, header: list[str], cells: list[str], columns: Columns) -> Ro
         if not value:
             return Skip(line, what)
     return row
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """`; did you mean …?` with the closest of the names, or nothing."""
-    lowered = {other.lower(): other for other in reversed(names)}
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
-    return f"; did you mean {lowered[close[0]]}?" if close else ""

@@ -1,14 +1,14 @@
-"""`feddra-ds data synth`: radiograph-like pictures with reports from five different hospitals and a held-out sixth."""
+"""Radiograph-like pictures with reports from five different hospitals and a held-out sixth."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from feddra_ds.common.console import guarded, next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.writer import DatasetWriter
 from feddra_ds.data.loading.order import permutation
+from feddra_ds.data.progress import Track, untracked
 from feddra_ds.data.sources.split import choose_validation, components
 from feddra_ds.data.synthetic.image import render
 from feddra_ds.data.synthetic.reports import write_report
@@ -29,29 +29,17 @@ _FOLLOW_UP = 0.2  # of the patients have a second film
 _PARALLEL_FROM = 400
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `data synth`."""
-    add = parser.add_argument
-    add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
-    add("--num-pairs", type=int, default=2000, metavar="N", help="pairs over the five sites; the held-out site has "
-        f"{HELD_OUT.share:.0%}% more (default %(default)s)")  # fmt: skip
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="seed; the same seed gives the same bytes (default %(default)s)",
-    )
-    add("--image-size", type=int, default=128, metavar="N", help="side of the pictures in pixels (default %(default)s)")
-    add(
-        "--val-fraction",
-        type=float,
-        default=0.2,
-        metavar="F",
-        help="share of each site's pairs for val (default %(default)s)",
-    )
-    add("--num-workers", type=int, metavar="N", help="processes that draw (default: one per core)")
-    add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
+@dataclass(frozen=True)
+class SynthOptions:
+    """num_pairs: over the five sites; the held-out site comes on top. image_size: side in pixels. val_fraction: share of
+    each site's pairs for val. num_workers: processes that draw, None for one per core. The seed decides every byte."""
+
+    num_pairs: int = 2000
+    image_size: int = 128
+    val_fraction: float = 0.2
+    seed: int = 0
+    num_workers: int | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,52 +53,27 @@ class _Job:
     size: int
 
 
-@guarded
-def run(args: argparse.Namespace) -> int:
-    """Make the dataset; prints a table of sites. Returns 0, or 2 with the problems on stderr."""
-    problems = []
-    if args.num_pairs < 20:
-        problems.append(f"--num-pairs: must be at least 20, got {args.num_pairs}")
-    if not 16 <= args.image_size <= 2048:
-        problems.append(f"--image-size: must be from 16 to 2048, got {args.image_size}")
-    if not 0 < args.val_fraction < 1:
-        problems.append(f"--val-fraction: must be above 0 and below 1, got {args.val_fraction}")
-    if problems:
-        raise DataError(problems)
-
-    rows: list[tuple[object, ...]] = []
-    with DatasetWriter(args.out, overwrite=args.overwrite) as writer:
+def synthesize(out: Path, options: SynthOptions, track: Track = untracked) -> dict[str, Counter[str]]:
+    """Make the dataset at `out`; returns for every site how many of its pairs are train, val and test, how many are
+    `normal`, and how many show the rare kind. Raises DataError.
+    """
+    counts: dict[str, Counter[str]] = {site.name: Counter() for site in (*SITES, HELD_OUT)}
+    with DatasetWriter(out, overwrite=options.overwrite) as writer:
         writer.held_out.append(HELD_OUT.name)
         writer.info |= {
-            "source": f"synthetic, seed {args.seed}",
+            "source": f"synthetic, seed {options.seed}",
             "sites": {site.name: site.title for site in (*SITES, HELD_OUT)},
             "label_names": list(KINDS),
-            "image_size": args.image_size,
+            "image_size": options.image_size,
         }
-        plan = [(job, site, split) for site, total in _sizes(args.num_pairs) for job, split in _plan(site, total, args)]
-        workers = (os.cpu_count() or 1) if args.num_workers is None else args.num_workers
-        drawn = _draw_all([job for job, _, _ in plan], workers)
-        counts: dict[str, dict[str, int]] = {}
-        for number, ((job, site, split), (image, text)) in enumerate(
-            track(zip(plan, drawn, strict=True), len(plan), "drawing")
-        ):
-            info = job.study.info()
-            writer.add(site.name, split, f"{site.name}-{number:06d}", image=image, suffix="png", text=text, info=info)
-            tally = counts.setdefault(site.name, dict.fromkeys(("train", "val", "test", "normal", RARE_KIND), 0))
-            tally[split] += 1
-            tally["normal"] += not job.study.findings
-            tally[RARE_KIND] += info["labels"][RARE_KIND]
-        for site in (*SITES, HELD_OUT):
-            t = counts[site.name]
-            rows.append((site.name, t["train"], t["val"], t["test"], t["normal"], t[RARE_KIND], site.style))
-    print_table(
-        f"{args.out}", ["site", "train", "val", "held out", "normal", f"{RARE_KIND} (rare)", "report style"], rows
-    )
-    next_step(
-        f"feddra-ds data inspect {args.out}",
-        f"feddra-ds train --config configs/quickstart.yaml --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
-    )
-    return 0
+        plan = [(job, split) for site, total in _sizes(options.num_pairs) for job, split in _plan(site, total, options)]
+        workers = (os.cpu_count() or 1) if options.num_workers is None else options.num_workers
+        drawn = zip(plan, _draw_all([job for job, _ in plan], workers), strict=True)
+        for number, ((job, split), (image, text)) in enumerate(track(drawn, len(plan), "drawing")):
+            site, info = job.site.name, job.study.info()
+            writer.add(site, split, f"{site}-{number:06d}", image=image, suffix="png", text=text, info=info)
+            counts[site] += Counter({split: 1, "normal": not job.study.findings, RARE_KIND: info["labels"][RARE_KIND]})
+    return counts
 
 
 def _sizes(num_pairs: int) -> list[tuple[Site, int]]:
@@ -122,11 +85,11 @@ def _sizes(num_pairs: int) -> list[tuple[Site, int]]:
     return [*zip(SITES, sizes, strict=True), (HELD_OUT, max(2, round(HELD_OUT.share * num_pairs)))]
 
 
-def _plan(site: Site, total: int, args: argparse.Namespace) -> Iterator[tuple[_Job, str]]:
+def _plan(site: Site, total: int, options: SynthOptions) -> Iterator[tuple[_Job, str]]:
     """The site's studies in the order of its shards, each with its split: test throughout for the held-out site."""
     patients: list[str] = []
     studies: list[Study] = []
-    rng = generator("site", args.seed, site.name)
+    rng = generator("site", options.seed, site.name)
     while len(studies) < total:
         patient = f"{site.name}-p{len(set(patients)):05d}"
         first = draw_study(site, patient, rng)
@@ -135,10 +98,10 @@ def _plan(site: Site, total: int, args: argparse.Namespace) -> Iterator[tuple[_J
             studies.append(study)
             patients.append(patient)
     groups = components([[patient] for patient in patients])
-    validation = choose_validation([site.name] * total, groups, args.val_fraction, args.seed)
-    for i in permutation(total, "synth", args.seed, site.name).tolist():
+    validation = choose_validation([site.name] * total, groups, options.val_fraction, options.seed)
+    for i in permutation(total, "synth", options.seed, site.name).tolist():
         split = "test" if site is HELD_OUT else "val" if validation[i] else "train"
-        yield _Job(args.seed, site, studies[i], i, args.image_size), split
+        yield _Job(options.seed, site, studies[i], i, options.image_size), split
 
 
 def _follow_up(site: Site, first: Study, rng: np.random.Generator) -> Study:
@@ -162,7 +125,8 @@ def _draw(job: _Job) -> tuple[bytes, str]:
 def _draw_all(jobs: list[_Job], workers: int) -> Iterator[tuple[bytes, str]]:
     """The jobs' results in order; from fresh interpreters where there is enough to do.
 
-    Not a multiprocessing pool: its children import the caller's main module, and one that fails is started for ever.
+    Not a multiprocessing pool: its children import the caller's main module, and one that fails
+    to start is started again without end.
     """
     if workers <= 1 or len(jobs) < _PARALLEL_FROM:
         yield from map(_draw, jobs)
@@ -179,7 +143,7 @@ def _draw_all(jobs: list[_Job], workers: int) -> Iterator[tuple[bytes, str]]:
             )
             parts.append(child)
             assert child.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has died: said below, where its first result is missing
+            with contextlib.suppress(BrokenPipeError):  # it has died; reported below, where its result is missing
                 pickle.dump(jobs[part::workers], child.stdin)
                 child.stdin.close()
         for number in range(len(jobs)):

@@ -1,4 +1,4 @@
-"""What a synthetic study shows: findings composed of kind × side × zone × severity, and the sites that see them. Pure."""
+"""What a synthetic study shows: findings composed of kind × side × zone × severity, and the sites that see them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Layout:
     zero_stage: int
     ranks: int
     clients: int
-    every: tuple[int, ...]  # of each parameter, frozen ones too
+    every: tuple[int, ...]  # elements of each parameter, frozen ones too
     aligner: tuple[int, ...]
     groups: tuple[tuple[str, tuple[int, ...]], ...]
     offloads_optimizer: bool
@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """b."""
+        """b, bytes of a working weight."""
         return torch.empty(0, dtype=self.dtype).element_size()
 
     @property
@@ -79,7 +79,7 @@ class Layout:
         return blocks(math.ceil(sum(sizes) / self.ranks) * width for part, sizes in self.groups if part in wanted)
 
     def state(self, parts: Iterable[str], width: int = 4) -> Blocks:
-        """Something of the masters' shape: slices of this rank."""
+        """A copy shaped like the masters: this rank's slices with ZeRO, whole parameters without."""
         return self.flat(parts, width) if self.zero_stage else self.each(parts, width)
 
     @property

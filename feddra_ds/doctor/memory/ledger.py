@@ -64,7 +64,7 @@ class Ledger:
     _high: int = 0
 
     def begin(self, phase: str) -> None:
-        """What follows belongs to another phase. A name may come again: its highest point counts."""
+        """What follows belongs to another phase. A phase may come again: its highest point counts."""
         self.phase = phase
         self._high = self.highs[phase].total if phase in self.highs else 0
         self._look()
@@ -80,7 +80,7 @@ class Ledger:
         return self._held.get(name, Blocks()).total
 
     def drop(self, *names: str) -> None:
-        """Free all that is held under names; a name that holds nothing is none."""
+        """Free all that is held under these names, if anything is."""
         for name in names:
             gone = self._held.pop(name, Blocks())
             self._now += Blocks(-gone.small, -gone.large)

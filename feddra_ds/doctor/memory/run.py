@@ -52,9 +52,9 @@ class Miniature:
             self.device.begin(phase)
 
     def run(self) -> None:
-        """Build, one round (the next ones are like it), the final model."""
+        """Build, two rounds (the next ones are like the second), evaluation, the final model."""
         self.build()
-        for _ in range(2):  # what a round leaves behind, the next one starts with
+        for _ in range(2):  # twice: the second round starts with what the first one left behind
             for stage in stages_of_round(self.config, 0):
                 self.begin(stage.name)
                 self.stage(stage)
@@ -65,11 +65,11 @@ class Miniature:
 
     # ---- building
     def build(self) -> None:
-        """build.build: weights come one by one into the engine, then the server takes its copy."""
+        """As run/build.py does: weights come one by one into the engine, then the server takes its copy."""
         lay, host = self.layout, self.host
         self.weights()
         self.masters()
-        if lay.zero_stage == 0 and lay.width < 4:  # its constructor takes a step
+        if lay.zero_stage == 0 and lay.width < 4:  # DeepSpeed's constructor takes an optimizer step
             self.moments(PARTS)
             self.optimizer.pulse("gradients of DeepSpeed's own first step", lay.each(PARTS, 4 + lay.width))
         if self.config.objective.anchor_weight > 0:
@@ -120,7 +120,7 @@ class Miniature:
                 self.device.pulse("gradient buffer of the first step", blocks([lay.largest_group * 4]))
 
     def reserve_bucket(self) -> None:
-        """The flat buffer of gradients on their way; a CPU's is counted as it is filled, see `gradients`."""
+        """The flat buffer of gradients on their way; a CPU's is counted as it is filled, see Gradients."""
         if self.device is not self.host:
             twice = 2 if self.overlaps and self.layout.zero_stage < 3 else 1
             self.device.hold("gradient bucket", blocks([self.bucket * self.layout.width] * twice))
@@ -169,7 +169,7 @@ class Miniature:
         self.device.drop("gathered parameters", "gather buffer")
 
     def steps(self, stage: Stage) -> None:
-        """A stage's steps: two are enough, as the second one meets what the first one made."""
+        """A stage's steps. Two are enough: the second one starts with all that the first one left in memory."""
         which: Pass = "stage2" if stage.trains_backbone else "stage1"
         for _ in range(min(2, stage.num_steps)):
             self.gather()

@@ -29,7 +29,7 @@ Pass = Literal["embed", "stage1", "stage2"]
 
 
 class Event(NamedTuple):
-    """take, give: so many bytes in one block are allocated, freed; gradient: so many bytes of a parameter's is done."""
+    """take, give: so many bytes in one block are allocated, freed; gradient: a parameter's gradient of so many bytes is ready."""
 
     kind: Kind
     num_bytes: int
@@ -121,7 +121,7 @@ class StepTracer:
 
 
 class _Watch(TorchDispatchMode):
-    """Writes down every storage that an operator makes, and when it dies; the model's own are no news."""
+    """Writes down every storage that an operator makes, and when it is freed; those of the model itself are left out."""
 
     def __init__(self, model: nn.Module, events: list[Event]):
         super().__init__()
@@ -136,7 +136,7 @@ class _Watch(TorchDispatchMode):
         return out
 
     def close(self) -> None:
-        """What dies from now on is no part of the pass."""
+        """Ignore what is freed from now on: the pass is over."""
         self._events = None
 
     def _see(self, tensor: Tensor) -> None:
@@ -155,7 +155,7 @@ class _Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No notes of the fake tensors' own."""
+    """Silence the log of torch's fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -163,12 +163,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def peak(events: list[Event]) -> int:
-    """Largest sum of bytes that are held at a time."""
-    held = highest = 0
-    for kind, num_bytes in events:
-        held += {"take": num_bytes, "give": -num_bytes, "gradient": 0}[kind]
-        highest = max(highest, held)
-    return highest

@@ -1,9 +1,9 @@
-"""`feddra-ds doctor --plan`: a rank's peak memory by purpose, whether it fits, and which keys to change where it does not."""
+"""A memory plan beside a machine: whether it fits, and which keys of the config to change where it does not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -56,6 +56,25 @@ class Verdict:
     clients_per_slot: int
     short: str | None
     changes: list[Change]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON-ready data; bytes."""
+        plan = self.plan
+        return {
+            "fits": self.short is None,
+            "short": self.short,
+            "ranks_per_slot": self.ranks_per_slot,
+            "clients_per_slot": self.clients_per_slot,
+            "parameters": plan.parameters,
+            "trained": plan.trained,
+            "machine": asdict(self.machine),
+            "peak": {where: plan.bytes_of(where) for where in ("device", "host")},
+            "phases": {
+                where: {name: high.total for name, high in getattr(plan, where).items()} for where in ("device", "host")
+            },
+            "items": {where: high.items for where in ("device", "host") if (high := plan.peak(where)) is not None},
+            "changes": [asdict(change) for change in self.changes],
+        }
 
 
 def machine_here(device: str, num_ranks: int, gpu_gib: float | None) -> Machine:

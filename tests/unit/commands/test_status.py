@@ -16,7 +16,7 @@ import pytest
 from run_helpers import make_config, make_line, make_run
 
 from feddra_ds.cli import main
-from feddra_ds.commands.status import describe
+from feddra_ds.report.standing import standing
 from feddra_ds.run.files import open_run
 
 
@@ -77,9 +77,9 @@ def test_a_running_run(run_with: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_estimate_shrinks_with_the_time_since_it_was_made(run_with: Any) -> None:
-    told = describe(open_run(run_with(1, running(time=time.time() - 30))))
+    told = standing(open_run(run_with(1, running(time=time.time() - 30))))
     assert told["seconds_left"] == pytest.approx(60, abs=2)
-    assert describe(open_run(run_with(1, running(time=time.time() - 300))))["seconds_left"] == 0
+    assert standing(open_run(run_with(1, running(time=time.time() - 300))))["seconds_left"] == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import yaml
 
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.tree import merge, set_path
-from feddra_ds.config.load import dump, from_dict, known_keys, load
+from feddra_ds.config.load import class_of, dump, from_dict, known_keys, load
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 ROOT = {"data": {"root": "x"}}
@@ -127,4 +127,4 @@ def test_the_reference_is_up_to_date() -> None:
     from feddra_ds.config.reference import reference
 
     text = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
-    assert text == reference(), "run: python -m feddra_ds.config.reference > docs/configuration.md"
+    assert text == reference(class_of()), "run: feddra-ds config reference > docs/configuration.md"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import tarfile
@@ -16,16 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from feddra_ds.cli import main
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.loading.images import BadSample
-from feddra_ds.data.sources import convert
+from feddra_ds.data.sources.ingest import encode_image
 from feddra_ds.data.sources.split import choose_validation, components
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
-    return convert.run(parser.parse_args(list(words)))
+    return main(["data", "convert", *words])
 
 
 @pytest.fixture
@@ -278,23 +276,23 @@ def stored(image: Image.Image, form: str, **options: object) -> bytes:
 
 def test_images_are_kept_shrunk_turned_or_made_png() -> None:
     jpeg, png = encoded(1, (100, 60)), encoded(1, (100, 60), "PNG")
-    assert convert.encode_image(jpeg, None) == (jpeg, "jpg")
-    assert convert.encode_image(png, 60) == (png, "png")
-    small, suffix = convert.encode_image(jpeg, 30)
+    assert encode_image(jpeg, None) == (jpeg, "jpg")
+    assert encode_image(png, 60) == (png, "png")
+    small, suffix = encode_image(jpeg, 30)
     assert (Image.open(io.BytesIO(small)).size, suffix) == ((50, 30), "jpg")
     turned = Image.Exif()
     turned[0x0112] = 6
-    upright, _ = convert.encode_image(stored(Image.new("RGB", (100, 60)), "JPEG", exif=turned), None)
+    upright, _ = encode_image(stored(Image.new("RGB", (100, 60)), "JPEG", exif=turned), None)
     assert Image.open(io.BytesIO(upright)).size == (60, 100)
     for form in ("BMP", "TIFF", "WEBP"):
-        data, suffix = convert.encode_image(stored(Image.new("RGB", (20, 10), (9, 200, 30)), form), None)
+        data, suffix = encode_image(stored(Image.new("RGB", (20, 10), (9, 200, 30)), form), None)
         assert suffix == "png"
         assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - (9, 200, 30)).max() < 12
     deep = Image.fromarray((np.arange(6400).reshape(80, 80) * 10).astype(np.uint16))
-    data, _ = convert.encode_image(stored(deep, "PNG"), 40)
+    data, _ = encode_image(stored(deep, "PNG"), 40)
     grey = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
     assert (grey.min() < 10, grey.max() > 245) == (True, True)
-    assert Image.open(io.BytesIO(convert.encode_image(stored(Image.new("1", (64, 64), 1), "PNG"), 16)[0])).mode == "L"
+    assert Image.open(io.BytesIO(encode_image(stored(Image.new("1", (64, 64), 1), "PNG"), 16)[0])).mode == "L"
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -308,7 +306,7 @@ def test_images_are_kept_shrunk_turned_or_made_png() -> None:
 )
 def test_images_that_cannot_be_stored(data: Callable[[], bytes], reason: str) -> None:
     with pytest.raises(BadSample) as caught:
-        convert.encode_image(data(), None)
+        encode_image(data(), None)
     assert caught.value.reason == reason
 
 

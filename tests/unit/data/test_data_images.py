@@ -11,10 +11,11 @@ from data_helpers import MEAN, STD, encoded, huge_png
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.loading.batch import Batch
-from feddra_ds.data.loading.images import Augment, BadSample, evaluation_pixels, open_image, to_rgb, training_pixels
+from feddra_ds.data.loading.images import BadSample, evaluation_pixels, open_image, to_rgb, training_pixels
 
-PLAIN = Augment()
+PLAIN = AugmentConfig(crop_scale=1.0, flip=False, brightness=0.0)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_training_without_augmentation_equals_evaluation() -> None:
 
 
 def test_augmentation_is_a_function_of_its_seed() -> None:
-    data, augment = encoded(1, (60, 45)), Augment(0.5, True, 0.2)
+    data, augment = encoded(1, (60, 45)), AugmentConfig(crop_scale=0.5, flip=True, brightness=0.2)
     first = training_pixels(data, 16, augment, 0, "client", 2, 5)
     assert np.array_equal(first, training_pixels(data, 16, augment, 0, "client", 2, 5))
     others = [training_pixels(data, 16, augment, 0, "client", epoch, 5) for epoch in range(3, 8)]
@@ -48,9 +49,11 @@ def test_augmentation_is_a_function_of_its_seed() -> None:
 def test_each_augmentation_acts() -> None:
     data = encoded(2, (64, 64), "PNG")
     whole = evaluation_pixels(data, 16).astype(int)
-    flips = [np.array_equal(training_pixels(data, 16, Augment(1.0, True), s), whole[:, :, ::-1]) for s in range(40)]
+    mirrored = AugmentConfig(crop_scale=1.0, flip=True, brightness=0.0)
+    flips = [np.array_equal(training_pixels(data, 16, mirrored, s), whole[:, :, ::-1]) for s in range(40)]
     assert 10 < sum(flips) < 30
-    brighter = [training_pixels(data, 16, Augment(1.0, False, 0.3), s).mean() - whole.mean() for s in range(40)]
+    lit = AugmentConfig(crop_scale=1.0, flip=False, brightness=0.3)
+    brighter = [training_pixels(data, 16, lit, s).mean() - whole.mean() for s in range(40)]
     assert min(brighter) < -10 < 10 < max(brighter)
     assert max(abs(b) for b in brighter) < 0.3 * 255
 
@@ -61,9 +64,10 @@ def test_crops_have_the_area_asked_for_and_lie_inside(scale: float) -> None:
     x, y = np.meshgrid(np.arange(200), np.arange(200))
     out = io.BytesIO()
     Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8)).save(out, "PNG")
+    cropped = AugmentConfig(crop_scale=scale, flip=False, brightness=0.0)
     areas = []
     for seed in range(30):
-        pixels = training_pixels(out.getvalue(), 50, Augment(scale), seed).astype(float)
+        pixels = training_pixels(out.getvalue(), 50, cropped, seed).astype(float)
         width, height = ((pixels[c].max() - pixels[c].min()) / 200 * 50 / 49 for c in (0, 1))
         areas.append(width * height)
         assert 0.72 < width / height < 1.39

@@ -87,17 +87,17 @@ def test_a_client_smaller_than_a_batch_is_refused_by_name() -> None:
         Order(0, "small", 3, 4)
 
 
-def test_substitutes_reach_everyone_and_slots_do_not_collide() -> None:
+def test_substitutes_reach_everyone_and_entries_do_not_collide() -> None:
     order = Order(0, "a", 30, 4)
     position = Position(0, 2)
     own = set(order.batch(position)[:, 1].tolist())
-    streams = [list(order.substitutes(position, slot)) for slot in range(4)]
+    streams = [list(order.substitutes(position, entry)) for entry in range(4)]
     for stream in streams:
         assert set(stream) == set(range(30))
     heads = [stream[k] for stream in streams for k in range(5)]
     assert not set(heads) & own
     assert len(set(heads)) == len(heads)
-    assert streams == [list(Order(0, "a", 30, 4).substitutes(position, slot)) for slot in range(4)]
+    assert streams == [list(Order(0, "a", 30, 4).substitutes(position, entry)) for entry in range(4)]
 
 
 def test_substitutes_of_the_smallest_clients() -> None:
@@ -116,13 +116,13 @@ def test_evaluation_sample_is_fixed_without_repeats_and_nested() -> None:
 
 def test_evaluation_substitutes_are_outside_the_list_or_else_outside_the_batch() -> None:
     part = EvaluationOrder(0, "a", 40, 10, 4)
-    heads = [next(part.substitutes(slot)) for slot in range(10)]
+    heads = [next(part.substitutes(entry)) for entry in range(10)]
     assert not set(heads) & set(part.samples.tolist())
     assert len(set(heads)) == 10
     whole = EvaluationOrder(0, "a", 12, None, 4)
-    for slot in range(12):
-        batch = whole.samples[slot // 4 * 4 : slot // 4 * 4 + 4].tolist()
-        assert next(whole.substitutes(slot)) not in batch
+    for entry in range(12):
+        batch = whole.samples[entry // 4 * 4 : entry // 4 * 4 + 4].tolist()
+        assert next(whole.substitutes(entry)) not in batch
 
 
 def test_a_large_client_is_affordable() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -10,15 +9,14 @@ import numpy as np
 import pytest
 from data_helpers import make_dataset
 
+from feddra_ds.cli import main
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.data.sources import partition
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    partition.add_arguments(parser)
-    return partition.run(parser.parse_args(list(words)))
+    return main(["data", "partition", *words])
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import http.server
 import socket
 import sys
@@ -12,14 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from data_helpers import client_data, make_dataset
+from data_helpers import client_data, make_dataset, preflight_lines
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.config.load import from_dict
+from feddra_ds.config.schema import StreamingConfig
+from feddra_ds.data.format import remote
 from feddra_ds.data.format.dataset import Dataset, open_dataset
-from feddra_ds.data.format.preflight import preflight
-from feddra_ds.data.format.remote import FetchAhead, RemoteOptions, Store, is_remote
+from feddra_ds.data.format.remote import FetchAhead, Store, is_remote
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.run.checks import check
 
 CHECK = {"batch_size": 4, "eval_batch_size": 2, "eval_split": None, "verify": False}
 
@@ -65,9 +68,14 @@ def server(folder: Path) -> Iterator[Server]:
     server.server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
+
+
 @pytest.fixture
-def options(tmp_path: Path) -> RemoteOptions:
-    return RemoteOptions(timeout_s=1.0, retries=3, first_pause_s=0.01, cache_dir=str(tmp_path / "cache"))
+def options(tmp_path: Path) -> StreamingConfig:
+    return StreamingConfig(timeout_s=1.0, retries=3, cache_dir=str(tmp_path / "cache"))
 
 
 def contents(dataset: Dataset) -> dict[str, tuple[bytes | None, bytes | None]]:
@@ -99,15 +107,15 @@ def cut_every_third(handler: http.server.BaseHTTPRequestHandler, number: int) ->
 
 
 @pytest.mark.parametrize("behave", [lambda h, n: False, every_third_fails, cut_every_third], ids=["good", "503", "cut"])
-def test_everything_arrives(server: Server, folder: Path, options: RemoteOptions, behave) -> None:
+def test_everything_arrives(server: Server, folder: Path, options: StreamingConfig, behave) -> None:
     server.behave = behave
-    assert preflight(server.address, None, **CHECK, options=options) == []
+    assert preflight_lines(server.address, None, **CHECK, options=options) == []
     dataset = open_dataset(server.address, options=options)
     assert dataset.client_ids == ["a", "b"]
     assert contents(dataset) == contents(open_dataset(folder))
 
 
-def test_a_second_reader_uses_the_cache(server: Server, options: RemoteOptions) -> None:
+def test_a_second_reader_uses_the_cache(server: Server, options: StreamingConfig) -> None:
     first = contents(open_dataset(server.address, options=options))
     fetched = len([r for r in server.requests if r.endswith(".tar")])
     assert fetched == len(set(server.requests) - {"/dataset.json", "/a/index.json", "/b/index.json"})
@@ -115,14 +123,27 @@ def test_a_second_reader_uses_the_cache(server: Server, options: RemoteOptions) 
     assert len([r for r in server.requests if r.endswith(".tar")]) == fetched
 
 
-def test_a_server_that_hangs_ends_in_a_named_error_within_the_bound(server: Server, options: RemoteOptions) -> None:
+def test_a_run_opens_its_dataset_once(server: Server, options: StreamingConfig, tmp_path: Path) -> None:
+    user = {
+        "run": {"output_dir": str(tmp_path / "run"), "device": "cpu"},
+        "data": {"root": server.address, "batch_size": 4, "streaming": options.model_dump()},
+        "clients": {"ids": ["b"]},
+        "dro": {"evaluation_batch_size": 4},
+        "evaluation": {"every": 0},
+    }
+    dataset, ids, _ = check(from_dict(user), Launch(0, 1, 0, "127.0.0.1", 0))
+    assert (ids, dataset.client_ids, len(dataset.samples("b", "train"))) == (["b"], ["b"], 8)
+    assert server.requests == ["/dataset.json", "/b/index.json"]
+
+
+def test_a_server_that_hangs_ends_in_a_named_error_within_the_bound(server: Server, options: StreamingConfig) -> None:
     stop = threading.Event()
 
     def hang(handler: http.server.BaseHTTPRequestHandler, number: int) -> bool:
         return handler.path.endswith(".tar") and (stop.wait(30) or True)
 
     server.behave = hang
-    dataset = open_dataset(server.address, options=dataclasses.replace(options, timeout_s=0.4, retries=2))
+    dataset = open_dataset(server.address, options=options.model_copy(update=dict(timeout_s=0.4, retries=2)))
     start = time.monotonic()
     with pytest.raises(
         DataError,
@@ -146,15 +167,15 @@ def test_a_library_that_ignores_timeouts_is_bounded_too(tmp_path: Path) -> None:
             raise AssertionError
 
     fsspec.register_implementation("stuck", Stuck, clobber=True)
-    options = RemoteOptions(timeout_s=0.3, retries=1, first_pause_s=0.01, cache_dir=str(tmp_path))
+    options = StreamingConfig(timeout_s=0.3, retries=1, cache_dir=str(tmp_path))
     start = time.monotonic()
-    lines = preflight("stuck://bucket/data", None, **CHECK, options=options)
+    lines = preflight_lines("stuck://bucket/data", None, **CHECK, options=options)
     assert time.monotonic() - start < 5
     assert len(lines) == 1
     assert lines[0].startswith("data.root: stuck://bucket/data/dataset.json: not fetched in 2 attempts")
 
 
-def test_object_stores_through_fsspec(folder: Path, options: RemoteOptions) -> None:
+def test_object_stores_through_fsspec(folder: Path, options: StreamingConfig) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -163,30 +184,30 @@ def test_object_stores_through_fsspec(folder: Path, options: RemoteOptions) -> N
             memory.pipe(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
     dataset = open_dataset("memory://bucket", ["b"], options)
     assert len(contents(dataset)) == 8
-    (line,) = preflight("memory://nowhere", None, **CHECK, options=options)
+    (line,) = preflight_lines("memory://nowhere", None, **CHECK, options=options)
     assert line.startswith("data.root: memory://nowhere/dataset.json: FileNotFoundError")
-    (line,) = preflight("s4://bucket/data", None, **CHECK, options=options)
+    (line,) = preflight_lines("s4://bucket/data", None, **CHECK, options=options)
     assert line.startswith("data.root: s4://bucket/data/dataset.json: Protocol not known: s4")
 
 
-def test_a_missing_file_is_said_at_once(server: Server, options: RemoteOptions) -> None:
-    (line,) = preflight(f"{server.address}/nothing", None, **CHECK, options=options)
+def test_a_missing_file_is_said_at_once(server: Server, options: StreamingConfig) -> None:
+    (line,) = preflight_lines(f"{server.address}/nothing", None, **CHECK, options=options)
     assert line == f"data.root: {server.address}/nothing/dataset.json: the server says 404 File not found"
     assert len(server.requests) == 1, "a 404 is not tried again"
-    (line,) = preflight(server.address, ["a", "c"], **CHECK, options=options)
+    (line,) = preflight_lines(server.address, ["a", "c"], **CHECK, options=options)
     assert line == f"clients.ids: no client c under {server.address}; there are: a, b"
 
 
-def test_nobody_listening(options: RemoteOptions) -> None:
+def test_nobody_listening(options: StreamingConfig) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (line,) = preflight(f"http://127.0.0.1:{port}/data", None, **CHECK, options=options)
+    (line,) = preflight_lines(f"http://127.0.0.1:{port}/data", None, **CHECK, options=options)
     assert "not fetched in 4 attempts" in line
     assert "Connection refused" in line
 
 
-def test_wrong_bytes_are_never_used(server: Server, options: RemoteOptions) -> None:
+def test_wrong_bytes_are_never_used(server: Server, options: StreamingConfig) -> None:
     def damage(handler: http.server.BaseHTTPRequestHandler, number: int) -> bool:
         if not handler.path.endswith(".tar"):
             return False
@@ -206,7 +227,7 @@ def test_wrong_bytes_are_never_used(server: Server, options: RemoteOptions) -> N
         dataset.samples("a", "train").read_image(0)
     assert any(
         "sha256 differs" in line
-        for line in preflight(server.address, ["a"], **CHECK | {"verify": True}, options=options)
+        for line in preflight_lines(server.address, ["a"], **CHECK | {"verify": True}, options=options)
     )
     short = server.behave
     server.behave = lambda h, n: (
@@ -229,11 +250,11 @@ def test_wrong_bytes_are_never_used(server: Server, options: RemoteOptions) -> N
         ("dataset.json", "{"),
     ],
 )
-def test_a_bad_description_is_refused(tmp_path: Path, options: RemoteOptions, name: str, content: str) -> None:
+def test_a_bad_description_is_refused(tmp_path: Path, options: StreamingConfig, name: str, content: str) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / name).write_text(content)
     server = Server(tmp_path / "bad")
-    (line,) = preflight(server.address, None, **CHECK, options=options)
+    (line,) = preflight_lines(server.address, None, **CHECK, options=options)
     assert line.startswith("data.root: ")
     server.server.shutdown()
 
@@ -253,21 +274,21 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path, folder: Path, file
         open_dataset(tmp_path / "data").samples("b", "train")
 
 
-def test_pipes_are_refused_unless_opted_in(folder: Path, options: RemoteOptions, tmp_path: Path) -> None:
+def test_pipes_are_refused_unless_opted_in(folder: Path, options: StreamingConfig, tmp_path: Path) -> None:
     root = f"pipe:cat {folder}/{{path}}"
     assert is_remote(root)
-    (line,) = preflight(root, None, **CHECK, options=options)
+    (line,) = preflight_lines(root, None, **CHECK, options=options)
     assert line.startswith("data.root: pipe: runs a program here; it is refused")
-    allowed = dataclasses.replace(options, allow_pipe=True)
-    (line,) = preflight("pipe:cat x", None, **CHECK, options=allowed)
+    allowed = options.model_copy(update=dict(allow_pipe=True))
+    (line,) = preflight_lines("pipe:cat x", None, **CHECK, options=allowed)
     assert "needs {path}" in line
     assert contents(open_dataset(root, options=allowed)) == contents(open_dataset(folder))
-    (line,) = preflight(f"pipe:{sys.executable} -c exit(3) {{path}}", None, **CHECK, options=allowed)
+    (line,) = preflight_lines(f"pipe:{sys.executable} -c exit(3) {{path}}", None, **CHECK, options=allowed)
     assert "ended with status 3" in line
 
 
-def test_the_cache_stays_within_its_bytes_and_drops_the_oldest(server: Server, options: RemoteOptions) -> None:
-    dataset = open_dataset(server.address, ["a"], dataclasses.replace(options, cache_bytes=45_000))
+def test_the_cache_stays_within_its_bytes_and_drops_the_oldest(server: Server, options: StreamingConfig) -> None:
+    dataset = open_dataset(server.address, ["a"], options.model_copy(update=dict(cache_bytes=45_000)))
     part = dataset.samples("a", "train")
     store = dataset.store
     assert store is not None
@@ -280,7 +301,7 @@ def test_the_cache_stays_within_its_bytes_and_drops_the_oldest(server: Server, o
     assert not store.copy_of(part.paths[0]).exists()
 
 
-def test_two_readers_fetch_a_shard_once(server: Server, options: RemoteOptions) -> None:
+def test_two_readers_fetch_a_shard_once(server: Server, options: StreamingConfig) -> None:
     server.behave = lambda handler, number: time.sleep(0.2) or False
     dataset = open_dataset(server.address, ["a"], options)
     part = dataset.samples("a", "train")
@@ -294,14 +315,14 @@ def test_two_readers_fetch_a_shard_once(server: Server, options: RemoteOptions) 
     assert server.requests.count("/a/train-000000.tar") == 1
 
 
-def test_waiting_for_another_reader_has_a_bound(server: Server, options: RemoteOptions, tmp_path: Path) -> None:
+def test_waiting_for_another_reader_has_a_bound(server: Server, options: StreamingConfig, tmp_path: Path) -> None:
     import fcntl
 
     dataset = open_dataset(server.address, ["a"], options)
     part = dataset.samples("a", "train")
     store = dataset.store
     assert store is not None
-    store.options = dataclasses.replace(options, timeout_s=0.02, retries=0)
+    store.options = options.model_copy(update=dict(timeout_s=0.02, retries=0))
     path = store.copy_of(part.paths[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -330,7 +351,7 @@ def test_fetching_ahead_runs_in_order_and_survives_failures() -> None:
     assert seen == ["one", "bad", "two", "three"]
 
 
-def test_a_store_can_be_sent_to_workers(server: Server, options: RemoteOptions) -> None:
+def test_a_store_can_be_sent_to_workers(server: Server, options: StreamingConfig) -> None:
     dataset = open_dataset(server.address, ["a"], options)
     with DecodePool(1, 2) as pool:
         (batch,) = client_data(dataset, ["a"], pool=pool).batches(Position(), 1)

@@ -11,12 +11,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data_helpers import encoded, make_dataset
+from data_helpers import encoded, make_dataset, preflight_lines
 
 from feddra_ds.cli import main
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import open_dataset
-from feddra_ds.data.format.preflight import preflight
 from feddra_ds.data.format.samples import text_id
 from feddra_ds.data.format.writer import DatasetWriter, index_folder, safe_name
 
@@ -121,18 +120,16 @@ def test_client_names_become_safe_folders() -> None:
 
 
 def test_a_dataset_without_problems(root: Path) -> None:
-    assert preflight(root, None, **CHECK | {"verify": True}) == []
-    assert preflight(root, ["beta"], **CHECK) == []
+    assert preflight_lines(root, None, **CHECK | {"verify": True}) == []
+    assert preflight_lines(root, ["beta"], **CHECK) == []
 
 
 def test_missing_root_and_missing_client(root: Path) -> None:
-    (line,) = preflight(root.parent / "dat", None, **CHECK)
+    (line,) = preflight_lines(root.parent / "dat", None, **CHECK)
     assert line.startswith("data.root: ")
     assert line.endswith(f"is not a folder; did you mean {root}?")
-    (line,) = preflight(root, ["alpha", "betta"], **CHECK)
+    (line,) = preflight_lines(root, ["alpha", "betta"], **CHECK)
     assert line == f"clients.ids: no client betta under {root}; did you mean beta? there are: alpha, beta"
-    (line,) = preflight(None, None, **CHECK)
-    assert line.startswith("data.root: is needed")
     with pytest.raises(DataError, match="no client gamma"):
         open_dataset(root, ["gamma"])
     with pytest.raises(DataError, match="is not a folder"):
@@ -141,32 +138,32 @@ def test_missing_root_and_missing_client(root: Path) -> None:
 
 def test_a_client_whose_folder_is_gone_is_missed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "beta")
-    (line,) = preflight(root, None, **CHECK)
+    (line,) = preflight_lines(root, None, **CHECK)
     assert "dataset.json names beta, but there is no such folder" in line
-    assert preflight(root, ["alpha"], **CHECK) == []  # said by the user
+    assert preflight_lines(root, ["alpha"], **CHECK) == []  # said by the user
     assert main(["data", "inspect", str(root)]) == 1
     assert "dataset.json names beta" in capsys.readouterr().out
 
 
 def test_a_root_without_clients(tmp_path: Path) -> None:
-    (line,) = preflight(tmp_path, None, **CHECK)
+    (line,) = preflight_lines(tmp_path, None, **CHECK)
     assert "no folder under" in line
     make_dataset(tmp_path / "data", {"a": {"train": 4, "val": 1}})
-    (line,) = preflight(tmp_path / "data", [], **CHECK)
+    (line,) = preflight_lines(tmp_path / "data", [], **CHECK)
     assert line.startswith("clients.ids: ")
 
 
 def test_counts_that_cannot_work_are_named(root: Path, tmp_path: Path) -> None:
-    small, _ = preflight(root, None, **CHECK | {"batch_size": 6, "eval_split": "test"})
+    small, _ = preflight_lines(root, None, **CHECK | {"batch_size": 6, "eval_split": "test"})
     assert small.startswith("data.batch_size: fewer train pairs than a batch of 6: beta (5); lower")
-    lines = preflight(root, None, **CHECK | {"eval_batch_size": 9, "eval_split": None})
+    lines = preflight_lines(root, None, **CHECK | {"eval_batch_size": 9, "eval_split": None})
     assert lines == ["dro.evaluation_batch_size: fewer train pairs than 9: beta (5); set it to 5 or less"]
-    (line,) = preflight(root, None, **CHECK | {"eval_split": "test"})
+    (line,) = preflight_lines(root, None, **CHECK | {"eval_split": "test"})
     assert line.startswith(
         "evaluation.split: no test split: alpha, beta; convert with --val-fraction, or set evaluation.every=0"
     )
-    assert preflight(root, None, **CHECK | {"batch_size": 17}, pooled=True) == []
-    (line,) = preflight(root, None, **CHECK | {"batch_size": 18}, pooled=True)
+    assert preflight_lines(root, None, **CHECK | {"batch_size": 17}, pooled=True) == []
+    (line,) = preflight_lines(root, None, **CHECK | {"batch_size": 18}, pooled=True)
     assert "alpha+beta (17)" in line
 
 
@@ -181,7 +178,7 @@ def test_counts_that_cannot_work_are_named(root: Path, tmp_path: Path) -> None:
 def test_damaged_shards_are_named(root: Path, damage, message: str) -> None:
     path = root / "alpha" / "train-000000.tar"
     damage(path)
-    (line,) = preflight(root, None, **CHECK)
+    (line,) = preflight_lines(root, None, **CHECK)
     assert line.startswith(f"{path}: ")
     assert re.search(message, line), line
 
@@ -191,9 +188,9 @@ def test_a_changed_byte_is_found_by_verify_only(root: Path) -> None:
     with path.open("r+b") as file:
         file.seek(700)
         file.write(b"\x00\x01\x02")
-    assert preflight(root, None, **CHECK) == []
+    assert preflight_lines(root, None, **CHECK) == []
     seen: list[str] = []
-    (line,) = preflight(root, None, **CHECK | {"verify": True}, progress=seen.append)
+    (line,) = preflight_lines(root, None, **CHECK | {"verify": True}, progress=seen.append)
     assert line.startswith(f"{path}: sha256 differs from index.json")
     assert "beta/val-000000.tar" in seen
     path.unlink()
@@ -211,7 +208,7 @@ def test_a_changed_byte_is_found_by_verify_only(root: Path) -> None:
 )
 def test_broken_json_is_named(root: Path, name: str, content: str, message: str) -> None:
     (root / name).write_text(content)
-    lines = preflight(root, None, **CHECK)
+    lines = preflight_lines(root, None, **CHECK)
     assert len(lines) == 1
     assert lines[0].startswith(f"{root / name}: ")
     assert re.search(message, lines[0])
@@ -221,14 +218,14 @@ def test_an_empty_shard_is_named(root: Path) -> None:
     index = json.loads((root / "alpha" / "index.json").read_text())
     index["splits"]["val"]["shards"][0]["samples"] = 0
     (root / "alpha" / "index.json").write_text(json.dumps(index))
-    (line,) = preflight(root, None, **CHECK)
+    (line,) = preflight_lines(root, None, **CHECK)
     assert line.startswith(f"{root / 'alpha' / 'val-000000.tar'}: is an empty shard")
 
 
 def test_an_unreadable_index_is_named(root: Path) -> None:
     (root / "alpha" / "index.json").unlink()
     (root / "alpha" / "index.json").mkdir()
-    lines = preflight(root, ["alpha"], **CHECK)
+    lines = preflight_lines(root, ["alpha"], **CHECK)
     assert lines[0].startswith("clients.ids: no client alpha")
     dataset = open_dataset(root, ["beta"])
     (root / "beta" / "index.json").unlink()
@@ -244,7 +241,7 @@ def test_a_missing_split_is_named(root: Path) -> None:
 def test_tars_made_elsewhere_get_an_index(root: Path, tmp_path: Path) -> None:
     before = open_dataset(root).samples("alpha", "train")
     (root / "alpha" / "index.json").rename(tmp_path / "old.json")
-    (line,) = preflight(root, ["alpha"], **CHECK)
+    (line,) = preflight_lines(root, ["alpha"], **CHECK)
     assert line.startswith("clients.ids: no client alpha")
     assert index_folder(root / "alpha") == {"train": 12, "val": 3}
     after = open_dataset(root).samples("alpha", "train")
@@ -256,7 +253,7 @@ def test_tars_made_elsewhere_get_an_index(root: Path, tmp_path: Path) -> None:
 def test_a_folder_of_bare_tars_is_pointed_to_the_indexer(root: Path) -> None:
     for name in ("alpha", "beta"):
         (root / name / "index.json").unlink()
-    (line,) = preflight(root, None, **CHECK)
+    (line,) = preflight_lines(root, None, **CHECK)
     assert "alpha has no index.json; `feddra-ds data inspect" in line
     os.truncate(root / "alpha" / "train-000000.tar", 1000)
     with pytest.raises(DataError, match=r"train-000000.tar: is not a whole, uncompressed tar"):

@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feddra_ds.common.errors import DataError
-from feddra_ds.config.schema import DataConfig
+from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format.dataset import Dataset
-from feddra_ds.data.format.remote import RemoteOptions
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import EvaluationOrder, Position
 from feddra_ds.data.loading.pool import DecodePool
-from feddra_ds.data.loading.streaming import StreamingData, build_data, options_of
+from feddra_ds.data.loading.streaming import StreamingData, build_data
 from feddra_ds.data.loading.streaming_order import StreamOrder, shuffle_through_buffer, split_shards
 
 
@@ -117,7 +116,7 @@ def test_substitutes_come_from_shards_at_hand_first() -> None:
     position = order.advance(Position(), 3)
     own = set(order.batch(position)[:, 1].tolist())
     here = {int(SHARDS[s]) for s in own}
-    streams = [list(order.substitutes(position, slot)) for slot in range(8)]
+    streams = [list(order.substitutes(position, entry)) for entry in range(8)]
     for stream in streams:
         assert set(stream) == set(range(80))
         assert int(SHARDS[stream[0]]) in here
@@ -214,17 +213,6 @@ def test_the_config_chooses_the_order(dataset: Dataset) -> None:
         assert type(build_data(dataset, ["a"], "train", config=config, **common)) is kind
 
 
-def test_options_come_from_the_config_section() -> None:
-    class Section:
-        timeout_s, shuffle_buffer, allow_pipe = 3.0, 5, True
-
-    class Config:
-        streaming = Section()
-
-    assert options_of(Config()) == RemoteOptions(timeout_s=3.0, shuffle_buffer=5, allow_pipe=True)
-    assert isinstance(options_of(DataConfig()), RemoteOptions)
-
-
 def test_a_large_client_streams_cheaply() -> None:
     """200,000 pairs in 400 shards: a position late in the run is reached in a second or two."""
     shard_of = np.repeat(np.arange(400), 500)
@@ -236,4 +224,4 @@ def test_a_large_client_streams_cheaply() -> None:
 
 def test_local_roots_take_options_too(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d", {"a": {"train": 8}})
-    assert Dataset(tmp_path / "d", options=RemoteOptions(shuffle_buffer=7)).options.shuffle_buffer == 7
+    assert Dataset(tmp_path / "d", options=StreamingConfig(shuffle_buffer=7)).options.shuffle_buffer == 7

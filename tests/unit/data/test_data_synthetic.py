@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 from collections import Counter
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from feddra_ds.cli import main
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.synthetic import hospitals
 from feddra_ds.data.synthetic.image import _anatomy, render
@@ -31,9 +31,7 @@ from feddra_ds.data.synthetic.scene import (
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    hospitals.add_arguments(parser)
-    return hospitals.run(parser.parse_args(list(words)))
+    return main(["data", "synth", *words])
 
 
 @pytest.fixture(scope="module")

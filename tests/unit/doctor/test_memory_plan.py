@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import Config
 from feddra_ds.doctor.memory.ledger import KEPT, LARGE, Blocks, Ledger, blocks
 from feddra_ds.doctor.memory.plan import MemoryPlan, plan_memory
-from feddra_ds.doctor.memory.trace import Event, Sizes, StepTracer, peak
+from feddra_ds.doctor.memory.trace import Event, Sizes, StepTracer
 from feddra_ds.doctor.memory.verdict import Machine, judge
 from feddra_ds.engine.optimizer import bucket_elements, parameter_groups
 from feddra_ds.model.build import model_of, tokenizer_of
@@ -42,6 +43,12 @@ def meta_model(c: Config) -> Any:
     tokenizer = tokenizer_of(c)
     with torch.device("meta"):
         return model_of(c, tokenizer)
+
+
+def peak(events: list[Event]) -> int:
+    """Most bytes that are held at a time."""
+    sign = {"take": 1, "give": -1, "gradient": 0}
+    return max(accumulate(sign[kind] * num_bytes for kind, num_bytes in events))
 
 
 def planned(ranks: int = 1, clients: int = 1, device: str = "cpu", **changes: Any) -> MemoryPlan:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from feddra_ds.evaluation.gallery import Gallery
-from feddra_ds.evaluation.models import Models
-from feddra_ds.evaluation.retrieval import (
-    ABOVE,
-    BELOW,
-    POOLED,
-    UNSURE,
-    across,
-    evaluate,
-    join,
-    joint_verdict,
-    retrieve,
-    shuffle,
-    skill,
-)
+from feddra_ds.evaluation.retrieval import across, join, measure_retrieval, retrieve, shuffle, skill
+from feddra_ds.evaluation.verdict import ABOVE, BELOW, POOLED, UNSURE, joint_verdict
 
 
 def gallery(client: str, n: int, seed: int, noise: float) -> Gallery:
@@ -46,13 +32,9 @@ def gallery(client: str, n: int, seed: int, noise: float) -> Gallery:
     )
 
 
-def models(*, shared: bool = True) -> Models:
-    return Models(Path("run"), {"": Path("run/model")} if shared else {}, None, torch.device("cpu"))
-
-
 def told(galleries: dict[str, Gallery], *, shuffled: bool = False, shared: bool = True, **more: Any) -> dict[str, Any]:
     pieces: dict[str, Any] = {"held_out": [], "draws": 300, "seed": 0, "shuffled": shuffled} | more
-    return evaluate(models(shared=shared), galleries, pieces.pop("held_out"), **pieces)
+    return measure_retrieval(galleries, pieces.pop("held_out"), one_model=shared, **pieces)
 
 
 def test_a_model_that_knows_and_one_that_does_not() -> None:

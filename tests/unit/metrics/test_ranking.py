@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,17 @@ def test_chance_equals_random_orders() -> None:
         assert found.chance(k).mean() == pytest.approx((np.mean(by_text) + np.mean(by_image)) / 2, abs=0.01)
 
 
+@pytest.mark.parametrize("n", [12, 700, 40000])
+def test_chance_is_the_share_of_all_orders(n: int) -> None:
+    positives = np.array([1, 2, 5, 11])
+    gallery = np.concatenate([np.repeat(m, m) for m in positives] + [np.ones(n, int)])[:n]
+    found = Ranks(np.zeros(n, int), np.zeros(n, int), gallery)
+    for k in found.cutoffs:
+        for m, chance in zip(gallery[:19], found.chance(k), strict=False):
+            t2i = 1 - math.comb(n - m, k) / math.comb(n, k)
+            assert chance == pytest.approx((k / found.num_texts + t2i) / 2, rel=1e-12)
+
+
 def test_hits_of_both_ways_are_their_mean() -> None:
     found = Ranks(np.array([0, 4, 9]), np.array([2, 0, 0]), np.ones(3, int))
     assert found.hits("mean", 1).tolist() == [0.5, 0.5, 0.5]
@@ -72,11 +85,25 @@ def test_the_bootstrap_covers_the_truth_and_widens_with_groups() -> None:
     assert bootstrap(repeated, range(200), draws=50, seed=3) == bootstrap(repeated, range(200), draws=50, seed=3)
 
 
+@pytest.mark.parametrize("num_groups", [2, 9, 400])
+def test_the_bootstrap_is_a_plain_loop_over_groups(num_groups: int) -> None:
+    rng = np.random.default_rng(3)
+    values, groups = rng.integers(0, 3, 500) / 2, rng.integers(0, num_groups, 500)
+    _, member = np.unique(groups, return_inverse=True)
+    drawn, means = np.random.default_rng(5), []
+    for _ in range(150):
+        chosen = drawn.integers(member.max() + 1, size=member.max() + 1)
+        means.append(np.mean(np.concatenate([values[member == g] for g in chosen])))
+    expected = np.quantile(means, [0.05, 0.95])
+    assert bootstrap(values, [f"{g:03d}" for g in groups], draws=150, seed=5, level=0.9) == pytest.approx(expected)
+
+
 def test_values_that_are_all_the_same_have_the_binomial_interval_of_their_groups() -> None:
     low, high = bootstrap(np.zeros(12), np.arange(12) // 2, draws=50, seed=0)
     assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 6))), "six patients, none of them found"
     low, high = bootstrap(np.ones(12), range(12), draws=50, seed=0)
     assert (low, high) == (pytest.approx(0.025 ** (1 / 12)), 1.0)
+    assert bootstrap(np.zeros(6), range(6), draws=1, seed=0) == binomial(0.0, 6), "one resampling has no spread"
     assert bootstrap(np.array([0.0, 0.5, 1.0]), ["one"] * 3, draws=50, seed=0) == (0.0, 1.0), "one patient says nothing"
 
 

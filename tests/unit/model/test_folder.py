@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, Vision
 
 from feddra_ds.checkpoint.format import folder_of, partial_of, read_coordinator
 from feddra_ds.checkpoint.write import commit
-from feddra_ds.commands.export import add_arguments
+from feddra_ds.commands import export
 from feddra_ds.common.files import sha256
 from feddra_ds.config.load import from_dict
 from feddra_ds.data.loading.batch import Batch
@@ -30,7 +30,7 @@ from feddra_ds.data.loading.tokens import load_tokenizer
 from feddra_ds.model import lora
 from feddra_ds.model import to_transformers as to_transformers_module
 from feddra_ds.model.dual_encoder import DualEncoder
-from feddra_ds.model.folder import MAX_SHARD_SIZE, load_pretrained, save_model
+from feddra_ds.model.folder import load_pretrained, save_model
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor, image_statistics
 from feddra_ds.model.to_transformers import to_transformers
 
@@ -306,9 +306,8 @@ def write_checkpoint(run: Path, model: DualEncoder, values: dict, number: int = 
 
 def run_command(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args([str(a) for a in arguments])
-    return args.run(args)
+    export.add_arguments(parser)
+    return export.run(parser.parse_args([str(a) for a in arguments]))
 
 
 @pytest.fixture
@@ -399,5 +398,4 @@ def test_what_cannot_be_exported_is_named(run: tuple[DualEncoder, Path], tmp_pat
     with pytest.raises(ValueError, match="does not exist"):
         run_command(tmp_path / "none", *out)
     assert not (tmp_path / "out").exists()
-    assert MAX_SHARD_SIZE == "5GB"
     assert model.config.head_kind == "linear"

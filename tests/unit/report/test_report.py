@@ -245,7 +245,7 @@ def test_mistakes_have_one_line(
 
 def test_examples_are_the_best_and_count_matches(finished: Path, data: Path) -> None:
     models = open_models(finished, "cpu")
-    dataset = open_split(str(data), "val", None, CLIENTS)
+    dataset = open_split(models, str(data), "val", None)
     assert dataset.client_ids == [*CLIENTS, HELD_OUT]
     by_image, by_text = retrieval_examples(models, dataset, "val", num_each=6, max_pairs=100, seed=0)
     assert {e.client for e in by_image} == {"north", "south_and_the_islands", HELD_OUT}

@@ -1,29 +1,28 @@
-"""`feddra-ds data convert`: a CSV with a folder of images becomes a dataset of one folder of shards per client."""
+"""Rows of a source become a dataset of one folder of shards per client."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from feddra_ds.common.console import guarded, next_step, print_table, track
 from feddra_ds.common.errors import DataError
-from feddra_ds.common.text import listed
 from feddra_ds.data.format.samples import text_id
 from feddra_ds.data.format.writer import MAX_SHARD_BYTES, DatasetWriter, image_digest, safe_name
 from feddra_ds.data.loading.images import MAX_PIXELS, BadSample, to_rgb
 from feddra_ds.data.loading.order import permutation
+from feddra_ds.data.progress import Track, untracked
+from feddra_ds.data.sources.base import Row, Skip, Source
 from feddra_ds.data.sources.split import choose_validation, components
-from feddra_ds.data.sources.table import Columns, Row, Skip, read_rows
 
 _READABLE = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _EXIF_ORIENTATION = 0x0112
@@ -33,90 +32,58 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `data convert`."""
-    add = parser.add_argument
-    add(
-        "--csv",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="table with a header line, UTF-8; comma, ; or tab separated",
-    )
-    add("--image-column", required=True, metavar="C", help="column of image paths, relative to the CSV's folder")
-    add("--text-column", required=True, metavar="C", help="column of reports or captions")
-    add("--client-column", metavar="C", help="column that says whose pair it is (default: all in one client, `all`)")
-    add("--group-column", metavar="C", help="column, such as the patient, whose rows stay on one side of train and val")
-    add("--site-column", metavar="C", help="column kept as the pair's site (default: the client column)")
-    add("--label-columns", metavar="C,C", default="", help="columns kept as labels, separated by commas")
-    add(
-        "--val-fraction",
-        type=float,
-        default=0.1,
-        metavar="F",
-        help="share of each client's pairs for val (default %(default)s)",
-    )
-    add(
-        "--image-size", type=int, metavar="N", help="shrink images to N pixels on the shorter side (default: keep them)"
-    )
-    add(
-        "--repeated-texts",
-        action="store_true",
-        help="let a text that several groups share be on both sides; by default they stay together, so that "
-        "val holds no report seen in training",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="seed of the split and of the order in the shards (default %(default)s)",
-    )
-    add("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N", help="bytes per shard (default 256 MiB)")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
-    add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
+@dataclass(frozen=True)
+class IngestOptions:
+    """val_fraction: share of each client's pairs for val. image_size: pixels that larger images are shrunk to on their
+    shorter side; None keeps them. repeated_texts: a text that several groups share may be on both sides of the split.
+    seed: of the split and of the order in the shards."""
+
+    val_fraction: float = 0.1
+    image_size: int | None = None
+    repeated_texts: bool = False
+    seed: int = 0
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    overwrite: bool = False
 
 
-@guarded
-def run(args: argparse.Namespace) -> int:
-    """Convert; prints a table of clients and the rows left out. Returns 0, or 2 with the problems on stderr."""
-    _check_numbers(args)
-    labels = tuple(name.strip() for name in args.label_columns.split(",") if name.strip())
-    columns = Columns(
-        args.image_column, args.text_column, args.client_column, args.group_column, args.site_column, labels
-    )
-    rows, skipped = read_rows(args.csv, columns)
+@dataclass(frozen=True)
+class Ingested:
+    """counts: {client's folder: {split: pairs}}. skipped: the rows that were left out, in the source's order."""
+
+    counts: dict[str, Counter[str]]
+    skipped: list[Skip]
+
+
+def ingest(source: Source, out: Path, options: IngestOptions, track: Track = untracked) -> Ingested:
+    """Write the source's rows as a dataset at `out`; rows that were left out are listed there in skipped.csv.
+
+    Raises DataError for a source or a folder that cannot be used; then nothing is written.
+    """
+    rows: list[Row] = []
+    skipped: list[Skip] = []
+    for item in source.rows():
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            skipped.append(item)
     folders = _client_folders(rows)
-    with DatasetWriter(args.out, max_shard_bytes=args.max_shard_bytes, overwrite=args.overwrite) as writer:
-        rows, links = _find_images(rows, args, skipped)
-        validation = choose_validation([row.client for row in rows], components(links), args.val_fraction, args.seed)
-        counts = _write(writer, rows, validation, folders, args, skipped)
+    with DatasetWriter(out, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite) as writer:
+        rows, links = _find_images(source, rows, options, skipped, track)
+        groups = components(links)
+        validation = choose_validation([row.client for row in rows], groups, options.val_fraction, options.seed)
+        counts = _write(writer, source, rows, validation, folders, options, skipped, track)
         if not counts:
-            raise DataError([f"--csv: no row of {args.csv} is usable", *_skipped_lines(skipped)])
+            raise DataError([f"{source.option}: no row of {source.path} is usable", *skipped_lines(skipped)])
         skipped.sort(key=lambda skip: skip.line)
-        reasons = dict(sorted(Counter(skip.reason for skip in skipped).items()))
         writer.info |= {
-            "source": args.csv.name,
+            "source": source.path.name,
             "client_names": {folder: name for name, folder in folders.items()},
-            "label_columns": list(labels),
-            "image_size": args.image_size,
-            "skipped_rows": reasons,
+            "label_columns": list(source.columns.labels),
+            "image_size": options.image_size,
+            "skipped_rows": dict(sorted(Counter(skip.reason for skip in skipped).items())),
         }
-        _write_skipped(writer.aside / SKIPPED_NAME, skipped)
-    _report(args, counts, skipped)
-    return 0
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    problems = []
-    if not 0 <= args.val_fraction < 1:
-        problems.append(f"--val-fraction: must be at least 0 and below 1, got {args.val_fraction}")
-    if args.image_size is not None and args.image_size < 8:
-        problems.append(f"--image-size: must be at least 8, got {args.image_size}")
-    if args.max_shard_bytes < 1 << 16:
-        problems.append(f"--max-shard-bytes: must be at least 65536, got {args.max_shard_bytes}")
-    if problems:
-        raise DataError(problems)
+        _list_skipped(writer.aside / SKIPPED_NAME, skipped)
+    return Ingested(counts, skipped)
 
 
 def _client_folders(rows: Iterable[Row]) -> dict[str, str]:
@@ -133,16 +100,15 @@ def _client_folders(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def _find_images(
-    rows: list[Row], args: argparse.Namespace, skipped: list[Skip]
+    source: Source, rows: list[Row], options: IngestOptions, skipped: list[Skip], track: Track
 ) -> tuple[list[Row], list[list[object]]]:
-    """The rows whose image file is there, and what ties each to others: patient, report, picture."""
-    folder = args.csv.parent
+    """The rows whose image can be read, and what ties each to others: group, report, picture."""
 
     def digest(row: Row) -> str | Skip:
         try:
-            return image_digest((folder / row.image).read_bytes())
+            return image_digest(source.read_image(row))
         except (OSError, ValueError) as error:
-            return Skip(row.line, "image file cannot be read", f"{row.image}: {getattr(error, 'strerror', error)}")
+            return _unreadable(row, error)
 
     kept: list[Row] = []
     links: list[list[object]] = []
@@ -154,31 +120,37 @@ def _find_images(
         ties: list[object] = [("picture", found)]
         if row.group:
             ties.append(("group", row.group))
-        if not args.repeated_texts:
+        if not options.repeated_texts:
             ties.append(("text", text_id(row.text)))
         links.append(ties)
     return kept, links
 
 
+def _unreadable(row: Row, error: Exception) -> Skip:
+    return Skip(row.line, "image file cannot be read", f"{row.image}: {getattr(error, 'strerror', error)}")
+
+
 def _write(
     writer: DatasetWriter,
+    source: Source,
     rows: list[Row],
     validation: np.ndarray,
     folders: dict[str, str],
-    args: argparse.Namespace,
+    options: IngestOptions,
     skipped: list[Skip],
+    track: Track,
 ) -> dict[str, Counter[str]]:
     """Write the pairs in a seeded order, so that a shard is a fair sample; {client: {split: pairs}}."""
-    order = [(rows[i], bool(validation[i])) for i in permutation(len(rows), "shards", args.seed)]
+    order = [(rows[i], bool(validation[i])) for i in permutation(len(rows), "shards", options.seed)]
 
     def encode(item: tuple[Row, bool]) -> tuple[bytes, str] | Skip:
         row = item[0]
         try:
-            return encode_image((args.csv.parent / row.image).read_bytes(), args.image_size)
+            return encode_image(source.read_image(row), options.image_size)
         except BadSample as error:
             return Skip(row.line, error.reason.replace("_", " "), row.image)
-        except OSError as error:
-            return Skip(row.line, "image file cannot be read", f"{row.image}: {error.strerror}")
+        except (OSError, ValueError) as error:
+            return _unreadable(row, error)
 
     counts: dict[str, Counter[str]] = {}
     for (row, is_val), image in track(_in_threads(encode, order), len(order), "writing shards"):
@@ -249,7 +221,7 @@ def _in_threads(work: Callable[[_In], _Out], items: list[_In]) -> Iterator[tuple
             yield item, future.result()
 
 
-def _write_skipped(path: Path, skipped: list[Skip]) -> None:
+def _list_skipped(path: Path, skipped: list[Skip]) -> None:
     if skipped:
         with path.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
@@ -257,32 +229,9 @@ def _write_skipped(path: Path, skipped: list[Skip]) -> None:
             table.writerows((skip.line, skip.reason, skip.detail) for skip in skipped)
 
 
-def _skipped_lines(skipped: list[Skip]) -> list[str]:
+def skipped_lines(skipped: list[Skip]) -> list[str]:
+    """A line for each of the first rows that were left out, and how many more there are."""
     lines = [f"line {s.line}: {s.reason}" + (f" ({s.detail})" if s.detail else "") for s in skipped[:_SHOWN]]
     if len(skipped) > _SHOWN:
         lines.append(f"… and {len(skipped) - _SHOWN} more")
     return lines
-
-
-def _report(args: argparse.Namespace, counts: dict[str, Counter[str]], skipped: list[Skip]) -> None:
-    rows: list[tuple[object, ...]] = []
-    for client, count in sorted(counts.items()):
-        rows.append((client, count["train"], count["val"], count["val"] / count.total()))
-    total = sum(counts.values(), Counter())
-    rows.append(("all", total["train"], total["val"], total["val"] / total.total()))
-    print_table(f"{args.out}", ["client", "train pairs", "val pairs", "val fraction"], rows, total=True)
-    if skipped:
-        print(f"{len(skipped)} rows were left out ({args.out / SKIPPED_NAME} lists them all):")
-        print("\n".join(f"  {line}" for line in _skipped_lines(skipped)))
-    uneven = []
-    for client, count in sorted(counts.items()):
-        wanted = args.val_fraction * count.total()
-        if abs(count["val"] - wanted) > max(1.0, 0.05 * count.total()):
-            uneven.append(f"{client} ({count['val']} of {count.total()} pairs are val, {wanted:.0f} were wanted)")
-    if uneven:
-        loosen = "" if args.repeated_texts else "; --repeated-texts loosens it"
-        print(f"patients, texts and pictures that must stay together allow no nearer split of {listed(uneven)}{loosen}")
-    next_step(
-        f"feddra-ds data inspect {args.out}",
-        f"feddra-ds train --config configs/cxr_regions.yaml --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
-    )

@@ -1,0 +1,115 @@
+"""`feddra-ds data convert`: a CSV with a folder of images becomes a dataset of one folder of shards per client."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from feddra_ds.common.console import next_step, print_table, track
+from feddra_ds.common.errors import DataError
+from feddra_ds.common.text import listed
+from feddra_ds.data.format.writer import MAX_SHARD_BYTES
+from feddra_ds.data.sources import source_class
+from feddra_ds.data.sources.base import Columns
+from feddra_ds.data.sources.ingest import SKIPPED_NAME, Ingested, IngestOptions, ingest, skipped_lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `data convert`."""
+    add = parser.add_argument
+    add(
+        "--csv",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="table with a header line, UTF-8; comma, ; or tab separated",
+    )
+    add("--image-column", required=True, metavar="C", help="column of image paths, relative to the CSV's folder")
+    add("--text-column", required=True, metavar="C", help="column of reports or captions")
+    add("--client-column", metavar="C", help="column that says whose pair it is (default: all in one client, `all`)")
+    add("--group-column", metavar="C", help="column, such as the patient, whose rows stay on one side of train and val")
+    add("--site-column", metavar="C", help="column kept as the pair's site (default: the client column)")
+    add("--label-columns", metavar="C,C", default="", help="columns kept as labels, separated by commas")
+    add(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of each client's pairs for val (default %(default)s)",
+    )
+    add(
+        "--image-size", type=int, metavar="N", help="shrink images to N pixels on the shorter side (default: keep them)"
+    )
+    add(
+        "--repeated-texts",
+        action="store_true",
+        help="let a text that several groups share be on both sides; by default they stay together, so that "
+        "val holds no report seen in training",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of the split and of the order in the shards (default %(default)s)",
+    )
+    add("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N", help="bytes per shard (default 256 MiB)")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
+    add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; prints a table of clients and the rows left out. Raises DataError."""
+    _check_numbers(args)
+    labels = tuple(name.strip() for name in args.label_columns.split(",") if name.strip())
+    columns = Columns(
+        args.image_column, args.text_column, args.client_column, args.group_column, args.site_column, labels
+    )
+    options = IngestOptions(
+        val_fraction=args.val_fraction,
+        image_size=args.image_size,
+        repeated_texts=args.repeated_texts,
+        seed=args.seed,
+        max_shard_bytes=args.max_shard_bytes,
+        overwrite=args.overwrite,
+    )
+    _report(args, ingest(source_class("csv")(args.csv, columns), args.out, options, track))
+    return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    problems = []
+    if not 0 <= args.val_fraction < 1:
+        problems.append(f"--val-fraction: must be at least 0 and below 1, got {args.val_fraction}")
+    if args.image_size is not None and args.image_size < 8:
+        problems.append(f"--image-size: must be at least 8, got {args.image_size}")
+    if args.max_shard_bytes < 1 << 16:
+        problems.append(f"--max-shard-bytes: must be at least 65536, got {args.max_shard_bytes}")
+    if problems:
+        raise DataError(problems)
+
+
+def _report(args: argparse.Namespace, done: Ingested) -> None:
+    counts, skipped = done.counts, done.skipped
+    rows: list[tuple[object, ...]] = []
+    for client, count in sorted(counts.items()):
+        rows.append((client, count["train"], count["val"], count["val"] / count.total()))
+    total = sum(counts.values(), Counter())
+    rows.append(("all", total["train"], total["val"], total["val"] / total.total()))
+    print_table(f"{args.out}", ["client", "train pairs", "val pairs", "val fraction"], rows, total=True)
+    if skipped:
+        print(f"{len(skipped)} rows were left out ({args.out / SKIPPED_NAME} lists them all):")
+        print("\n".join(f"  {line}" for line in skipped_lines(skipped)))
+    uneven = []
+    for client, count in sorted(counts.items()):
+        wanted = args.val_fraction * count.total()
+        if abs(count["val"] - wanted) > max(1.0, 0.05 * count.total()):
+            uneven.append(f"{client} ({count['val']} of {count.total()} pairs are val, {wanted:.0f} were wanted)")
+    if uneven:
+        loosen = "" if args.repeated_texts else "; --repeated-texts loosens it"
+        print(f"patients, texts and pictures that must stay together allow no nearer split of {listed(uneven)}{loosen}")
+    next_step(
+        f"feddra-ds data inspect {args.out}",
+        f"feddra-ds train --config cxr_regions --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
+    )

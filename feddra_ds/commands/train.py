@@ -1,0 +1,49 @@
+"""`feddra-ds train`: federated pre-training from a config and keys on top of it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from feddra_ds.config.load import class_of, dump, known_keys, load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `train`; every config key is an option, listed by --help."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML config, or the name of one that `feddra-ds config list` shows; keys given as options come on top",
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
+    # not argparse's own --help, which knows nothing of the objective and strategy that the config names
+    parser.add_argument("-h", "--help", action="store_true", help="show this, with every key of the config, and exit")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0; 1 where the run had to end; 2 for a bad config; 128 + signal. Raises ConfigError."""
+    if args.help:
+        args.parser.epilog = _keys(args.config, args.overrides)
+        args.parser.print_help()
+        return 0
+    if args.print_config:
+        print(dump(load(args.config, args.overrides)), end="")
+        return 0
+    from feddra_ds.run.train import run as train
+
+    return train(args.config, args.overrides)
+
+
+def _keys(path: str | None, overrides: dict[str, Any]) -> str:
+    """The keys, with those of the objective and strategy that are chosen."""
+    keys = known_keys(class_of(path, overrides))
+    return "config keys, given as --section.key value (YAML values), with their defaults:\n" + "\n".join(
+        f"  --{key}  (default: {_default(info)})\n        {info.description or ''}" for key, info in keys.items()
+    )
+
+
+def _default(info: Any) -> str:
+    value = info.get_default(call_default_factory=True)
+    return "null" if value is None else str(value)

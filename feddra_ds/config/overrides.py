@@ -1,0 +1,46 @@
+"""Config keys given on the command line: `--section.key value`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.tree import set_path
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` as a nested dict, values read as YAML; the last of a key wins. Raises ConfigError."""
+    tree: dict[str, Any] = {}
+    problems, items = [], list(arguments)
+    while items:
+        item = items.pop(0)
+        key, equals, value = item.partition("=")
+        if not key.startswith("--") or len(key) < 3:
+            problems.append(f"{item}: is not an option; write --section.key value")
+            continue
+        if not equals:
+            if not items or items[0].startswith("--"):
+                problems.append(f"{key[2:]}: has no value; write {key} VALUE")
+                continue
+            value = items.pop(0)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        if isinstance(parsed, str) and _is_float(parsed):
+            parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text
+        set_path(tree, key[2:], parsed)
+    if problems:
+        raise ConfigError(problems)
+    return tree
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text[:1] in "+-.0123456789"

@@ -1,0 +1,103 @@
+"""A look at a dataset: what it holds, client by client, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.format.preflight import lost_folders, preflight
+from feddra_ds.data.format.samples import Samples
+from feddra_ds.data.loading.images import BadSample, open_image
+from feddra_ds.data.progress import Track, untracked
+
+
+@dataclass
+class Seen:
+    """What a look at some of a client's pairs showed: the words of each text, the shorter side of each image in pixels,
+    how many pairs have each label, and how many could not be read for each reason."""
+
+    words: list[int] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    labels: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Look:
+    """splits: in the order train, val, test, others. problems: a line each. seen: by client, empty where there are
+    problems. leaks: different texts that train shares with another split."""
+
+    splits: list[str]
+    problems: list[str]
+    seen: dict[str, Seen]
+    leaks: int
+
+
+def look(dataset: Dataset, *, samples: int, verify: bool, track: Track = untracked) -> Look:
+    """Look at all clients, the held-out ones too. samples: pairs per client that are read. verify: check sha256 too.
+
+    Raises DataError where a client's index cannot be read.
+    """
+    clients = [*dataset.client_ids, *dataset.held_out]
+    splits = sorted({split for client in clients for split in dataset.splits(client)}, key=_split_order)
+    problems = lost_folders(dataset)
+    problems += preflight(dataset, clients, batch_size=0, eval_batch_size=0, eval_split=None, verify=False)
+    if verify:
+        shards = sum(len(dataset.shards(client)) for client in dataset.client_ids)
+        steps = track(range(shards), shards, "verifying")
+        problems += dataset.verify(progress=lambda shard: (next(steps, None), None)[1])
+    seen = {} if problems else {client: _look_at_client(dataset, client, samples) for client in clients}
+    return Look(splits, problems, seen, _leaks(dataset, splits))
+
+
+def _look_at_client(dataset: Dataset, client: str, limit: int) -> Seen:
+    """Read up to `limit` evenly spaced samples of the client, over its splits."""
+    parts = [dataset.samples(client, split) for split in dataset.splits(client)]
+    total = sum(len(part) for part in parts)
+    seen = Seen()
+    for part in parts:
+        number = max(1, min(len(part), round(limit * len(part) / total)))
+        for index in np.linspace(0, len(part) - 1, number).astype(int).tolist():
+            _look_at_pair(part, index, seen)
+    return seen
+
+
+def _look_at_pair(part: Samples, index: int, seen: Seen) -> None:
+    try:
+        text, image, info = part.read_text(index), part.read_image(index), part.read_info(index)
+        if image is None:
+            raise BadSample("missing_image")
+        seen.sides.append(min(open_image(image).size))
+        words = (text or b"").decode().split()
+        if not words:
+            raise BadSample("empty_text")
+        seen.words.append(len(words))
+    except BadSample as error:
+        seen.bad[error.reason] += 1
+        return
+    except (EOFError, ValueError) as error:
+        seen.bad["truncated_shard" if isinstance(error, EOFError) else "corrupt_text"] += 1
+        return
+    labels = info.get("labels")
+    for name, value in labels.items() if isinstance(labels, dict) else ():
+        if value in (1, True):
+            seen.labels[name] += 1
+        elif isinstance(value, str):  # a list's parts are labels of their own, as evaluate and probe take them
+            seen.labels.update({f"{name}={part.strip()}" for part in value.split("|") if part.strip()})
+
+
+def _leaks(dataset: Dataset, splits: list[str]) -> int:
+    """Different texts that train shares with another split, over all clients."""
+    ids: dict[str, set[int]] = {split: set() for split in splits}
+    for client in dataset.client_ids:
+        for split in dataset.splits(client):
+            ids[split].update(dataset.samples(client, split).text_ids.tolist())
+    other = set().union(*(ids[split] for split in splits if split != "train"))
+    return len(ids.get("train", set()) & other)
+
+
+def _split_order(split: str) -> tuple[int, str]:
+    return ({"train": 0, "val": 1, "test": 2}.get(split, 3), split)
