@@ -21,7 +21,7 @@ DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
 ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 OWN_CLASSES = REPOSITORY / "docs" / "own_classes.md"
 # names of the user's own in docs/own_classes.md, and places that an environment or a run has
-NOT_OURS = ("hospital/", "hospital.", "my_", ".venv/", "RUN/", "runs/", "data/mine", "data/table")
+NOT_OURS = ("hospital/", "hospital.", "my_", ".venv/", "RUN/", "runs/", "data/mine", "data/table", "results/NAME")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 
