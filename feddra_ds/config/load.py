@@ -63,7 +63,11 @@ def from_dict(user: dict[str, Any]) -> Config:
     try:
         config = kind.model_validate(tree)
     except ValidationError as error:
+        unnamed = {line.partition(".")[0] for line in problems}  # sections whose own keys are not known
         for item in error.errors():
+            if item["type"] == "extra_forbidden" and item["loc"][0] in unnamed:
+                _prune(tree, [str(part) for part in item["loc"]])
+                continue
             key = ".".join(str(part) for part in item["loc"])
             problems.append(f"{key}: {_message(item['type'], item['msg'], key, item['input'], kind)}")
             _prune(tree, [str(part) for part in item["loc"]])

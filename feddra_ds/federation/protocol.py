@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from feddra_ds.distributed.topology import Topology
+if TYPE_CHECKING:  # what a message says is read without torch
+    from feddra_ds.distributed.topology import Topology
 
 COORDINATOR = "the coordinator (rank 0)"
 # The coordinator may itself wait clients.timeout_s for another slot after its own training.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import yaml
 from markupsafe import Markup
+from pydantic import ValidationError
 
-from feddra_ds import __version__
+from feddra_ds import __version__, objectives
+from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.text import duration, number, percent
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import Series, line_chart, stacked_bars
@@ -129,10 +130,13 @@ def tiles(files: RunFiles, val: dict[str, Any]) -> list[dict[str, str]]:
     return out
 
 
-def chance_loss(files: RunFiles) -> float:
-    """L_i of a model that knows nothing: 2 log B, or log B where the directions are averaged."""
-    batch = int(files.get("dro.evaluation_batch_size") or 1)
-    return (1.0 if files.get("objective.direction_reduction") == "mean" else 2.0) * math.log(batch)
+def chance_loss(files: RunFiles) -> float | None:
+    """L_i of a model that knows nothing, as the run's objective says it; None where that is a class that is not here."""
+    try:
+        options = objectives.find(files.get("objective.name")).Options.model_validate(files.config["objective"])
+        return objectives.build(options).chance(int(files.get("dro.evaluation_batch_size")))
+    except (ConfigError, ValidationError, KeyError, TypeError):
+        return None
 
 
 def sentences(files: RunFiles, val: dict[str, Any]) -> list[str]:
@@ -186,11 +190,9 @@ def charts(files: RunFiles) -> dict[str, Markup]:
     if len(ids) > 1:
         losses.append(Series("worst", [line["worst_loss"] for line in lines], "ink", dash=True))
         losses.append(Series("mean", [line["mean_loss"] for line in lines], "ink"))
-    out = {
-        "loss": line_chart(
-            losses, x, title="Loss per client over rounds", show=number, references=[("chance", chance_loss(files))]
-        )
-    }
+    unknowing = chance_loss(files)
+    level = [] if unknowing is None else [("chance", unknowing)]
+    out = {"loss": line_chart(losses, x, title="Loss per client over rounds", show=number, references=level)}
     if len(ids) > 1:
         weights = [line["client_weights"] for line in lines]
         after = lines[-1].get("next_client_weights")
