@@ -2,8 +2,8 @@
 
     python benchmarks/bench_released_pattern.py [--steps 4,10] [--clients 3] [--repeats 5] [--quick]
 
-The pattern is written here from its description, in plain torch and with this project's
-model, loss and data, so that only the pattern differs: every client trains a whole model beside a second, frozen one,
+The pattern is written here from its description, in plain torch and with this project's model, loss and data, so that
+only the pattern differs: every client trains a whole model beside a second, frozen one,
 whose image and text encoders run at every step, in stage 1 too; the optimizer is built anew for each client and stage;
 whole state dicts of all N clients and of the global model (N + 1) lie on the host and are averaged name by name.
 Stages and averages of a round are timed, interleaved, in CPU seconds too (others may use the machine); memory is the peak

@@ -23,6 +23,14 @@ REPOSITORY = Path(__file__).parents[2]
 FIRST = [REPOSITORY / "README.md", REPOSITORY / "docs" / "data.md"]
 DOCUMENTS = [*FIRST, *sorted(set((REPOSITORY / "docs").glob("*.md")) - set(FIRST))]
 QUICK = "--schedule.rounds 1 --schedule.stage1_steps 1 --schedule.stage2_steps 1 --data.image_size 32 --run.monitor []"
+# feddra_ds.train with the same settings on top
+QUICK_PYTHON = """
+import feddra_ds
+from feddra_ds.common.tree import merge
+from feddra_ds.run.train import train
+quick = {"schedule": {"rounds": 1, "stage1_steps": 1, "stage2_steps": 1}, "data": {"image_size": 32}, "run": {"monitor": []}}
+feddra_ds.train = lambda config, overrides: train(config, merge(overrides, quick))
+"""
 NEEDS_A_NETWORK = ("--hostfile", "--no_ssh", "pip install", "mimic_cxr", "https://", "s3://")
 
 pytestmark = pytest.mark.slow
@@ -36,10 +44,14 @@ def commands(path: Path, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the README expects it: configs/, launch/, metadata.csv with images of three hospitals."""
+    """A folder as the documents expect it: configs/, launch/, metadata.csv with images of three hospitals, own classes."""
     work = tmp_path_factory.mktemp("work")
     for name in ("configs", "launch", "hostfile.example", "benchmarks", "Makefile"):
         (work / name).symlink_to(REPOSITORY / name)
+    (work / "hospital").mkdir()
+    text = (REPOSITORY / "docs" / "own_classes.md").read_text()
+    for name, code in re.findall(r"^`(hospital/\w+\.py)`:\n\n```python\n(.*?)^```", text, re.M | re.S):
+        (work / name).write_text(code)
     (work / "images").mkdir()
     draw = np.random.default_rng(0)
     rows = []
@@ -88,7 +100,7 @@ def test_every_bash_command_of_the_readme_and_docs(workplace: Path) -> None:
 def test_the_python_of_the_docs(workplace: Path, document: str) -> None:
     assert (workplace / "runs" / "mine" / "model").is_dir(), "the commands above train it"
     code = "\n".join(commands(REPOSITORY / document, "python"))
-    setup = "from PIL import Image; image = Image.new('L', (64, 64))\n"
+    setup = f"from PIL import Image; image = Image.new('L', (64, 64))\n{QUICK_PYTHON}"
     done = subprocess.run(
         [sys.executable, "-c", setup + code + "\nassert similarity.shape[0] == 1"],
         cwd=workplace, capture_output=True, text=True, timeout=200,
