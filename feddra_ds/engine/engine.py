@@ -169,6 +169,10 @@ class Engine:
         """Forget the moments and step counts, as at the start of each stage (ALGORITHM 6)."""
         reset_state(self._ds)
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters, which keep all of it alive; the groups must still be there."""
+        self._ds.destroy()
+
     # ---- weights
     def slices(self, part: str) -> list[Tensor]:
         """The live fp32 masters of a part on this rank, flat, padding included; peers hold the same elements.
