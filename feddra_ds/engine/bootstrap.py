@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import logging
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,16 +85,25 @@ def launched_as(shard: int, num_shards: int) -> Iterator[None]:
                 os.environ[key] = value
 
 
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def close_when_leaving(engine: Any) -> None:
+    """Have leave_groups take a DeepSpeed engine's hooks off its parameters, without which its memory is never freed."""
+    _engines.add(engine)
+
+
 def leave_groups(*, failed: bool = False) -> None:
     """Forget the process groups and what DeepSpeed keeps of a run, so that the process can start another.
 
     Call it however a run ended, once nothing refers to its engine any more; the ranks need not call it together.
     failed: the other ranks may be gone, so what waits for them on the device is aborted.
     """
-    if failed and dist.is_initialized() and dist.get_backend() == "nccl":
-        for group in list(dist.distributed_c10d._world.pg_map):
-            group.abort()
-    gc.collect()  # an engine that was not closed closes itself, which takes the groups
+    if failed and dist.is_initialized():
+        if dist.get_backend() == "nccl":
+            for group in list(dist.distributed_c10d._world.pg_map):
+                group.abort()
+        _close_engines()
     if "deepspeed" in sys.modules:
         _reset_deepspeed()
     if dist.is_initialized():
@@ -101,6 +112,12 @@ def leave_groups(*, failed: bool = False) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def _close_engines() -> None:
+    for engine in list(_engines):
+        with contextlib.suppress(Exception):  # it may be half built; why the run failed matters more
+            engine.destroy()
 
 
 def _reset_deepspeed() -> None:

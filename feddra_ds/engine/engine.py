@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
-from feddra_ds.engine.bootstrap import import_deepspeed, launched_as
+from feddra_ds.engine.bootstrap import close_when_leaving, import_deepspeed, launched_as
 from feddra_ds.engine.masters import Fragment, Slice, find_masters, write_frozen
 from feddra_ds.engine.optimizer import (
     bucket_elements,
@@ -89,6 +89,7 @@ class Engine:
                 config=fragment,
                 dist_init_required=False,
             )
+        close_when_leaving(self._ds)
         self.module = self._ds.module
         masters = find_masters(self._ds, self.module, shard, num_shards)
         self._refresh = masters.refresh
