@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from feddra_ds.model.folder import load_pretrained
+    from feddra_ds.run.train import train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_pretrained"]
+__all__ = ["__version__", "load_pretrained", "train"]
+
+# name: where it is. Imported on demand, so that importing the package stays light.
+_HOMES = {
+    "load_pretrained": "feddra_ds.model.folder",
+    "train": "feddra_ds.run.train",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_pretrained":  # on demand: importing the package stays light
-        from feddra_ds.model.folder import load_pretrained
-
-        return load_pretrained
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger("feddra_ds")
 
 
-def setup(rank: int, *, verbose: bool = False) -> None:
-    """Send the package's log to stderr: every line from rank 0, warnings (with their rank) from the others."""
+@contextmanager
+def log_to_stderr(rank: int) -> Iterator[None]:
+    """While in it, the package's log goes to stderr: every line from rank 0, warnings (with their rank) from the others.
+
+    Where the logger has handlers already, a caller has decided where its log goes, and nothing is changed.
+    """
+    if logger.handlers:
+        yield
+        return
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -8,6 +8,7 @@ believes that its client is all there is; slots meet only in the store and in th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 import traceback
@@ -185,8 +186,27 @@ class Topology:
                 self.fetch(f"left/{rank}", sender=f"rank {rank}", timeout_s=30)
 
 
-def _meet(launch: Launch, timeout: timedelta) -> dist.TCPStore:
-    """The store that rank 0 serves. Raises WaitTimeout where its port is taken, or nobody serves it in time."""
+_stores: dict[tuple[str, int], tuple[dist.TCPStore, Iterator[int]]] = {}  # by address and port
+
+
+def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store that rank 0 serves, for one run.
+
+    Under a launcher, whose port all runs of its processes share, the store lives as long as the process, and each run
+    has a name of its own in it: a rank that is early in the next run must not read what the last one left.
+    Raises WaitTimeout where the port is taken, or nobody serves it in time.
+    """
+    if launch.port == 0:  # the store takes a port that is free
+        return _connect(launch, timeout)
+    place = launch.address, launch.port
+    if place not in _stores:
+        _stores[place] = _connect(launch, timeout), itertools.count()
+    store, runs = _stores[place]
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"run/{next(runs)}", store)
+
+
+def _connect(launch: Launch, timeout: timedelta) -> dist.TCPStore:
     place = f"{launch.address}:{launch.port}"
     try:
         return dist.TCPStore(

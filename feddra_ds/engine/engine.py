@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
-from feddra_ds.engine.bootstrap import import_deepspeed, launched_as
+from feddra_ds.engine.bootstrap import close_when_leaving, import_deepspeed, launched_as
 from feddra_ds.engine.masters import Fragment, Slice, find_masters, full_gradient, write_frozen
 from feddra_ds.engine.optimizer import (
     bucket_elements,
@@ -89,6 +89,7 @@ class Engine:
                 config=ds_config,
                 dist_init_required=False,
             )
+        close_when_leaving(self._ds)
         self.module = self._ds.module
         masters = find_masters(self._ds, self.module, slot_rank, ranks_per_slot)
         self._refresh = masters.refresh
@@ -177,6 +178,10 @@ class Engine:
             if gradient is not None:
                 squares[name.split(".")[0]] += float(gradient.double().square().sum())
         return {part: square**0.5 for part, square in squares.items()}
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters, which keep all of it alive; the groups must still be there."""
+        self._ds.destroy()
 
     # ---- weights
     def slices(self, part: str) -> list[Tensor]:

@@ -17,7 +17,7 @@ from feddra_ds.checkpoint.format import read_coordinator
 from feddra_ds.checkpoint.load import SavedModel
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.files import write_atomic
-from feddra_ds.common.logs import logger, setup
+from feddra_ds.common.logs import logger
 from feddra_ds.config.load import dump
 from feddra_ds.config.schema import Config
 from feddra_ds.data.format.dataset import Dataset
@@ -54,7 +54,6 @@ POOLED = "pooled"  # the one client of a strategy that pools the data
 def build(config: Config) -> Run:
     """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts."""
     launch = Launch.from_environment()
-    setup(launch.rank)
     dataset, dataset_ids, layout = check(config, launch)
     strategy = strategies.build(config.strategy, config.dro)
     objective = build_objective(config.objective)

@@ -1,54 +1,85 @@
-"""`feddra-ds train` and launch/train.py: a config in, an exit code out."""
+"""Training: `feddra_ds.train`, a config in and a result out, and `feddra-ds train`, which gives an exit code.
+
+A call leaves the caller's process as it found it: no signal handler, no log handler, no process group, its random
+generators where they were. torch, transformers and deepspeed are imported late, so that a bad config is reported first.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from feddra_ds.common.errors import ConfigError, Interrupted
-from feddra_ds.common.logs import logger
-from feddra_ds.config.load import load
+from feddra_ds.common.errors import ConfigError, DataError, Interrupted, TooFewClients, WaitTimeout
+from feddra_ds.common.logs import log_to_stderr, logger
+from feddra_ds.common.tree import merge
+from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
 
+# What a run sets in the environment for DeepSpeed and for tokenizers.
+_VARIABLES = ("DS_ACCELERATOR", "LOCAL_RANK", "TOKENIZERS_PARALLELISM")
 
-def handle_signals() -> None:
-    """Make SIGINT and SIGTERM end the run at once: no collective, no write; the next start resumes."""
 
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(128 + number)
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training left on disk.
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    run_dir: the run directory (run.output_dir). rounds: the lines of its metrics.jsonl, a dict a round from the first
+    round on, those before a resume included; empty on a rank that cannot see the file, where the disk is not shared.
+    model_dir: the final model, for `feddra_ds.load_pretrained`; with strategy.name=local, a folder per client in it.
+    """
+
+    run_dir: Path
+    rounds: list[dict[str, Any]]
+    model_dir: Path
+
+
+def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None = None) -> TrainResult:
+    """Train all rounds that a config asks for, resumed where run.resume says so.
+
+    config: the path of a YAML file, nested dicts of its sections, or a Config; `overrides`, nested dicts too, come on
+    top. Under a launcher (`deepspeed script.py`) every rank calls it, with the same config, and every rank returns. It
+    can be called again in the same process, after an error or Ctrl-C as well: the same call then goes on from the last
+    checkpoint.
+
+    Raises ConfigError (what is wrong in the config, all of it), DataError, TooFewClients (a round had fewer than
+    clients.minimum), WaitTimeout (another rank was not heard in time), CheckpointError.
+    """
+    checked = _config(config, overrides)
+    run_dir = Path(checked.run.output_dir)
+    with log_to_stderr(_rank()), _environment_kept(), _generators_kept():
+        _train(checked)
+    from feddra_ds.run.metrics_file import read_metrics
+
+    return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model")
 
 
 def run(path: str | None, overrides: dict[str, Any]) -> int:
     """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal."""
-    handle_signals()
+    with _signals_end_the_run(), log_to_stderr(_rank()):
+        try:
+            return _exit_code(load(path, overrides))
+        except ConfigError as error:
+            for problem in error.problems:
+                print(f"feddra-ds: {problem}", file=sys.stderr)
+            if path is None:
+                print(
+                    "feddra-ds: --config: none was given, so each key has its default; `feddra-ds config list` shows examples",
+                    file=sys.stderr,
+                )
+            return 2
+
+
+def _exit_code(config: Config) -> int:
     try:
-        return train(load(path, overrides))
-    except ConfigError as error:
-        for problem in error.problems:
-            print(f"feddra-ds: {problem}", file=sys.stderr)
-        if path is None:
-            print(
-                "feddra-ds: --config: none was given, so each key has its default; `feddra-ds config list` shows examples",
-                file=sys.stderr,
-            )
-        return 2
-
-
-def train(config: Config) -> int:
-    """Build and run all rounds. Returns the exit code; raises ConfigError."""
-    from feddra_ds.common.errors import DataError, TooFewClients, WaitTimeout
-    from feddra_ds.run.build import (
-        build,  # late: a bad config is reported before torch, transformers and deepspeed are imported
-    )
-
-    try:
-        run = build(config)
-        run.rounds()
-        run.topology.close()
+        result = train(config)
     except Interrupted as stopped:
         logger.warning(
             "stopped by a signal; the same command goes on from the last checkpoint, or: feddra-ds train --config %s/config.yaml",
@@ -58,6 +89,91 @@ def train(config: Config) -> int:
     except (TooFewClients, WaitTimeout, DataError) as error:
         logger.error("%s", error)
         return 1
-    if run.coordinator is not None:
-        logger.info("done. Next: feddra-ds report %s", run.run_dir)
+    if _rank() == 0:
+        logger.info("done. Next: feddra-ds report %s", result.run_dir)
     return 0
+
+
+def _config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None) -> Config:
+    """The checked config. Raises ConfigError."""
+    if isinstance(config, (str, Path)):
+        return load(config, dict(overrides or {}))
+    tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
+    return from_dict(merge(tree, dict(overrides or {})))
+
+
+def _rank() -> int:
+    """This process's rank in the launch, before torch is there to ask."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _train(config: Config) -> None:
+    """All rounds, and then, however they ended, this process is free of the run."""
+    from feddra_ds.engine.bootstrap import leave_groups
+
+    try:
+        _rounds(config)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
+        leave_groups(failed=True)
+        raise
+    leave_groups()
+
+
+def _rounds(config: Config) -> None:
+    from feddra_ds.engine.bootstrap import close_monitor
+    from feddra_ds.run.build import build
+
+    run = build(config)
+    try:
+        run.rounds()
+    finally:
+        if run.monitor is not None:
+            close_monitor(run.monitor)
+    run.engine.close()
+    run.topology.close()
+
+
+@contextmanager
+def _signals_end_the_run() -> Iterator[None]:
+    """While in it, SIGINT and SIGTERM raise Interrupted: no collective, no write; the next start resumes."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Put back the variables that a run sets."""
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put back the global random generators of python, numpy and torch, which a run seeds."""
+    import numpy as np
+    import torch
+
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

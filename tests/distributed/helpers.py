@@ -7,7 +7,6 @@ processes are kept, so that importing torch and deepspeed is paid once; between 
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import random
@@ -149,32 +148,12 @@ def _in_world(case: Callable[..., Any], args: Sequence[Any], rank: int, world_si
     """Run a case as a rank of a launch, then take down whatever process group it made."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
+    from feddra_ds.engine.bootstrap import leave_groups
+
     try:
         return case(*args)
     finally:
         leave_groups()
-
-
-def leave_groups() -> None:
-    """Forget the default process group, in torch and in DeepSpeed, so that another one can be made.
-
-    ZeRO 3 numbers modules and parameters through the life of a process and compares the numbers over ranks; the ranks
-    of a case may have run different cases before.
-    """
-    import deepspeed.comm.comm as ds_comm
-    import torch.distributed as dist
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters
-
-    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-    parameter_offload.FWD_MODULE_STACK.clear()
-    partition_parameters.Init.param_id = 0
-
-    if dist.is_initialized() and ds_comm.cdb is not None:
-        ds_comm.destroy_process_group()
-    elif dist.is_initialized():
-        dist.destroy_process_group()
-    ds_comm.cdb = None
-    gc.collect()
 
 
 _pools: list[RankPool] = []
@@ -298,19 +277,8 @@ def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
 
 def finish(run: Any) -> None:
     """What ends a run: the ranks leave together."""
-    leave_topology(run.topology)
-
-
-def leave_topology(topology: Any) -> None:
-    """Close a topology and have DeepSpeed forget the groups that it keeps, which torch alone would not."""
-    import deepspeed.comm.comm as ds_comm
-
-    topology.post(f"leaving/{topology.rank}", True)
-    for rank in topology.live_ranks:
-        topology.fetch(f"leaving/{rank}", sender=f"rank {rank}")
-    if ds_comm.cdb is not None:
-        ds_comm.destroy_process_group()
-    topology.close()
+    run.engine.close()
+    run.topology.close()
 
 
 def pieces_of(engine: Any) -> list[tuple[str, int, Any]]:

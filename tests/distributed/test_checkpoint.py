@@ -20,7 +20,6 @@ from helpers import (
     build_run,
     finish,
     largest_difference,
-    leave_topology,
     metrics_of,
     on_each,
     on_ranks,
@@ -73,7 +72,7 @@ def cut_in(config_tree: dict[str, Any], round_index: int, stage_name: str) -> No
     run.run_stage = stop
     with pytest.raises(_Cut):
         run.rounds()
-    leave_topology(run.topology)
+    finish(run)
 
 
 class _Cut(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BODY, assemble, leave_topology, on_each, pieces_of, same_bits, tree, zero
+from helpers import BODY, assemble, on_each, pieces_of, same_bits, tree, zero
 from spawn import run_ranks
 
 PERSISTENT = {"stage3_param_persistence_threshold": 100_000, "stage3_model_persistence_threshold": 1_000_000}
@@ -61,7 +61,7 @@ def initial(config_tree: dict[str, Any]) -> dict[str, Any]:
         "gap": gap,
         "wanted": {n: p.detach().flatten().numpy() for n, p in plain.items() if p.requires_grad},
     }
-    leave_topology(topology)
+    topology.close()
     return seen
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assemble, leave_topology, make_config, on_each, pieces_of, same_bits, tree, zero
+from helpers import assemble, make_config, on_each, pieces_of, same_bits, tree, zero
 
 ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 1e-3, "optimizer__weight_decay": 0.05}
 BATCH = 4  # pairs per rank
@@ -169,7 +169,7 @@ def examine(config_tree: dict[str, Any], optimizer: str | None = None, whole: bo
     if topology.plan.world_size == 1:
         _adopt(engine, plain)
         seen["trained_gap"] = _forward_gap(engine, plain)
-    leave_topology(topology)
+    topology.close()
     return seen
 
 

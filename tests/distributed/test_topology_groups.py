@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import build_run, finish, leave_topology, on_ranks, tree, zero
+from helpers import build_run, finish, on_ranks, tree, zero
 
 
 def _topology(num_clients: int, per_slot: int, timeout_s: float = 60.0) -> Any:
@@ -44,7 +44,7 @@ def sums(per_slot: int) -> dict[str, Any]:
         "ranks": dist.get_world_size(topology.slot_group), "coordinator": topology.is_coordinator,
         "leader": topology.is_slot_leader, "live": topology.live_ranks,
     }  # fmt: skip
-    leave_topology(topology)
+    topology.close()
     return seen
 
 
@@ -67,7 +67,7 @@ def regroup() -> dict[str, Any]:
     for rank in range(4):
         topology.fetch(f"end/{rank}", sender=f"rank {rank}")
     topology.live_slots = (0, 1, 2, 3)
-    leave_topology(topology)
+    topology.close()
     return out
 
 
