@@ -6,14 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from feddra_ds.evaluation.evaluate import evaluate
     from feddra_ds.model.folder import load_pretrained
     from feddra_ds.run.train import train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_pretrained", "train"]
+__all__ = ["__version__", "evaluate", "load_pretrained", "train"]
 
 # name: where it is. Imported on demand, so that importing the package stays light.
 _HOMES = {
+    "evaluate": "feddra_ds.evaluation.evaluate",
     "load_pretrained": "feddra_ds.model.folder",
     "train": "feddra_ds.run.train",
 }

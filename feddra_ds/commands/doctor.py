@@ -134,7 +134,8 @@ def _advice(args: argparse.Namespace, problems: int) -> list[str]:
         return ["feddra-ds doctor --config FILE   # checks data, topology and parameters of a run"]
     keys = " ".join(args.rest)
     if args.num_ranks > 1:
-        return [f"deepspeed --num_accelerators {args.num_ranks} launch/train.py --config {args.config} {keys}".rstrip()]
+        launcher = f"deepspeed --num_accelerators {args.num_ranks} --module feddra_ds train"
+        return [f"{launcher} --config {args.config} {keys}".rstrip()]
     return [f"feddra-ds train --config {args.config} {keys}".rstrip()]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 from feddra_ds import strategies
 from feddra_ds.config.checks import REFUSED_DEEPSPEED_KEYS
@@ -60,6 +60,11 @@ def reference(config: type[Config]) -> str:
 
 
 def _type(annotation: Any) -> str:
+    """An annotation for reading: what pydantic adds to a type stands in the bounds."""
+    if get_origin(annotation) is list:
+        return f"list[{_type(get_args(annotation)[0])}]"
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     text = re.sub(r"typing\.|NoneType", lambda m: "null" if m.group() == "NoneType" else "", text)
     text = re.sub(r"Literal\[(.*?)\]", lambda m: m.group(1).replace("'", "").replace(", ", " | "), text)

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.distributed.launch import Launch
+from feddra_ds.distributed.messages import Messages
 from feddra_ds.distributed.plan import Plan
 
-_LONGEST_NAP = 0.25  # seconds between two looks at the store
 _ROLL_CALL_S = 5.0
 
 
-class Topology:
+class Topology(Messages):
     """This process's place in the plan: its slot's group (the default process group), its peers and the store."""
 
     # who and where
@@ -57,7 +56,7 @@ class Topology:
         )
         self.live_slots = tuple(range(plan.num_slots))
         self.peers = self._join_peers(generation=0)
-        self._messages = dist.PrefixStore("message", self.store)
+        super().__init__(dist.PrefixStore("message", self.store), launch.rank, timeout_s)
 
     @property
     def is_coordinator(self) -> bool:
@@ -128,34 +127,6 @@ class Topology:
             except WaitTimeout:
                 silent.append(who)
         return ", ".join(silent) or "a peer"
-
-    # Messages: small JSON values by key, read by any number of ranks.
-    def post(self, key: str, value: Any) -> None:
-        """Publish a JSON value under a key."""
-        self._messages.set(key, json.dumps(value))
-
-    def fetch(self, key: str, *, sender: str, timeout_s: float | None = None) -> Any:
-        """Wait for a key and return its value. Raises WaitTimeout, naming `sender`, after timeout_s seconds."""
-        limit = self.timeout_s if timeout_s is None else timeout_s
-        began = time.monotonic()
-        try:
-            while not self._messages.check([key]):
-                waited = time.monotonic() - began
-                if waited >= limit:
-                    raise WaitTimeout(
-                        f"rank {self.rank} waited {limit:.0f} s for {key} from {sender}; is it still running? "
-                        "(clients.timeout_s bounds this wait)"
-                    )
-                time.sleep(min(_LONGEST_NAP, 0.001 + 0.02 * waited))  # short naps, so that Ctrl-C and SIGTERM are heard
-            return json.loads(self._messages.get(key))
-        except dist.DistNetworkError as error:
-            raise WaitTimeout(
-                f"rank {self.rank} lost the coordinator (rank 0) while it waited for {key}: {error}"
-            ) from None
-
-    def forget(self, key: str) -> None:
-        """Delete a message that every reader has read."""
-        self._messages.delete_key(key)
 
     def leave_after_reading(self, key: str, live_slots: Sequence[int]) -> None:
         """Before the run ends early: rank 0, whose store dies with it, waits (a bounded time) until the others know why."""

@@ -292,7 +292,10 @@ def test_doctor_on_a_config(exported: tuple[Path, Path], tmp_path: Path, capsys:
     assert "12 of 64, as north has no more" in text
     assert "in the alignment module" in text
     assert "0 problems" in text
-    assert f"Next:\n  deepspeed --num_accelerators 2 launch/train.py --config {path} --dro.evaluation_pairs 64" in text
+    assert (
+        f"Next:\n  deepspeed --num_accelerators 2 --module feddra_ds train --config {path} --dro.evaluation_pairs 64"
+        in text
+    )
     assert not out.exists(), "it looks and writes nothing"
 
     assert main([*words, "--num-ranks", "4", "--run.sed", "1", "--data.batch_size", "0"]) == 1

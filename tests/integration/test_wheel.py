@@ -11,9 +11,12 @@ import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from spawn import free_port
+
+from feddra_ds.common.tree import set_path
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
@@ -108,3 +111,8 @@ def test_data_training_on_two_ranks_and_the_model_in_python(run: Run) -> None:
     run("feddra-ds", "report", "run")
     script = "import feddra_ds; model, processor = feddra_ds.load_pretrained('run/model'); print(type(model).__name__)"
     assert run("python", "-c", script).strip() == "DualEncoder"
+    tree: dict[str, Any] = {}
+    for key, value in (keys | {"run.output_dir": "again"}).items():
+        set_path(tree, key, value)
+    script = f"import feddra_ds; r = feddra_ds.train('quickstart', {tree!r}); print(len(r.rounds), r.model_dir)"
+    assert run("python", "-c", script).split() == ["1", "again/model"]

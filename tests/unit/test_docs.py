@@ -181,7 +181,7 @@ def test_own_classes_are_those_that_are_tested() -> None:
 
 
 def test_no_document_is_named_that_is_not_here() -> None:
-    files = [p for top in ("benchmarks", "launch", "configs", "docs")
+    files = [p for top in ("benchmarks", "launch", "configs", "docs", "feddra_ds", "tests")
              for p in (REPOSITORY / top).rglob("*") if p.suffix in (".py", ".md", ".yaml")]  # fmt: skip
     there = {p.name for p in REPOSITORY.glob("*.md")} | {p.name for p in files}
     for path in [*files, *DOCUMENTS, REPOSITORY / "Makefile"]:

@@ -73,6 +73,21 @@ def test_every_package_says_its_rule(name: str) -> None:
     assert len(said) > 40
 
 
+def test_report_and_doctor_do_not_know_each_other() -> None:
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] == "doctor":
+            assert not [name for name in imports_of(path) if name.startswith("feddra_ds.report")], path
+
+
+def test_metrics_import_only_the_libraries_they_need() -> None:
+    for path in (PACKAGE / "metrics").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        foreign = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+        assert foreign <= {"numpy", "scipy", "sklearn", "feddra_ds"}, f"{path} imports {foreign}"
+
+
 def test_only_engine_imports_deepspeed() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
