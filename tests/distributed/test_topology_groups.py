@@ -134,8 +134,11 @@ def _end_of_process(topology: Any) -> None:
 
     import torch.distributed as dist
 
+    from feddra_ds.distributed.topology import _stores
+
     topology.peers = topology._messages = topology.store = None
     dist.destroy_process_group()
+    _stores.clear()
     gc.collect()
 
 
