@@ -129,21 +129,19 @@ class Miniature:
     def stage(self, stage: Stage) -> None:
         """One stage of every client of the slot, and the average."""
         c, lay, host = self.config, self.layout, self.host
-        aggregates = stage.trains_backbone or c.aggregate.after_stage1 or c.schedule.stage2_steps == 0
-        moves_weights = c.dro.evaluate_on == "anchors"
-        goes_on = moves_weights or (c.schedule.stage2_start == "client" and c.schedule.stage2_steps > 0)
-        if aggregates and self.strategy.averages:
+        has_own_aligners = any(one.hands_on_aligner for one in stages_of_round(c, 0))
+        if stage.averages and self.strategy.averages:
             host.hold("server: running sum", lay.state(stage.parts))
         for _ in range(lay.clients):
             host.hold(
                 "data: batches decoded ahead", blocks([self.pixels(c.data.prefetch * max(1, c.data.num_workers))])
             )
             if stage.trains_backbone:
-                if c.schedule.stage1_steps > 0 and goes_on:
+                if has_own_aligners:
                     host.shrink("clients' own aligners", lay.state(["aligner"]))
                 self.replay(stage)
             self.steps(stage)
-            if not stage.trains_backbone and goes_on:
+            if stage.hands_on_aligner:
                 host.hold("clients' own aligners", lay.state(["aligner"]))
             host.drop("data: batches decoded ahead", "data: batches kept for the replay")
         host.drop("server: running sum")
