@@ -17,6 +17,7 @@ LAYOUTS: list[tuple[int, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 def test_tokens_know_no_layout(dataset: Path, tmp_path: Path) -> None:
     settings = {"objective__name": "token_objective:TokenMatch", "objective__learnable_temperature": True}
     folders = []

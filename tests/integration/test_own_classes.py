@@ -126,6 +126,8 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_trained_resumed_and_exported(package: Path, root: Path, tmp_path: Path) -> None:
     layout = {"topology__ranks_per_slot": 2, "deepspeed": zero(2), "schedule__rounds": 3}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -173,6 +173,7 @@ print(json.dumps(told | {"rounds": [line["round"] for line in result.rounds], "c
 )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_round_leaves_nothing_and_the_next_call_goes_on(root: Path, tmp_path: Path) -> None:
     shape = {"deepspeed": zero(3), "schedule__rounds": 2, "schedule__stage2_steps": 6, **MORE}
     whole, cut = (tree(root, tmp_path / name, **shape) for name in ("whole", "cut"))
@@ -189,6 +190,7 @@ def test_ctrl_c_in_a_round_leaves_nothing_and_the_next_call_goes_on(root: Path, 
     assert same_bits(weights_of(tmp_path / "cut", 1), weights_of(tmp_path / "whole", 1))
 
 
+@pytest.mark.slow
 def test_under_the_launcher_every_rank_has_the_result(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree(root, out)))
