@@ -146,6 +146,7 @@ def _resume(run: Run, folder: Path) -> dict[str, Any]:
     run.mixture, run.next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
     for owner in run.server.states:
         run.server.states[owner] = SavedModel(folder, owner).read_state(run.engine)
+        run.engine.write(run.server.states[owner])  # as after a build: the engine holds a model that the server has
     read_residuals(folder, run.server, run.topology)
     read_kept(folder, run.server, run.clients)
     for client in run.clients:

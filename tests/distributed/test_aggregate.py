@@ -87,7 +87,9 @@ def test_a_client_with_nan_weights_is_left_out_with_a_reason(
 
 def test_padding_is_nobodys_business(dataset: Path, tmp_path: Path) -> None:
     """ZeRO's padding may hold anything: it must not make an update invalid."""
-    config = tree(dataset, tmp_path, deepspeed=zero(2), topology__ranks_per_slot=2)
+    # a learned temperature makes the number of parameters odd, so that there is padding
+    odd = {"objective__learnable_temperature": True}
+    config = tree(dataset, tmp_path, deepspeed=zero(2), topology__ranks_per_slot=2, **odd)
     assert (
         on_ranks(_validate_with_bad_padding, 2, config)
         == [(True, None, "its weights are not finite after the stage")] * 2
@@ -201,7 +203,7 @@ def test_running_statistics_are_averaged_and_counters_come_from_the_first_client
         else:
             expected = sum(w * results[c]["buffers"][name].astype(np.float64) for c, w in zip(IDS, P, strict=True))
             np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
-            assert np.abs(value - results["north"]["buffers"][name]).max() > 1e-3
+            assert np.abs(value - results["north"]["buffers"][name]).max() > 3e-4
 
 
 def test_buffers_without_the_first_client_and_with_bad_ones(dataset: Path, tmp_path: Path) -> None:

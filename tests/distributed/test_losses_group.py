@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from losses_parity import Case, draw, evaluate
 
-import feddra_ds.losses
 from feddra_ds.engine.bootstrap import import_deepspeed
+from feddra_ds.losses import fused
 from feddra_ds.losses.fused import fused_dro_loss
 
 ROWS, DIM = 7, 5  # per rank
@@ -97,15 +97,15 @@ def _largest_tensors(rank: int, world_size: int) -> dict[str, int]:
     """Entries of the largest tensor made by a step on a rank's 20 × 33 batch, by form; `auto` with the threshold at 0."""
     embeddings = draw((20, 33), torch.float32)
     largest = {}
-    before = feddra_ds.losses.RING_BYTES
+    before = fused.RING_BYTES
     for exchange in ("gather", "ring", "auto"):
-        feddra_ds.losses.RING_BYTES = 0 if exchange == "auto" else before
+        fused.RING_BYTES = 0 if exchange == "auto" else before
         image, text = (x.requires_grad_() for x in embeddings[:2])
         with _LargestTensor() as mode:
             loss = fused_dro_loss(image, text, temperature=0.1, group=dist.group.WORLD, exchange=exchange)
             loss.total.backward()
         largest[exchange] = mode.numel
-    feddra_ds.losses.RING_BYTES = before
+    fused.RING_BYTES = before
     return largest
 
 
