@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
+from feddra_ds.common.plugins import find_class
 from feddra_ds.data.sources.base import Source
 
 # name: "module:Class". Imported only when asked for, so that a source may need packages that the others do not.
@@ -11,7 +10,5 @@ SOURCES = {"csv": "feddra_ds.data.sources.table:Table"}
 
 
 def source_class(name: str) -> type[Source]:
-    """The class of a source."""
-    module, _, attribute = SOURCES[name].partition(":")
-    found: type[Source] = getattr(import_module(module), attribute)
-    return found
+    """The class of a source: of a row, or package.module:Class for one's own. Raises ConfigError."""
+    return find_class("source", name, SOURCES, Source)  # type: ignore[type-abstract]
