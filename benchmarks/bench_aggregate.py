@@ -49,6 +49,7 @@ def flower_formula(results: list[tuple[list[np.ndarray], int]]) -> list[np.ndarr
 
 def child(argument: dict[str, Any]) -> dict[str, Any]:
     """One rank: its seconds by case, and the bytes that each case handed to collectives."""
+    from feddra_ds import strategies
     from feddra_ds.checkpoint.format import SHARED
     from feddra_ds.distributed.launch import Launch
     from feddra_ds.distributed.topology import Topology
@@ -88,7 +89,8 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
     def together() -> None:
         peers.barrier().wait()
 
-    servers = {precision: Server(engine, config_of(precision), topology) for precision in PRECISIONS}
+    strategy = strategies.build(config.strategy, config.dro)
+    servers = {precision: Server(engine, strategy, config_of(precision), topology) for precision in PRECISIONS}
 
     def average(precision: str) -> Callable[[], None]:
         server = servers[precision]

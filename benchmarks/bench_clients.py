@@ -34,16 +34,17 @@ STEPS = {"schedule__stage1_steps": 2, "schedule__stage2_steps": 4}
 def child(argument: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run: per round its CPU and wall seconds and resident bytes afterwards."""
     from feddra_ds.config.load import from_dict
+    from feddra_ds.federation.record import RoundRecord
     from feddra_ds.run.build import build
 
     torch.set_num_threads(1)
     run = build(from_dict(argument["tree"]))
     out: dict[str, Any] = {"cpu": [], "wall": [], "resident": []}
-    record = run.record
+    write = run.record
     clocks = [time.process_time(), time.perf_counter()]
 
-    def after_round(line: dict[str, Any], seconds: float) -> None:
-        record(line, seconds)
+    def after_round(record: RoundRecord, seconds: float) -> None:
+        write(record, seconds)
         now = [time.process_time(), time.perf_counter()]
         out["cpu"].append(now[0] - clocks[0])
         out["wall"].append(now[1] - clocks[1])

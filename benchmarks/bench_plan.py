@@ -100,7 +100,7 @@ def main() -> None:
     if args.quick:
         discard_results()
         names = ["fp32 zero 0", "bf16 zero 2 x2"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             ranks, other_sizes, changes = CASES[name]

@@ -111,7 +111,7 @@ def client_data(config: Config) -> list[ClientData]:
     tokenizer = tokenizer_of(config)
     processor = build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
     place: Any = SimpleNamespace(plan=layout, slot=0, slot_rank=0)
-    strategy = strategies.build(config.strategy)
+    strategy = strategies.build(config.strategy, config.dro)
     clients, *_ = build_clients(config, dataset, ids, strategy, place, tokenizer, processor)
     return [client.data for client in clients]
 

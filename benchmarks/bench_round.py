@@ -34,6 +34,7 @@ from _runs import FULL, QUICK, config_tree, discard_results, print_table, write_
 from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.order import Position
+from feddra_ds.federation.record import RoundRecord
 from feddra_ds.federation.step import features_of
 from feddra_ds.model.build import model_of, tokenizer_of
 from feddra_ds.run.build import build
@@ -84,7 +85,7 @@ def measure(tree: dict[str, Any], steps: tuple[int, int]) -> dict[str, list[floa
     run = build(config)
     plain = PlainTraining(config, run)
     times: dict[str, list[float]] = defaultdict(list)
-    record, anchor_losses, run_stage = run.record, run.trainer._anchor_losses, run.trainer.run_stage
+    write, anchor_losses, run_stage = run.record, run.trainer._anchor_losses, run.trainer.run_stage
     added = [0.0]
 
     def timed_stage(client: Any, stage: Any, *rest: Any, **options: Any) -> Any:
@@ -100,10 +101,10 @@ def measure(tree: dict[str, Any], steps: tuple[int, int]) -> dict[str, list[floa
         added[0] += time.perf_counter() - began
         return losses
 
-    def after_round(line: dict[str, Any], seconds: float) -> None:
+    def after_round(record: RoundRecord, seconds: float) -> None:
         began = time.monotonic()
-        record(line, seconds)
-        parts = line["stage_seconds"]
+        write(record, seconds)
+        parts = record["stage_seconds"]
         metrics = time.monotonic() - began
         began, began_cpu = time.perf_counter(), time.process_time()
         plain.train(steps[1])
