@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -128,15 +129,10 @@ def _adopt(engine: Any, plain: Any) -> None:
 def examine(config_tree: dict[str, Any], optimizer: str | None = None, whole: bool = False) -> dict[str, Any]:
     """Everything that is asked of one engine, on each rank of its slot."""
     from feddra_ds.config.load import from_dict
-    from feddra_ds.engine.optimizer import build_optimizer
+    from feddra_ds.engine import engine as engine_module
 
-    kept = build_optimizer
-    if optimizer == "fused":
-        build_optimizer = _fused_adam  # type: ignore[assignment]
-    try:
+    with patch.object(engine_module, "build_optimizer", _fused_adam if optimizer else engine_module.build_optimizer):
         engine, plain, topology = _engine(from_dict(config_tree), whole)
-    finally:
-        build_optimizer = kept
     seen: dict[str, Any] = {
         "class": type(engine._ds.optimizer).__name__,
         "zero": engine.zero_stage,
@@ -173,7 +169,7 @@ def examine(config_tree: dict[str, Any], optimizer: str | None = None, whole: bo
     return seen
 
 
-def _fused_adam(groups: Any, config: Any, fragment: Any) -> Any:
+def _fused_adam(groups: Any, config: Any, ds_config: Any) -> Any:
     from deepspeed.ops.adam import FusedAdam
 
     return FusedAdam(groups, lr=config.optimizer.lr, adam_w_mode=True)
