@@ -222,6 +222,8 @@ class MixtureSet:
         if fixed.shape != (size,):
             raise ValueError(f"kept has shape {fixed.shape} for {size} clients")
         free = np.isnan(fixed)
+        if free.all():
+            return solve(free, 1.0, self)
         held = fixed[~free]
         low, high = self._bounds
         if np.any(held < low[~free] - _ROUNDING) or np.any(held > high[~free] + _ROUNDING):
@@ -275,6 +277,8 @@ class MixtureSet:
         stride = 1.0
         while excess(high) > 0:
             high += stride
+            if high > 700:  # a radius below the rounding of c
+                return self.center.copy()
         low = high - stride
         while excess(low) < 0:
             stride *= 2
@@ -371,10 +375,8 @@ def robust_gain(p: ArrayLike, losses: ArrayLike, mixture_set: MixtureSet) -> Rob
     known = ~np.isnan(values)
     if not known.any():
         return None
-    values, center = (
-        _losses(values[known], int(known.sum())),
-        mixture_set.center[known] / mixture_set.center[known].sum(),
-    )
+    values = _losses(values[known], int(known.sum()))
+    center = mixture_set.center[known] / mixture_set.center[known].sum()
     mass = p64[known].sum()
     weights = p64[known] / mass if mass > 0 else center
     worst = replace(mixture_set, center=center).worst(values)
