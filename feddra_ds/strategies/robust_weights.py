@@ -84,6 +84,17 @@ class MixtureSet:
         rarest = 1.0 / float(self.center.min())
         return {"chi2": 0.5 * (rarest - 1), "kl": float(np.log(rarest)), "cvar": rarest - 1, "simplex": 0.0}[self.kind]
 
+    @property
+    def is_point(self) -> bool:
+        """Whether the centre is all there is."""
+        pinned = self.kind != "simplex" and self.radius == 0
+        return pinned or self.minimum == 1 or self._ceiling == 1 or self.center.size == 1
+
+    def among(self, members: ArrayLike) -> MixtureSet:
+        """The set of some of the clients alone: the same rule around their part of the centre. members: (N,) bool."""
+        part = self.center[np.asarray(members, dtype=bool)]
+        return self if part.size == self.center.size else replace(self, center=part / part.sum())
+
     def project(self, q: ArrayLike, *, kept: ArrayLike | None = None) -> Vector:
         """argmin ‖z − q‖² over the set. q: (N,), any finite vector. Returns (N,) float64; exactly c at radius 0."""
         q64 = _vector(q, "q")
@@ -153,7 +164,7 @@ class MixtureSet:
     def reach(self) -> tuple[Vector, Vector]:
         """(smallest, largest) p_i that the set allows each client, two (N,) vectors."""
         c = self.center
-        if self._is_point:
+        if self.is_point:
             return c.copy(), c.copy()
         # With p_i = t the others do best, in the ball and in their bounds alike, in proportion to the centre.
         most = min(self._ceiling, 1.0 / float(c.min()))
@@ -188,12 +199,6 @@ class MixtureSet:
     def _is_ball(self) -> bool:
         return self.kind in ("chi2", "kl")
 
-    @property
-    def _is_point(self) -> bool:
-        """Whether c is all there is."""
-        pinned = self.kind != "simplex" and self.radius == 0
-        return pinned or self.minimum == 1 or self._ceiling == 1 or self.center.size == 1
-
     @cached_property
     def _bounds(self) -> tuple[Vector, Vector]:
         return self.minimum * self.center, np.minimum(self._ceiling * self.center, 1.0)
@@ -202,7 +207,7 @@ class MixtureSet:
         """For a χ² ball with a uniform centre and q on the simplex: the segment from c to q stays on the simplex, so
         the projection is where it leaves the ball, if the bounds hold there. None where this does not apply."""
         c = self.center
-        if self.kind != "chi2" or self._is_point or np.ptp(c) > 0 or np.any(q < 0) or abs(q.sum() - 1) > 1e-12:
+        if self.kind != "chi2" or self.is_point or np.ptp(c) > 0 or np.any(q < 0) or abs(q.sum() - 1) > 1e-12:
             return None
         step = q - c
         distance = np.linalg.norm(step)
@@ -262,7 +267,7 @@ class MixtureSet:
 
         Lagrange: the same without the ball, minus μ·D(z), for the μ ≥ 0 at which D(z) = radius.
         """
-        if self._is_point:
+        if self.is_point:
             return self.center.copy()
         plain = self._balanced(gain, curvature, 0.0) if curvature else self._linear(gain)
         if not self._is_ball or self.divergence(plain) <= self.radius:
@@ -375,12 +380,10 @@ def robust_gain(p: ArrayLike, losses: ArrayLike, mixture_set: MixtureSet) -> Rob
     known = ~np.isnan(values)
     if not known.any():
         return None
-    values = _losses(values[known], int(known.sum()))
-    center = mixture_set.center[known] / mixture_set.center[known].sum()
+    values, among = _losses(values[known], int(known.sum())), mixture_set.among(known)
     mass = p64[known].sum()
-    weights = p64[known] / mass if mass > 0 else center
-    worst = replace(mixture_set, center=center).worst(values)
-    mixture, mean, best = (float(w @ values) for w in (weights, center, worst))
+    weights = p64[known] / mass if mass > 0 else among.center
+    mixture, mean, best = (float(w @ values) for w in (weights, among.center, among.worst(values)))
     share = (mixture - mean) / (best - mean) if best - mean > 1e-12 * max(1.0, abs(mean)) else None
     return {"mixture": mixture, "mean": mean, "best": best, "share": share}
 
