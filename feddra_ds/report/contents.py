@@ -235,7 +235,7 @@ def charts(files: RunFiles) -> dict[str, Markup]:
         )
     gained = [(line["round"], line["robust_gain"]) for line in lines if line.get("robust_gain")]
     if gained and len(ids) > 1:
-        names = (("most that p could reach", "best", "c1", True), ("Σ p L", "mixture", "c0", False))
+        names = (("worst p allowed", "best", "c1", True), ("Σ p L", "mixture", "c0", False))
         values = [Series(label, [g[key] for _, g in gained], style, dash=dash) for label, key, style, dash in names]
         values.append(Series("mean", [g["mean"] for _, g in gained], "ink"))
         out["gain"] = line_chart(values, [r for r, _ in gained], title="Robust gain over rounds", show=number)
