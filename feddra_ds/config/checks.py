@@ -41,10 +41,8 @@ def contradictions(config: Config) -> list[str]:
             out.append(
                 f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids"
             )
-    if c.data.micro_batch_size is not None and c.model.head.norm == "batchnorm":
-        out.append(
-            "data.micro_batch_size: splits the batch that model.head.norm=batchnorm takes statistics over; use layernorm"
-        )
+    if c.data.micro_batch_size is not None and (key := c.model.head.batchnorm_key):
+        out.append(f"data.micro_batch_size: splits the batch that {key}=batchnorm takes statistics over; use layernorm")
     weights = c.dro.fixed_weights
     if weights is not None:
         if min(weights, default=-1.0) < 0 or abs(sum(weights) - 1) > 1e-6:

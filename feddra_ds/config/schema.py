@@ -49,6 +49,16 @@ class HeadConfig(Section):
     """Width of the mlp's hidden layer."""
     norm: Literal["layernorm", "batchnorm", "none"] = "layernorm"
     """Norm inside the mlp. batchnorm is the release's; its statistics couple samples and are averaged over clients."""
+    output_norm: Literal["none", "layernorm", "batchnorm"] = "none"
+    """Norm of what the head gives, without learned scale or shift. With batchnorm, the release's, random encoders with cls
+    pooling leave chance at once; with the other two they stay there for 60 steps and more (docs/concepts.md)."""
+
+    @property
+    def batchnorm_key(self) -> str | None:
+        """The key that asks for a batchnorm, or None."""
+        if self.kind == "mlp" and self.norm == "batchnorm":
+            return "model.head.norm"
+        return "model.head.output_norm" if self.output_norm == "batchnorm" else None
 
 
 class ModelConfig(Section):

@@ -49,6 +49,7 @@ def build_model(
         head_kind=config.head.kind,
         head_hidden_dim=config.head.hidden_dim,
         head_norm=config.head.norm,
+        head_output_norm=config.head.output_norm,
         vision_pooling=_pooling(config.vision, vision, "vision"),
         text_pooling=_pooling(config.text, text, "text"),
         temperature=objective.temperature,
@@ -126,6 +127,7 @@ def _say_what_is_ignored(config: ModelConfig, values: dict[str, Any]) -> None:
         "model.embedding_dim": (config.embedding_dim, values["embedding_dim"]),
         "model.num_extra_blocks": (config.num_extra_blocks, values["num_extra_blocks"]),
         "model.head.kind": (config.head.kind, values["head_kind"]),
+        "model.head.output_norm": (config.head.output_norm, values.get("head_output_norm", "none")),
     }
     for key, (given, found) in asked.items():
         if given != found:

@@ -3,9 +3,10 @@
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers parameters by hooks on
 those forwards.
 
-Buffers. A BatchNorm head has `running_mean` and `running_var` (floating: the server takes their weighted mean, so the
-averaged variance leaves out the spread between the clients' means) and `num_batches_tracked` (integer: taken from the
-coordinator). It is the release's choice; LayerNorm has no buffers and does not couple the samples of a batch.
+Buffers. A BatchNorm, inside the head or at its output, has `running_mean` and `running_var` (floating: the server takes
+their weighted mean, so the averaged variance leaves out the spread between the clients' means) and `num_batches_tracked`
+(integer: taken from the coordinator). It is the release's choice; LayerNorm has no buffers and does not couple the
+samples of a batch.
 
 Legend: B batch, T tokens or patches, H hidden size, D embedding size.
 """
@@ -51,10 +52,18 @@ class Temperature(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection (B, H) → (B, D): `linear` is one Linear without bias, `mlp` is Linear-norm-ReLU-Linear."""
+    """Projection (B, H) → (B, D): `linear` is one Linear without bias, `mlp` is Linear-norm-ReLU-Linear.
 
-    def __init__(self, in_dim: int, out_dim: int, kind: str, hidden_dim: int, norm: str):
+    `output_norm` normalises what comes out, without a learned scale or shift.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kind: str, hidden_dim: int, norm: str, output_norm: str = "none"):
         super().__init__()
+        self.output_norm: nn.Module = nn.Identity()
+        if output_norm == "layernorm":
+            self.output_norm = nn.LayerNorm(out_dim, elementwise_affine=False)
+        elif output_norm == "batchnorm":
+            self.output_norm = nn.BatchNorm1d(out_dim, affine=False)
         if kind == "linear":
             self.layers = nn.Sequential(nn.Linear(in_dim, out_dim, bias=False))
             return
@@ -63,7 +72,7 @@ class Head(nn.Module):
         self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), *middle, nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.layers(pooled)
+        return self.output_norm(self.layers(pooled))
 
 
 class ExtraBlock(GradientCheckpointingLayer):

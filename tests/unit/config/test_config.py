@@ -73,6 +73,16 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
         ({"dro": {"evaluate_on": "anchors"}, "objective": {"anchor_weight": 0}}, "dro.evaluate_on", "anchor_weight"),
         ({"dro": {"evaluate_on": "anchors", "apply": "loss"}}, "dro.evaluate_on", "too late"),
         ({"model": {"text": {"pretrained": "x", "config": {}}}}, "model.text.config", "contradicts"),
+        (
+            {"data": {"micro_batch_size": 2}, "model": {"head": {"output_norm": "batchnorm"}}},
+            "data.micro_batch_size",
+            "model.head.output_norm=batchnorm",
+        ),
+        (
+            {"data": {"micro_batch_size": 2}, "model": {"head": {"norm": "batchnorm"}}},
+            "data.micro_batch_size",
+            "model.head.norm=batchnorm",
+        ),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3"),
         (
             {"deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import BODY, TEXT, VISION, batch, build, save, scramble
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -237,8 +238,30 @@ def test_heads(norm: str) -> None:
     assert [tuple(p.shape) for p in linear.parameters()] == [(4, 8)]
 
 
-def test_batchnorm_statistics_are_buffers_with_a_rule() -> None:
-    model = build(head={"norm": "batchnorm"})
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_output_norms_have_no_parameters_and_say_what_they_do(kind: str) -> None:
+    pooled = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) + 5
+    plain = Head(8, 4, kind, 16, "none")
+    weights = plain.state_dict()
+    layer, batchnorm = (Head(8, 4, kind, 16, "none", norm) for norm in ("layernorm", "batchnorm"))
+    for head in (layer, batchnorm):
+        head.load_state_dict(weights, strict=False)
+        assert [tuple(p.shape) for p in head.parameters()] == [tuple(p.shape) for p in plain.parameters()]
+    found = plain(pooled)
+    centred = F.normalize(found - found.mean(1, keepdim=True), dim=1)
+    assert torch.allclose(F.normalize(layer(pooled), dim=1), centred, atol=1e-4)
+    whitened = (found - found.mean(0)) / (found.var(0, correction=0) + 1e-5).sqrt()
+    assert torch.allclose(batchnorm(pooled), whitened, atol=1e-5)
+    for _ in range(200):
+        batchnorm(pooled)
+    running = (found - found.mean(0)) / (found.var(0) + 1e-5).sqrt()
+    assert torch.allclose(batchnorm.eval()(pooled), running, atol=1e-4)  # alone: eval does not look at the batch
+    assert torch.allclose(batchnorm(pooled[:1]), running[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [{"norm": "batchnorm"}, {"norm": "none", "output_norm": "batchnorm"}])
+def test_batchnorm_statistics_are_buffers_with_a_rule(head: dict[str, str]) -> None:
+    model = build(head=head)
     buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     floating = [n for n, b in buffers.items() if b.is_floating_point()]
     assert sorted(n.rsplit(".", 1)[1] for n in floating) == ["running_mean"] * 2 + ["running_var"] * 2
