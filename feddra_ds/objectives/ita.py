@@ -56,7 +56,7 @@ class ImageTextAlignment(Objective):
         return loss._replace(total=self.options.alignment_weight * loss.total)
 
     def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
-        return losses.alignment_with_positives(
+        return losses.alignment_per_pair(
             features.image, features.text, text_ids, float(features.temperature), self.options.direction_reduction
         )
 
