@@ -61,6 +61,10 @@ def contradictions(config: Config) -> list[str]:
                 f"dro.evaluation_batch_size: {c.dro.evaluation_batch_size} is more than data.batch_size = {c.data.batch_size}, "
                 "whose batches dro.evaluate_on=anchors reads the losses off"
             )
+        if c.objective.anchor_mode == "train":
+            out.append(
+                "dro.evaluate_on: anchors needs objective.anchor_mode=eval, the mode in which losses are comparable"
+            )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use sample")
     for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):

@@ -140,8 +140,10 @@ def build_trainer(
                 "topology.ranks_per_slot = 1"
             ]
         )
-    if ranks > 1:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if ranks > 1:  # the slot's group is torch's default one
+        for module in (model, frozen_aligner, frozen_model):
+            if module is not None:
+                torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     engine = Engine(model, config, device=device, slot_rank=topology.slot_rank, ranks_per_slot=ranks, weights=initial)
     for twin in (frozen_aligner, frozen_model):
         if twin is not None:
