@@ -70,6 +70,14 @@ def contradictions(config: Config) -> list[str]:
     for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):
         if encoder.pretrained is not None and encoder.config is not None:
             out.append(f"model.{name}.config: contradicts model.{name}.pretrained; give one of them")
+        if encoder.num_layers is not None and encoder.pretrained is None:
+            out.append(
+                f"model.{name}.num_layers: cuts the encoder of model.{name}.pretrained, which is null; "
+                f"set num_hidden_layers in model.{name}.config"
+            )
+    augment = c.data.augment
+    if augment.method == "pad_crop" and augment.resize < c.data.image_size:
+        out.append(f"data.augment.resize: {augment.resize} is less than data.image_size = {c.data.image_size}")
     for path, advice in REFUSED_DEEPSPEED_KEYS.items():
         if get_path(c.deepspeed, path) not in (None, False):
             out.append(f"deepspeed.{path}: {advice}")

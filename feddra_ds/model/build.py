@@ -147,7 +147,10 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
 def processor_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoderProcessor:
     """Image and text preprocessing of the model. Raises ConfigError."""
     try:
-        return build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
+        data = config.data
+        return build_processor(
+            config.model, tokenizer, data.image_size, data.text_length, data.image_mean, data.image_std
+        )
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 

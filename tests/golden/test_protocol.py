@@ -75,7 +75,8 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
     class Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.aligner, self.backbone, self.config = Part([1.0, 2.0]), Part([3.0, 4.0]), None
+            self.aligner, self.backbone = Part([1.0, 2.0]), Part([3.0, 4.0])
+            self.config = types.SimpleNamespace(vision_pooling="mean", text_pooling="mean")
 
         def decay_parameter_names(self) -> list[str]:
             return []
@@ -107,6 +108,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
             self.pixel_values = inputs(client_id, rows)
             self.input_ids = self.attention_mask = torch.zeros(rows, 1, dtype=torch.int64)
             self.pixels = torch.zeros(rows, 1, dtype=torch.uint8)
+            self.text_ids = torch.arange(rows)
 
         def __len__(self) -> int:
             return len(self.pixel_values)

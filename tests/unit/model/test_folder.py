@@ -217,6 +217,8 @@ def test_statistics_come_from_the_pretrained_vision_model(tmp_path: Path) -> Non
     (folder / "preprocessor_config.json").write_text(json.dumps(values | {"image_mean": [0.0, 0.0, 0.0]}))
     proc = build_processor(config(vision={"pretrained": str(folder)}), tokenizer(), 32, 12)
     assert (proc.image_mean, proc.image_std) == ((0.0, 0.0, 0.0), (0.4, 0.5, 0.6))
+    given = build_processor(config(vision={"pretrained": str(folder)}), tokenizer(), 32, 12, image_std=(0.3, 0.2, 0.1))
+    assert (given.image_mean, given.image_std) == ((0.0, 0.0, 0.0), (0.3, 0.2, 0.1))
     whole = build_processor(config(pretrained=str(folder)), tokenizer(), 32, 12)
     assert whole.image_mean == (0.0, 0.0, 0.0)
     (folder / "preprocessor_config.json").write_text(json.dumps(values | {"image_std": [0.5, 0.0, 0.5]}))
