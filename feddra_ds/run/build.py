@@ -37,6 +37,7 @@ from feddra_ds.federation.saving import read_kept, read_residuals
 from feddra_ds.federation.server import OwnModels, Server
 from feddra_ds.model.build import model_of, processor_of, tokenizer_of
 from feddra_ds.model.dual_encoder import SIDES, DualEncoder, DualEncoderConfig
+from feddra_ds.model.heads import synchronise_batchnorms
 from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.deferred import Weights, defer, make_room
 from feddra_ds.objectives import Objective
@@ -143,7 +144,7 @@ def build_trainer(
     if ranks > 1:  # the slot's group is torch's default one
         for module in (model, frozen_aligner, frozen_model):
             if module is not None:
-                torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+                synchronise_batchnorms(module)
     engine = Engine(model, config, device=device, slot_rank=topology.slot_rank, ranks_per_slot=ranks, weights=initial)
     for twin in (frozen_aligner, frozen_model):
         if twin is not None:
