@@ -45,6 +45,7 @@ class DualEncoderConfig(PreTrainedConfig):
     head_kind: str = "mlp"
     head_hidden_dim: int = 2048
     head_norm: str = "layernorm"
+    head_output_norm: str = "none"
     vision_pooling: str = "cls"
     text_pooling: str = "cls"
     use_poolers: bool = False
@@ -155,7 +156,7 @@ class DualEncoder(PreTrainedModel):
             top.blocks,
             top.norm,
             top.pooler if c.use_poolers else None,
-            Head(dim, c.embedding_dim, c.head_kind, c.head_hidden_dim, c.head_norm),
+            Head(dim, c.embedding_dim, c.head_kind, c.head_hidden_dim, c.head_norm, c.head_output_norm),
             dim=dim,
             heads=encoder.config.num_attention_heads,
             num_extra_blocks=c.num_extra_blocks,
