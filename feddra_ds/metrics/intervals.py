@@ -76,8 +76,9 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Mean:
         return Mean(1, mean, None, None, None)
     error = float(np.std(values, ddof=1)) / math.sqrt(n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    if error == 0:
-        return Mean(n, mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    scale = float(np.max(np.abs(values)))
+    if error <= 1e-12 * max(scale, 1.0):  # what rounding leaves of equal values
+        return Mean(n, mean, mean, mean, 1.0 if abs(mean) <= 1e-12 else 0.0)
     return Mean(n, mean, mean - half, mean + half, 2 * float(stats.t.sf(abs(mean) / error, n - 1)))
 
 
