@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
     add("--num-pairs", type=int, default=2000, metavar="N", help="train and val pairs over the five sites; the held-out "
-        f"site has {HELD_OUT.share:.0%} more (default %(default)s)")  # fmt: skip
+        f"site has {HELD_OUT.share:.0%}% more (default %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S",
         help="seed; the same seed gives the same bytes (default %(default)s)")  # fmt: skip
     add("--image-size", type=int, default=128, metavar="N", help="side of the pictures in pixels (default %(default)s)")

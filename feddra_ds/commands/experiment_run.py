@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--arms", metavar="A,B", help="these arms alone, and those that they read (default: all)")
     add("--workers", type=positive, metavar="N", help="runs at a time (default: one per core, or per --ranks cores)")
     add("--data", metavar="DIR", help="dataset to use in the place of the spec's")
+    add("--csv", metavar="FILE", help="table to convert in the place of the spec's")
     add("--ranks", type=positive, metavar="K", help="start each run as a launch of K ranks")
     add("--launch", metavar="COMMAND", help="what starts a launch; {ranks} and {port} are filled in, --config comes on top "
         f"(default with --ranks: {DEEPSPEED.replace('{{', '{').replace('}}', '}')})")  # fmt: skip
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = args.ranks or 1
     launch = (args.launch or DEEPSPEED).format(ranks=ranks, port="{port}") if args.launch or args.ranks else None
     workers = args.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
-    options = Options(out, workers, launch, args.keep, args.again, args.data)
+    options = Options(out, workers, launch, args.keep, args.again, args.data, args.csv)
     rows = run_experiment(spec, grid, options, _told, track)
     crashed = [run for run in grid.runs if run in pending(grid, rows)]
     if crashed:

@@ -26,7 +26,7 @@ from feddra_ds.common.tree import merge
 from feddra_ds.data.progress import Track, untracked
 from feddra_ds.experiments.grid import Grid, Run, fill
 from feddra_ds.experiments.rows import ROWS_NAME, Row, RowsFile, latest
-from feddra_ds.experiments.spec import DataSpec, Spec
+from feddra_ds.experiments.spec import ConvertData, DataSpec, Spec
 from feddra_ds.experiments.worker import tidy
 
 DEEPSPEED = "deepspeed --num_accelerators {ranks} --master_port {{port}} --module feddra_ds train"
@@ -35,7 +35,8 @@ DEEPSPEED = "deepspeed --num_accelerators {ranks} --master_port {{port}} --modul
 @dataclass(frozen=True)
 class Options:
     """out: folder of rows, runs and data. workers: processes at a time. launch: a launcher's command, each run as a
-    launch; None: in the worker. keep: checkpoints and models stay. again: test runs of changed arms are allowed."""
+    launch; None: in the worker. keep: checkpoints and models stay. again: test runs of changed arms are allowed. data, csv:
+    a dataset, or a table for data.convert, in the place of the spec's."""
 
     out: Path
     workers: int
@@ -43,6 +44,7 @@ class Options:
     keep: bool = False
     again: bool = False
     data: str | None = None
+    csv: str | None = None
 
 
 @dataclass
@@ -154,18 +156,17 @@ def _dataset(spec: Spec, seed: int, options: Options, track: Track) -> str:
 
         synthesize(out, source.synth.options(seed, options.workers), track)
     else:
-        _convert(source, out, seed, track)
+        assert source.convert is not None
+        _convert(source.convert, Path(options.csv or source.convert.csv), out, seed, track)
     write_atomic(note, recipe)
     return str(out.resolve())
 
 
-def _convert(source: DataSpec, out: Path, seed: int, track: Track) -> None:
+def _convert(asked: ConvertData, table: Path, out: Path, seed: int, track: Track) -> None:
     from feddra_ds.data.sources.base import Columns
     from feddra_ds.data.sources.ingest import IngestOptions, ingest
     from feddra_ds.data.sources.table import Table
 
-    asked = source.convert
-    assert asked is not None
     columns = Columns(
         image=asked.image_column,
         text=asked.text_column,
@@ -174,8 +175,15 @@ def _convert(source: DataSpec, out: Path, seed: int, track: Track) -> None:
         site=asked.site_column,
         labels=tuple(asked.label_columns),
     )
-    options = IngestOptions(asked.val_fraction, asked.image_size, asked.repeated_texts, seed, overwrite=True)
-    ingest(Table(Path(asked.csv), columns), out, options, track)
+    options = IngestOptions(
+        val_fraction=asked.val_fraction,
+        test_fraction=asked.test_fraction,
+        image_size=asked.image_size,
+        repeated_texts=asked.repeated_texts,
+        seed=seed,
+        overwrite=True,
+    )
+    ingest(Table(table, columns), out, options, track)
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class ConvertData(Section):
     site_column: str | None = None
     label_columns: list[str] = Field([])
     val_fraction: float = 0.2
+    test_fraction: float = 0.25
     image_size: int | None = None
     repeated_texts: bool = False
 
