@@ -62,7 +62,8 @@ def expand(spec: Spec, path: str | Path, kind: Kind, only: Iterable[str] | None 
         raise ConfigError([f"seeds.{kind}: {path} names none"])
     arms = _arms(spec)
     base = read_tree(find_base(spec.base, path))
-    trees = {name: _tree(base, spec.common | keys) for name, keys in arms.items()}
+    common = _tree(base, spec.common)
+    trees = {name: _tree(common, keys) for name, keys in arms.items()}
     needs = {name: _needs(keys, arms) for name, keys in arms.items()}
     problems = [line for name in arms for line in _problems(name, trees[name], needs[name], arms)]
     if spec.baseline is not None and spec.baseline not in arms:

@@ -53,6 +53,8 @@ def test_runs_are_arms_times_seeds_seed_by_seed(tmp_path: Path) -> None:
     assert [run.id for run in found.runs] == ["fedavg-seed0", "feddra-seed0", "fedavg-seed1", "feddra-seed1"]
     assert found.runs[1].tree["dro"]["radius"] == 2.0
     assert found.runs[1].tree["objective"]["anchor_weight"] == 1.0, "the base's keys"
+    common = grid(tmp_path, common={"dro": {"step_size": 0.1, "radius": 9.0}}).runs[1].tree["dro"]
+    assert (common["step_size"], common["radius"]) == (0.1, 2.0), "an arm's section joins that of all arms"
     assert [run.id for run in grid(tmp_path, "test").runs] == ["fedavg-seed10", "feddra-seed10"]
 
 
