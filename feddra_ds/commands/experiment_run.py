@@ -39,17 +39,18 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where a run crashed. Raises ConfigError and DataError."""
     spec = load(args.spec)
     out = args.out or default_out(spec)
+    given = args.data or args.csv
     only = None if args.arms is None else [name.strip() for name in args.arms.split(",") if name.strip()]
     grid = expand(spec, args.spec, args.seeds, only)
     if args.dry_run:
-        _list(spec, grid, out)
+        _list(spec, grid, out, given)
         return 0
     ranks = args.ranks or 1
     launch = (args.launch or DEEPSPEED).format(ranks=ranks, port="{port}") if args.launch or args.ranks else None
     workers = args.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
     options = Options(out, workers, launch, args.keep, args.again, args.data, args.csv)
     rows = run_experiment(spec, grid, options, _told, track)
-    crashed = [run for run in grid.runs if run in pending(grid, rows)]
+    crashed = [run for run in grid.runs if run in pending(grid, rows, given)]
     if crashed:
         print(f"{len(crashed)} of {len(grid.runs)} runs crashed; the same command tries them again. Logs: {out}/runs")
     next_step(f"feddra-ds experiment table {args.spec}" + ("" if args.out is None else f" --out {out}"))
@@ -61,8 +62,8 @@ def default_out(spec: Spec) -> Path:
     return Path("runs") / "experiments" / spec.name
 
 
-def _list(spec: Spec, grid: Grid, out: Path) -> None:
-    todo = {run.id for run in pending(grid, RowsFile(out / ROWS_NAME).rows)}
+def _list(spec: Spec, grid: Grid, out: Path, given: str | None) -> None:
+    todo = {run.id for run in pending(grid, RowsFile(out / ROWS_NAME).rows, given)}
     for run in grid.runs:
         keys = ", ".join(f"{key}={value}" for key, value in run.keys.items())
         print(f"{'to do' if run.id in todo else 'done '}  {run.id}  {keys}")

@@ -73,7 +73,11 @@ def expand(spec: Spec, path: str | Path, kind: Kind, only: Iterable[str] | None 
     if problems:
         raise ConfigError(problems)
     order = _ordered(list(arms), needs, chosen)
-    shared = {"data": spec.data.model_dump(mode="json"), "evaluate": spec.evaluate.model_dump(mode="json")}
+    # where a table or dataset lies is no part of what it is; rows say it (Options.given)
+    shared = {
+        "data": spec.data.model_dump(mode="json", exclude={"path": True, "convert": {"csv"}}),
+        "evaluate": spec.evaluate.model_dump(mode="json"),
+    }
     prints = {name: _hash({"tree": trees[name], **shared}) for name in arms}
     for name in order:  # what an arm reads decides its result as well
         if needs[name]:

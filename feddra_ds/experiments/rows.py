@@ -33,10 +33,6 @@ class RowsFile:
             os.fsync(file.fileno())
         self.rows.append(row)
 
-    def done(self) -> set[tuple[str, str]]:
-        """(id, fingerprint) of the runs that need no other try."""
-        return {(row["id"], row["fingerprint"]) for row in latest(self.rows) if row["status"] == "ok"}
-
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file, or of the folder that holds it. Raises DataError where there are none."""

@@ -46,6 +46,11 @@ class Options:
     data: str | None = None
     csv: str | None = None
 
+    @property
+    def given(self) -> str | None:
+        """The data of the command line, which its rows name."""
+        return self.data or self.csv
+
 
 @dataclass
 class Progress:
@@ -63,9 +68,10 @@ class Progress:
         return (time.monotonic() - self.began) / self.done * (self.total - self.done)
 
 
-def pending(grid: Grid, rows: list[Row]) -> list[Run]:
-    """The runs that no row of status ok answers."""
-    done = {(row["id"], row["fingerprint"]) for row in latest(rows) if row["status"] == "ok"}
+def pending(grid: Grid, rows: list[Row], given: str | None = None) -> list[Run]:
+    """The runs that no row of status ok answers. given: the data of the command line (Options.given)."""
+    good = [row for row in latest(rows) if row["status"] == "ok" and row.get("data") == given]
+    done = {(row["id"], row["fingerprint"]) for row in good}
     return [run for run in grid.runs if (run.id, run.fingerprint) not in done]
 
 
@@ -93,7 +99,7 @@ def run_experiment(
         file = RowsFile(options.out / ROWS_NAME)
         if not options.again:
             check_test_rows(grid, file.rows)
-        todo = _with_models(grid, pending(grid, file.rows), options)
+        todo = _with_models(grid, pending(grid, file.rows, options.given), options)
         roots = {seed: _dataset(spec, seed, options, track) for seed in dict.fromkeys(run.seed for run in todo)}
         progress = Progress(len(todo), options.workers)
         for row in track(_rows(spec, grid, todo, roots, options), len(todo), "runs"):
@@ -194,7 +200,7 @@ def _rows(spec: Spec, grid: Grid, todo: list[Run], roots: dict[int, str], option
     queue_: _Ready = _Ready(todo)
     answers: queue.Queue[Row | BaseException | None] = queue.Queue()
     workers = [Worker(options.out) for _ in range(min(options.workers, len(todo)))]
-    about = {"commit": _commit(), "experiment": spec.name, "arms_fingerprint": grid.fingerprint}
+    about = {"commit": _commit(), "experiment": spec.name, "arms_fingerprint": grid.fingerprint, "data": options.given}
 
     def serve(worker: Worker) -> None:
         try:

@@ -151,6 +151,8 @@ def test_what_crashed_or_was_changed_is_pending(tmp_path: Path) -> None:
     a, b, c, _ = found.runs
     rows = [row(a, "ok"), row(b, "ok"), row(b, "crashed"), row(c, "ok") | {"fingerprint": "other"}]
     assert pending(found, rows) == list(found.runs[1:])
+    assert pending(found, rows, "elsewhere") == list(found.runs)
+    assert pending(found, [row(a, "ok") | {"data": "elsewhere"}], "elsewhere") == list(found.runs[1:])
 
 
 def test_test_seeds_are_looked_at_once(tmp_path: Path) -> None:
