@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", choices=("dev", "test"), default="dev",
         help="which of the spec's seeds: dev seeds choose, test seeds are looked at once (default: dev)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="folder of rows, runs and data (default: runs/experiments/NAME)")
-    add("--arms", metavar="A,B", help="these arms alone, and those that they read (default: all)")
+    add("--arms", nargs="+", metavar="ARM", help="these arms alone, and those that they read (default: all)")
     add("--workers", type=positive, metavar="N", help="runs at a time (default: one per core, or per --ranks cores)")
     add("--data", metavar="DIR", help="dataset to use in the place of the spec's")
     add("--csv", metavar="FILE", help="table to convert in the place of the spec's")
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     spec = load(args.spec)
     out = args.out or default_out(spec)
     given = args.data or args.csv
-    only = None if args.arms is None else [name.strip() for name in args.arms.split(",") if name.strip()]
-    grid = expand(spec, args.spec, args.seeds, only)
+    grid = expand(spec, args.spec, args.seeds, args.arms)
     if args.dry_run:
         _list(spec, grid, out, given)
         return 0
