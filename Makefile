@@ -67,9 +67,8 @@ bench: $(VENV)/.installed        ## the benchmarks, as benchmarks/README.md says
 # Hours. Test seeds are looked at once: this repeats what docs/experiments.md reports, it is not for choosing. Radiographs need a table:
 # feddra-ds experiment run radiographs --csv FILE --seeds test
 experiments: $(VENV)/.installed  ## the experiments on synthetic sites, as docs/experiments.md says
-	$(BIN)/feddra-ds experiment run weights
 	@for name in heterogeneity ablation; do $(BIN)/feddra-ds experiment run $$name --seeds test || exit 1; done
-	@for name in weights heterogeneity ablation; do $(BIN)/feddra-ds experiment table $$name; done
+	@for name in heterogeneity ablation; do $(BIN)/feddra-ds experiment table $$name; done
 
 clean:           ## remove the environment and the quickstart's files
 	rm -rf $(VENV) $(QUICKSTART)

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.loading.tokens import load_tokenizer
-from feddra_ds.model import encoders, lora
-from feddra_ds.model.dual_encoder import SIDES, DualEncoder, DualEncoderConfig, register
+from feddra_ds.model import SIDES, encoders, lora
+from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
 from feddra_ds.model.encoders import local_or_hub
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor
 from feddra_ds.objectives import ObjectiveOptions

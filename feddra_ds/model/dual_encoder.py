@@ -18,13 +18,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
-from feddra_ds.model import encoders, towers
+from feddra_ds.model import SIDES, encoders, towers
 from feddra_ds.model.heads import ExtraBlock, Head, Temperature, TowerAligner
 from feddra_ds.model.towers import TowerHidden
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.tape import CannotDefer
 
-SIDES = ("vision", "text")
 _MAX_CHECKED_PARAMETERS = 400_000_000
 
 

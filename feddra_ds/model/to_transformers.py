@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
-from feddra_ds.model.dual_encoder import POOLED_WITHOUT_POOLER, SIDES, DualEncoder
+from feddra_ds.model import SIDES
+from feddra_ds.model.dual_encoder import POOLED_WITHOUT_POOLER, DualEncoder
 from feddra_ds.model.encoders import new_encoder, probe_inputs
 
 _POOLER_SCALE = 1e-4

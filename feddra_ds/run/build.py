@@ -35,14 +35,15 @@ from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
 from feddra_ds.federation.saving import read_kept, read_residuals
 from feddra_ds.federation.server import OwnModels, Server
+from feddra_ds.model import SIDES
 from feddra_ds.model.build import model_of, processor_of, tokenizer_of
-from feddra_ds.model.dual_encoder import SIDES, DualEncoder, DualEncoderConfig
+from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig
 from feddra_ds.model.heads import synchronise_batchnorms
 from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.deferred import Weights, defer, make_room
 from feddra_ds.objectives import Objective
 from feddra_ds.objectives import build as build_objective
-from feddra_ds.run.checks import check
+from feddra_ds.run.checks import Checked, check
 from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
@@ -52,10 +53,13 @@ from feddra_ds.strategies.robust_weights import Vector
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
 
-def build(config: Config) -> Run:
-    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts."""
+def build(config: Config, checked: Checked | None = None) -> Run:
+    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts.
+
+    checked: what `check` has found, where the caller asked it before the heavy imports of this module.
+    """
     launch = Launch.from_environment()
-    dataset, dataset_ids, layout = check(config, launch)
+    dataset, dataset_ids, layout = checked or check(config, launch)
     strategy = strategies.build(config.strategy, config.dro)
     objective = build_objective(config.objective)
     device = choose_device(config.run.device, launch.local_rank)

@@ -94,7 +94,7 @@ def test_sgd_gives_the_same_weights_on_all_layouts_and_stages(dataset: Path, tmp
     _compare_weights(dataset, tmp_path, FULL[1:])
 
 
-@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize("mean", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sum", "mean"])
 def test_adamw_gives_the_same_losses_and_weights_p(dataset: Path, tmp_path: Path, mean: bool) -> None:
     more = {"objective__direction_reduction": "mean"} if mean else {}
     layouts: list[Layout] = (
