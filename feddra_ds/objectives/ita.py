@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from feddra_ds import losses
 from feddra_ds.common.section import MAY_CHANGE
@@ -35,8 +34,9 @@ class ItaOptions(ObjectiveOptions):
     def _knows_duplicates(cls, value: str, info: ValidationInfo) -> str:
         duplicates = info.data.get("duplicates", "negative")
         if value == "triton" and duplicates != "negative":
-            text = "triton knows objective.duplicates = negative only, not {duplicates}; must be auto or chunked"
-            raise PydanticCustomError("triton_duplicates", text, {"duplicates": duplicates})  # type: ignore[arg-type]
+            raise ValueError(
+                f"triton knows objective.duplicates = negative only, not {duplicates}; must be auto or chunked"
+            )
         return value
 
 
