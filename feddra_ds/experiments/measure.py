@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from feddra_ds.evaluation.mixture import DEFAULT_SET
 from feddra_ds.experiments.spec import EvaluateSpec
 
 Metrics = dict[str, float]
@@ -41,6 +42,7 @@ def measure(run_dir: Path, how: EvaluateSpec, rounds: list[dict[str, Any]]) -> M
         batch_size=how.batch_size,
         bootstrap=1,
         zero_shot=False,
+        worst_over=DEFAULT_SET,  # one set for all arms, whatever theirs are
     )
     return {
         **retrieval_metrics(result),
@@ -96,7 +98,7 @@ def round_metrics(line: Mapping[str, Any]) -> Metrics:
     out["largest_p"] = max(out.values())
     losses = {"train_loss": line.get("mean_loss"), "worst_train_loss": line.get("worst_loss")}
     out |= {name: float(value) for name, value in losses.items() if value is not None}
-    gain = line.get("robust_gain_share")
+    gain = (line.get("robust_gain") or {}).get("share")
     return out | ({"robust_gain_share": float(gain)} if isinstance(gain, (int, float)) else {})
 
 
