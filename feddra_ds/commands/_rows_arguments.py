@@ -32,7 +32,7 @@ def comparison(args: argparse.Namespace) -> Comparison:
         rows = read_rows(source)
     else:
         spec = load(args.source)
-        rows = read_rows(args.out or Path("runs") / "experiments" / spec.name)
+        rows = read_rows(args.out or spec.default_out)
         kinds: tuple[Kind, ...] = ("dev", "test")
         grids = [expand(spec, args.source, kind) for kind in kinds if getattr(spec.seeds, kind)]
         order = grids[0].arms if grids else ()

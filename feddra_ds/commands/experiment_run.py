@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where a run crashed. Raises ConfigError and DataError."""
     spec = load(args.spec)
-    out = args.out or default_out(spec)
+    out = args.out or spec.default_out
     given = args.data or args.csv
     grid = expand(spec, args.spec, args.seeds, args.arms)
     if args.dry_run:
@@ -54,11 +54,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(crashed)} of {len(grid.runs)} runs crashed; the same command tries them again. Logs: {out}/runs")
     next_step(f"feddra-ds experiment table {args.spec}" + ("" if args.out is None else f" --out {out}"))
     return 1 if crashed else 0
-
-
-def default_out(spec: Spec) -> Path:
-    """Where an experiment's files are when nobody says."""
-    return Path("runs") / "experiments" / spec.name
 
 
 def _list(spec: Spec, grid: Grid, out: Path, given: str | None) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from feddra_ds.evaluation.mixture import DEFAULT_SET
+from feddra_ds.evaluation.mixture import DEFAULT_SET, pair_losses
 from feddra_ds.experiments.spec import EvaluateSpec
 
 Metrics = dict[str, float]
@@ -107,16 +107,14 @@ def losses_of(run_dir: Path, how: EvaluateSpec, clients: list[str] | None) -> di
 
     The batches are whole ones of dro.evaluation_batch_size; a client with fewer pairs has no number.
     """
-    import torch
-
     from feddra_ds import objectives
     from feddra_ds.config.load import load
     from feddra_ds.evaluation.gallery import embed_clients, open_split
     from feddra_ds.evaluation.models import open_models
-    from feddra_ds.objectives.features import TOKENS, Features
+    from feddra_ds.objectives.features import TOKENS
 
     config = load(run_dir / "config.yaml")
-    objective = objectives.find(config.objective.name)(config.objective)
+    objective = objectives.build(config.objective)
     if TOKENS in objective.needs:
         return {}
     models = open_models(run_dir)
@@ -125,16 +123,5 @@ def losses_of(run_dir: Path, how: EvaluateSpec, clients: list[str] | None) -> di
     galleries = embed_clients(models, dataset, dataset.client_ids, how.split, max_pairs=how.max_pairs,
                               batch_size=how.batch_size, seed=0)  # fmt: skip
     outside = models.held_out(dataset, list(galleries))
-    size = config.dro.evaluation_batch_size
-    out = {}
-    for client, gallery in galleries.items():
-        temperature = float(models.of(client)[0].aligner.temperature())
-        parts = []
-        for first in range(0, len(gallery) - size + 1, size):
-            image, text, ids = (
-                torch.from_numpy(x[first : first + size]) for x in (gallery.image, gallery.text, gallery.text_ids)
-            )
-            parts.append(objective.per_pair(Features(image, text, temperature=temperature), ids))
-        if parts:
-            out[client] = (float(torch.cat(parts).mean()), client in outside)
-    return out
+    losses = {c: pair_losses(g, objective, config.dro.evaluation_batch_size) for c, g in galleries.items()}
+    return {client: (float(values.mean()), client in outside) for client, values in losses.items() if values.size}

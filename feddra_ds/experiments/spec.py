@@ -124,6 +124,11 @@ class Spec(Section):
     limit_s: float = Field(3600.0, gt=0)
     """Longest time in seconds of a run, after which it is ended and counts as crashed."""
 
+    @property
+    def default_out(self) -> Path:
+        """Where an experiment's files are when nobody says."""
+        return Path("runs") / "experiments" / self.name
+
 
 def names() -> list[str]:
     """The specs that come with the package."""

@@ -74,9 +74,8 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         "status": "ok",
         "metrics": metrics,
         "seconds": round(time.monotonic() - began, 2),
-        "cpu_seconds": round(
-            time.process_time() - cpu, 2
-        ),  # of the worker; on a busy machine far less than the clock's
+        # of the worker alone; on a busy machine far less than the clock's
+        "cpu_seconds": round(time.process_time() - cpu, 2),
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
         "rounds": len(rounds),
         "versions": versions(),

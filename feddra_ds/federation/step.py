@@ -85,7 +85,7 @@ class LocalStep:
             return_tokens=TOKENS in self.objective.needs,
         )
         features = features_of(out, self.objective)
-        return features._replace(text_ids=batch.text_ids.to(self.engine.device)), out.hidden
+        return features._replace(text_ids=batch.text_ids.to(self.engine.device, non_blocking=True)), out.hidden
 
     def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]

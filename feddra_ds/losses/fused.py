@@ -110,9 +110,8 @@ def _over_group(group: Group, exchange: Exchange, spec: Spec, *tensors: Tensor |
     image = tensors[0]
     assert image is not None
     require_equal_shapes(image, group, "fused_dro_loss")
-    if (
-        spec.impl == "reference"
-    ):  # every rank computes the full batch; the replicated scalars get an equal share on each
+    if spec.impl == "reference":
+        # every rank computes the full batch; the replicated scalars get an equal share on each
         rows, share = len(image), 1 / group_size(group)
         *batch, ids = (None if x is None else gather(x, group, "slice") for x in (*tensors[:5], tensors[7]))
         tau, bias = (scale_gradient(x, share) for x in tensors[5:7] if x is not None)

@@ -115,9 +115,8 @@ def _train(config: Config) -> None:
     from feddra_ds.distributed.launch import Launch
     from feddra_ds.run.checks import check
 
-    checked = check(
-        config, Launch.from_environment()
-    )  # before transformers and deepspeed, which take seconds to import
+    # before transformers and deepspeed, which take seconds to import
+    checked = check(config, Launch.from_environment())
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
