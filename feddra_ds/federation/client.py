@@ -151,7 +151,7 @@ class LocalTrainer:
             correction.keep()
         client.position = client.data.advance(client.position, stage.num_steps)
         problem = self._problem(client, stage, tally)
-        if stage.hands_on_aligner and problem is None:
+        if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
         anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
         return LocalResult(tally.mean, len(tally.good) * self.config.data.batch_size, problem, anchor_loss)

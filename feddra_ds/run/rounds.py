@@ -142,6 +142,8 @@ class Run:
             for client in self.clients:
                 if client.index in decision.included and client.aligner is not None:
                     self.server.add(client, self.average_weight(client), client.aligner)
+                if not stage.hands_on_aligner:
+                    client.aligner = None
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
             self.server.finish(self.topology, decision.total_weight)
 

@@ -63,6 +63,17 @@ def test_the_new_model_is_the_weighted_mean_of_the_clients(
         assert largest_difference(stage_1, starts["north"]) > 1e-3  # its own aligner, not the mean
 
 
+def test_stage_2_starts_from_the_average_where_it_is_asked_to_whatever_moves_p(dataset: Path, tmp_path: Path) -> None:
+    more = {"schedule__stage2_start": "global", "dro__evaluate_on": "anchors", **FASTER}
+    (by_rank,) = on_each(watched, [(tree(dataset, tmp_path, **more),)])
+    second = metrics_of(tmp_path)[1]
+    mean = _mean(_results(by_rank, 1, 1, "stage1"), dict(zip(IDS, second["client_weights"], strict=True)))
+    starts = [assemble([s["before"]]) for s in by_rank[0]["stages"] if (s["round"], s["stage"]) == (1, "stage2")]
+    assert len(starts) == len(IDS)
+    for start in starts:
+        assert largest_difference(mean, start) <= 1e-6
+
+
 @pytest.mark.parametrize(("world_size", "per_slot"), [(1, 1), (4, 2)])
 def test_a_client_with_nan_weights_is_left_out_with_a_reason(
     dataset: Path, tmp_path: Path, world_size: int, per_slot: int

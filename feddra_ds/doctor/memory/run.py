@@ -141,10 +141,12 @@ class Miniature:
                     host.shrink("clients' own aligners", lay.state(["aligner"]))
                 self.replay(stage)
             self.steps(stage)
-            if stage.hands_on_aligner:
+            if stage.keeps_aligner:
                 host.hold("clients' own aligners", lay.state(["aligner"]))
             host.drop("data: batches decoded ahead", "data: batches kept for the replay")
         host.drop("server: running sum")
+        if not has_own_aligners:
+            host.drop("clients' own aligners")  # they waited for p alone
 
     def pixels(self, batches: int) -> int:
         return batches * self.per_rank * 3 * self.config.data.image_size**2
