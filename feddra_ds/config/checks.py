@@ -65,6 +65,12 @@ def contradictions(config: Config) -> list[str]:
             )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use sample")
+    both_stages = c.schedule.stage1_steps > 0 and c.schedule.stage2_steps > 0
+    if both_stages and c.schedule.stage2_start == "global" and not c.aggregate.after_stage1:
+        out.append(
+            "schedule.stage2_start: global with aggregate.after_stage1=false would throw stage 1 away, as no average is there "
+            "to start from; set one of them back, or schedule.stage1_steps to 0"
+        )
     for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):
         if encoder.pretrained is not None and encoder.config is not None:
             out.append(f"model.{name}.config: contradicts model.{name}.pretrained; give one of them")

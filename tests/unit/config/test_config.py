@@ -72,6 +72,11 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
         ({"dro": {"fixed_weights": [1.0]}, "clients": {"ids": ["a", "b"]}}, "dro.fixed_weights", "1 weights for 2"),
         ({"dro": {"evaluate_on": "anchors"}, "objective": {"anchor_weight": 0}}, "dro.evaluate_on", "anchor_weight"),
         ({"dro": {"evaluate_on": "anchors", "apply": "loss"}}, "dro.evaluate_on", "too late"),
+        (
+            {"schedule": {"stage2_start": "global"}, "aggregate": {"after_stage1": False}},
+            "schedule.stage2_start",
+            "throw stage 1 away",
+        ),
         ({"model": {"text": {"pretrained": "x", "config": {}}}}, "model.text.config", "contradicts"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3"),
         (
@@ -93,6 +98,11 @@ def test_each_contradiction_is_named(tree: dict, key: str, word: str) -> None:
     assert len(lines) == 1, lines
     assert lines[0].startswith(key)
     assert word in lines[0]
+
+
+def test_one_average_a_round_goes_with_a_single_stage() -> None:
+    tree = {"schedule": {"stage1_steps": 0, "stage2_start": "global"}, "aggregate": {"after_stage1": False}}
+    assert from_dict(merge(ROOT, tree)).schedule.stage2_start == "global"
 
 
 def test_strategy_defaults_give_way_to_the_user() -> None:
