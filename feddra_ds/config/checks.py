@@ -51,6 +51,11 @@ def contradictions(config: Config) -> list[str]:
             out.append(f"dro.fixed_weights: must be ≥ 0 and sum to 1, got {weights}")
         if c.clients.ids is not None and len(weights) != len(c.clients.ids):
             out.append(f"dro.fixed_weights: {len(weights)} weights for {len(c.clients.ids)} clients")
+    if c.dro.evaluation_pairs < c.dro.evaluation_batch_size:
+        out.append(
+            f"dro.evaluation_pairs: {c.dro.evaluation_pairs} does not fill one batch of dro.evaluation_batch_size = "
+            f"{c.dro.evaluation_batch_size}; raise the one, or lower the other"
+        )
     if c.dro.evaluate_on == "anchors":
         if c.objective.anchor_weight == 0 or c.schedule.stage1_steps == 0:
             out.append("dro.evaluate_on: anchors needs objective.anchor_weight > 0 and schedule.stage1_steps > 0")
