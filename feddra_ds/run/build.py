@@ -101,6 +101,11 @@ def _say_what_starts(config: Config, layout: Plan, device: torch.device) -> None
             "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "
             "scale; dro.apply=aggregate lets p act"
         )
+    if config.dro.apply == "both":
+        logger.warning(
+            "dro.apply=both optimises Σ N p² L, as p acts in the loss and again in the average (under adamw the loss's "
+            "factor does almost nothing); dro.apply=aggregate optimises Σ p L"
+        )
 
 
 def build_trainer(
