@@ -49,13 +49,15 @@ class LocalResult:
     """What a stage gave.
 
     mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
-    the model that the stage started from, where dro.evaluate_on = anchors reads it off.
+    the model that the stage started from, where dro.evaluate_on = anchors reads it off; num_skipped: steps that changed
+    nothing.
     """
 
     mean_loss: float
     num_pairs: int
     problem: str | None
     anchor_loss: float | None = None
+    num_skipped: int = 0
 
     def report(self) -> ClientReport:
         """What the coordinator is told: a loss that is not finite is None."""
@@ -154,7 +156,8 @@ class LocalTrainer:
         if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
         anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
-        return LocalResult(tally.mean, len(tally.good) * self.config.data.batch_size, problem, anchor_loss)
+        num_pairs = len(tally.good) * self.config.data.batch_size
+        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, len(tally.skipped))
 
     def _problem(self, client: Client, stage: Stage, tally: _Tally) -> str | None:
         """Why the client's weights cannot be averaged, or None; skipped steps are said in the log."""
@@ -163,7 +166,9 @@ class LocalTrainer:
             logger.warning("client %s: %s skipped %d of %d steps, whose loss was not finite: %s",
                            client.id, stage.name, len(tally.skipped), stage.num_steps, steps)  # fmt: skip
         problem = validate_update(self.engine, self.topology, stage.parts)
-        if tally.longest >= self.config.optimizer.max_skipped_steps:
+        if not tally.good:
+            problem = f"all {len(tally.skipped)} steps of {stage.name} were skipped, as their loss was not finite"
+        elif tally.longest >= self.config.optimizer.max_skipped_steps:
             problem = f"{tally.longest} steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
         return problem
 

@@ -69,6 +69,8 @@ class Run:
     # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     anchor_losses: dict[str, float | None] = field(default_factory=dict)
+    # and the local steps that were skipped, by client and stage
+    skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.config.run.output_dir)
@@ -91,7 +93,7 @@ class Run:
                 self.progress.begin_round(round_index)
                 self.trainer.observer.round_index = round_index
                 began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
-                samples = 0
+                samples, self.skipped_steps = 0, {}
                 for stage in stages_of_round(self.config, round_index):
                     samples += self.run_stage(round_index, stage)
                 report = replace(
@@ -125,6 +127,8 @@ class Run:
                 )
                 self.prefetch_after(client)
                 reports[client.index] = result.report()
+                if result.num_skipped:
+                    self.skipped_steps.setdefault(client.id, {})[stage.name] = result.num_skipped
                 if stage.averages and result.problem is None and not stage.moves_mixture:
                     self.server.add(client, self.average_weight(client), self.server.live(stage))
         if stage.averages:
@@ -193,7 +197,9 @@ class Run:
         if not self.topology.is_slot_leader:
             return RankReport(val=val, skipped=skipped)
         positions = {client.id: client.position.to_dict() for client in self.clients}
-        return RankReport(losses=losses, positions=positions, val=val, skipped=skipped)
+        return RankReport(
+            losses=losses, positions=positions, val=val, skipped=skipped, skipped_steps=self.skipped_steps
+        )
 
     def evaluate_losses(self) -> dict[str, float | None]:
         """L_i of this slot's clients by index, on their fixed samples."""

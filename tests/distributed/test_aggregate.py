@@ -169,8 +169,27 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(dataset: Path, tmp_path: Path) 
     results = _results(by_rank, 2, 0, "stage2")
     assert {c: r["pairs"] for c, r in results.items()} == {"north": 24, "south": 8, "west": 8}
     assert first["samples"] == (8 + 16 + 16) + (24 + 8 + 8)  # of good steps, in both stages
+    assert first["skipped_steps"] == {"north": {"stage1": 1}, "south": {"stage2": 2}, "west": {"stage2": 2}}
+    assert second["skipped_steps"] == {}
     assert all(np.isfinite(r["loss"]) for r in results.values())
     assert all(np.isfinite(v).all() for v in weights_of(tmp_path, 1).values())
+    p = dict(zip(IDS, first["client_weights"], strict=True))
+    del p["south"]
+    assert largest_difference(_mean(results, p), weights_of(tmp_path, 0)) <= 1e-6
+
+
+def test_a_client_that_never_stepped_is_left_out_however_short_its_stage(dataset: Path, tmp_path: Path) -> None:
+    config = tree(
+        dataset, tmp_path, aggregate__after_stage1=False, **FASTER
+    )  # max_skipped_steps is 5, beyond both stages
+    faults = [Fault("south", "batch", steps=(0, 1, 2)), Fault("west", "batch", stage="stage1", steps=(0, 1))]
+    (by_rank,) = on_each(watched, [(config, faults)])
+    first, second = metrics_of(tmp_path)
+    reason = "all 3 steps of stage2 were skipped, as their loss was not finite"
+    assert first["excluded_clients"] == [{"id": "south", "reason": reason}]
+    assert first["skipped_steps"] == {"south": {"stage2": 3}, "west": {"stage1": 2}}  # stage 1 is not averaged
+    assert (second["excluded_clients"], second["skipped_steps"]) == ([], {})
+    results = _results(by_rank, 1, 0, "stage2")
     p = dict(zip(IDS, first["client_weights"], strict=True))
     del p["south"]
     assert largest_difference(_mean(results, p), weights_of(tmp_path, 0)) <= 1e-6
@@ -183,7 +202,7 @@ def test_when_every_step_of_every_client_is_bad_all_ranks_stop_alike(dataset: Pa
     (error,) = errors
     assert error == (
         "round 0, stage1: 0 clients gave a valid update, clients.minimum is 1; "
-        "north, south, west: 2 steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+        "north, south, west: all 2 steps of stage1 were skipped, as their loss was not finite"
     )
 
 
