@@ -19,6 +19,9 @@ REFUSED_DEEPSPEED_KEYS: dict[str, str] = {
     "gradient_accumulation_steps": "set data.micro_batch_size",
 }
 
+# Keys with which DeepSpeed would let a gradient that is not finite into the weights.
+NEEDED_DEEPSPEED_KEYS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
+
 
 def contradictions(config: Config) -> list[str]:
     """Problems between keys, each valid on its own. One line each, the key first."""
@@ -82,6 +85,9 @@ def contradictions(config: Config) -> list[str]:
     for path, advice in REFUSED_DEEPSPEED_KEYS.items():
         if get_path(c.deepspeed, path) not in (None, False):
             out.append(f"deepspeed.{path}: {advice}")
+    for path in NEEDED_DEEPSPEED_KEYS:
+        if get_path(c.deepspeed, path) is False:
+            out.append(f"deepspeed.{path}: false would let a gradient that is not finite into the weights; remove it")
     stage = get_path(c.deepspeed, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         out.append(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")

@@ -160,7 +160,8 @@ class OptimizerConfig(Section):
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
     max_skipped_steps: int = Field(5, ge=1)
-    """Steps in a row with a non-finite loss or gradient after which a client's update is excluded."""
+    """Steps in a row with a non-finite loss or gradient, which are skipped, after which a client's update is excluded. The
+    steps in which fp16's loss scaler looks for its scale count too."""
 
 
 class TopologyConfig(Section):

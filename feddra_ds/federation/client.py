@@ -67,15 +67,15 @@ class LocalResult:
 
 @dataclass
 class _Tally:
-    """The losses of a stage's steps, and the steps that were skipped because theirs was not finite."""
+    """The losses of a stage's steps, and the steps that were skipped because a loss or gradient was not finite."""
 
     good: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     in_a_row: int = 0
     longest: int = 0
 
-    def add(self, step: int, value: float) -> None:
-        if math.isfinite(value):
+    def add(self, step: int, value: float, *, was_taken: bool) -> None:
+        if was_taken:
             self.good.append(value)
             self.in_a_row = 0
             return
@@ -143,10 +143,10 @@ class LocalTrainer:
             value = self.step(batch, source, train_backbone=stage.trains_backbone, weight=loss_weight)
             if stage.moves_mixture:
                 anchor_losses.append(self._anchor_losses(batch))
-            if correction is not None and math.isfinite(value):
+            if correction is not None and self.step.was_taken:
                 correction.apply()
             self.observer.end_step(value)
-            tally.add(step, value)
+            tally.add(step, value, was_taken=self.step.was_taken)
             if on_step is not None:
                 on_step(step, value)
         if correction is not None:
@@ -163,13 +163,15 @@ class LocalTrainer:
         """Why the client's weights cannot be averaged, or None; skipped steps are said in the log."""
         if tally.skipped:
             steps = listed([str(step) for step in tally.skipped])
-            logger.warning("client %s: %s skipped %d of %d steps, whose loss was not finite: %s",
+            logger.warning("client %s: %s skipped %d of %d steps, whose loss or gradient was not finite: %s",
                            client.id, stage.name, len(tally.skipped), stage.num_steps, steps)  # fmt: skip
         problem = validate_update(self.engine, self.topology, stage.parts)
         if not tally.good:
-            problem = f"all {len(tally.skipped)} steps of {stage.name} were skipped, as their loss was not finite"
+            problem = (
+                f"all {len(tally.skipped)} steps of {stage.name} were skipped, as their loss or gradient was not finite"
+            )
         elif tally.longest >= self.config.optimizer.max_skipped_steps:
-            problem = f"{tally.longest} steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+            problem = f"{tally.longest} steps in a row had a non-finite loss or gradient (optimizer.max_skipped_steps)"
         return problem
 
     def _anchors(self, client: Client, stage: Stage) -> NoAnchors:

@@ -163,7 +163,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(dataset: Path, tmp_path: Path) 
     ]
     by_rank = on_ranks(watched, 4, config, faults)
     first, second = metrics_of(tmp_path)
-    reason = "2 steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+    reason = "2 steps in a row had a non-finite loss or gradient (optimizer.max_skipped_steps)"
     assert first["excluded_clients"] == [{"id": "south", "reason": reason}]
     assert second["excluded_clients"] == []
     results = _results(by_rank, 2, 0, "stage2")
@@ -178,6 +178,25 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(dataset: Path, tmp_path: Path) 
     assert largest_difference(_mean(results, p), weights_of(tmp_path, 0)) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("world_size", "stage", "changes", "backward"),
+    [(2, 0, {}, 1), (2, 3, {}, 1), (1, 0, {"data__micro_batch_size": 4}, 3)],  # the second micro-batch of step 1
+)
+def test_a_gradient_that_is_not_finite_skips_the_step_at_every_zero_stage(
+    dataset: Path, tmp_path: Path, world_size: int, stage: int, changes: dict[str, Any], backward: int
+) -> None:
+    changes = {"deepspeed": zero(stage), "topology__ranks_per_slot": world_size, "schedule__rounds": 1} | changes
+    fault = Fault("south", "gradient", steps=(backward,), slot_rank=world_size - 1)
+    by_rank = on_ranks(watched, world_size, tree(dataset, tmp_path, **changes), [fault])
+    (line,) = metrics_of(tmp_path)
+    assert (line["excluded_clients"], line["skipped_steps"]) == ([], {"south": {"stage2": 1}})
+    assert line["samples"] == 3 * (16 + 24) - 8
+    results = _results(by_rank, world_size, 0, "stage2")
+    assert np.isfinite(results["south"]["loss"])
+    expected = _mean(results, dict(zip(IDS, line["client_weights"], strict=True)))
+    assert largest_difference(expected, weights_of(tmp_path, 0)) <= 1e-6
+
+
 def test_a_client_that_never_stepped_is_left_out_however_short_its_stage(dataset: Path, tmp_path: Path) -> None:
     config = tree(
         dataset, tmp_path, aggregate__after_stage1=False, **FASTER
@@ -185,7 +204,7 @@ def test_a_client_that_never_stepped_is_left_out_however_short_its_stage(dataset
     faults = [Fault("south", "batch", steps=(0, 1, 2)), Fault("west", "batch", stage="stage1", steps=(0, 1))]
     (by_rank,) = on_each(watched, [(config, faults)])
     first, second = metrics_of(tmp_path)
-    reason = "all 3 steps of stage2 were skipped, as their loss was not finite"
+    reason = "all 3 steps of stage2 were skipped, as their loss or gradient was not finite"
     assert first["excluded_clients"] == [{"id": "south", "reason": reason}]
     assert first["skipped_steps"] == {"south": {"stage2": 3}, "west": {"stage1": 2}}  # stage 1 is not averaged
     assert (second["excluded_clients"], second["skipped_steps"]) == ([], {})
@@ -202,7 +221,7 @@ def test_when_every_step_of_every_client_is_bad_all_ranks_stop_alike(dataset: Pa
     (error,) = errors
     assert error == (
         "round 0, stage1: 0 clients gave a valid update, clients.minimum is 1; "
-        "north, south, west: all 2 steps of stage1 were skipped, as their loss was not finite"
+        "north, south, west: all 2 steps of stage1 were skipped, as their loss or gradient was not finite"
     )
 
 

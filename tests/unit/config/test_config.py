@@ -91,6 +91,12 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "deepspeed.fp16.enabled",
             "contradicts",
         ),
+        (
+            {"deepspeed": {"bf16": {"enabled": True, "check_grad_overflow": False}}},
+            "deepspeed.bf16.check",
+            "not finite",
+        ),
+        ({"deepspeed": {"zero_optimization": {"compute_grad_norm": False}}}, "deepspeed.zero_optim", "not finite"),
         ({"deepspeed": {"tensorboard": {"enabled": True}}}, "deepspeed.tensorboard", "run.monitor"),
         ({"strategy": {"name": "fedavgg"}}, "strategy.name", "feddra"),
     ],
