@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from feddra_ds.common.section import MAY_CHANGE, Section
+from feddra_ds.common.section import MAY_CHANGE, Section, may_change_in
 from feddra_ds.objectives.options import ObjectiveOptions
 from feddra_ds.strategies.options import DroOptions, StrategyOptions
 
@@ -207,6 +207,28 @@ class DebugConfig(Section):
     """Local steps of each process, counted from 0, that torch's profiler writes to debug/trace-rankK-stepN.json."""
 
 
+# What of DeepSpeed's config may change on resume: how it lays out, moves and reports, not what it computes.
+_FREE_OF_DEEPSPEED = may_change_in(
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+    but=[
+        "zero_optimization.zenflow",
+        "zero_optimization.zero_quantized_gradients",
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        "zero_optimization.zero_quantized_weights",
+    ],
+)
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -217,7 +239,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     strategy: SerializeAsAny[StrategyOptions] = StrategyOptions()
     optimizer: OptimizerConfig = OptimizerConfig()
-    deepspeed: dict[str, Any] = Field({}, json_schema_extra=MAY_CHANGE)
+    deepspeed: dict[str, Any] = Field({}, json_schema_extra=_FREE_OF_DEEPSPEED)
     """Keys of DeepSpeed's own config, passed through (zero_optimization, bf16, fp16, …)."""
     topology: TopologyConfig = TopologyConfig()
     aggregate: AggregateConfig = AggregateConfig()
