@@ -63,6 +63,14 @@ def test_the_new_model_is_the_weighted_mean_of_the_clients(
         assert largest_difference(stage_1, starts["north"]) > 1e-3  # its own aligner, not the mean
 
 
+def test_fedavg_averages_by_training_pairs(dataset: Path, tmp_path: Path) -> None:
+    config = tree(dataset, tmp_path, strategy__name="fedavg", **FASTER)
+    (by_rank,) = on_each(watched, [(config,)])
+    for line in metrics_of(tmp_path):
+        expected = _mean(_results(by_rank, 1, line["round"], "stage2"), {"north": 24, "south": 20, "west": 28})
+        assert largest_difference(expected, weights_of(tmp_path, line["round"])) <= 1e-6
+
+
 def test_stage_2_starts_from_the_average_where_it_is_asked_to_whatever_moves_p(dataset: Path, tmp_path: Path) -> None:
     more = {"schedule__stage2_start": "global", "dro__evaluate_on": "anchors", **FASTER}
     (by_rank,) = on_each(watched, [(tree(dataset, tmp_path, **more),)])

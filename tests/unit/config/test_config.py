@@ -115,7 +115,9 @@ def test_one_average_a_round_goes_with_a_single_stage() -> None:
 
 def test_strategy_defaults_give_way_to_the_user() -> None:
     plain = from_dict(merge(ROOT, {"strategy": {"name": "fedavg"}}))
-    assert (plain.dro.radius, plain.objective.anchor_weight) == (0, 0)
+    assert (plain.dro.radius, plain.dro.center, plain.objective.anchor_weight) == (0, "samples", 0)
+    uniform = from_dict(merge(ROOT, {"strategy": {"name": "fedavg"}, "dro": {"center": "uniform"}}))
+    assert (uniform.dro.radius, uniform.dro.center) == (0, "uniform")
     assert (plain.schedule.stage1_steps, plain.schedule.stage2_steps) == (0, 70)
     mixed = from_dict(merge(ROOT, {"strategy": {"name": "fedavg"}, "schedule": {"stage1_steps": 20}}))
     assert (mixed.schedule.stage1_steps, mixed.schedule.stage2_steps, mixed.dro.radius) == (20, 70, 0)
