@@ -51,14 +51,17 @@ def learning_rate(peak: float, schedule: ScheduleConfig, round_index: int) -> fl
     return peak * (schedule.min_lr_fraction + (1 - schedule.min_lr_fraction) * remaining)
 
 
-def stages_of_round(config: Config, round_index: int) -> list[Stage]:
-    """The stages of one round, in order; a stage of 0 steps is left out."""
+def stages_of_round(config: Config, round_index: int, step_factor: int = 1) -> list[Stage]:
+    """The stages of one round, in order; a stage of 0 steps is left out.
+
+    step_factor: how many times the schedule's steps each stage has (Strategy.step_factor).
+    """
     schedule = config.schedule
     lr = learning_rate(config.optimizer.lr, schedule, round_index)
     reads_losses = config.dro.evaluate_on == "anchors"
     stage1 = Stage(
         "stage1",
-        schedule.stage1_steps,
+        step_factor * schedule.stage1_steps,
         lr,
         trains_backbone=False,
         averages=config.aggregate.after_stage1 or schedule.stage2_steps == 0,
@@ -67,7 +70,7 @@ def stages_of_round(config: Config, round_index: int) -> list[Stage]:
     )
     stage2 = Stage(
         "stage2",
-        schedule.stage2_steps,
+        step_factor * schedule.stage2_steps,
         lr,
         trains_backbone=True,
         averages=True,
@@ -77,6 +80,6 @@ def stages_of_round(config: Config, round_index: int) -> list[Stage]:
     return [stage for stage in (stage1, stage2) if stage.num_steps > 0]
 
 
-def steps_per_round(config: Config) -> int:
+def steps_per_round(config: Config, step_factor: int = 1) -> int:
     """Local steps of every client in a round."""
-    return config.schedule.stage1_steps + config.schedule.stage2_steps
+    return step_factor * (config.schedule.stage1_steps + config.schedule.stage2_steps)

@@ -34,6 +34,7 @@ from feddra_ds.federation.anchors import frozen_twin
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
 from feddra_ds.federation.saving import read_kept, read_residuals
+from feddra_ds.federation.schedule import steps_per_round
 from feddra_ds.federation.server import OwnModels, Server
 from feddra_ds.model.build import model_of, processor_of, tokenizer_of
 from feddra_ds.model.dual_encoder import DualEncoder
@@ -64,8 +65,9 @@ def build(config: Config) -> Run:
     model, initial = defer(lambda: model_of(config, tokenizer))
 
     topology = Topology(layout, launch, device, config.clients.timeout_s)
+    step_factor = strategy.step_factor(len(dataset_ids))
     if topology.is_coordinator:
-        _say_what_starts(config, layout, device)
+        _say_what_starts(config, layout, device, step_factor)
     resumed = agree_on_checkpoint(config, topology)
     trainer = build_trainer(config, model, initial, objective, strategy, topology)
     engine = trainer.engine
@@ -86,6 +88,7 @@ def build(config: Config) -> Run:
         clients=clients,
         validation=validation,
         num_samples=num_samples,
+        step_factor=step_factor,
         mixture=strategy.first_mixture(center),
     )
     state = None if resumed is None else _resume(run, resumed)
@@ -94,8 +97,9 @@ def build(config: Config) -> Run:
     return run
 
 
-def _say_what_starts(config: Config, layout: Plan, device: torch.device) -> None:
-    logger.info("%s on %s, %s", layout.describe(), device, config.strategy.name)
+def _say_what_starts(config: Config, layout: Plan, device: torch.device, step_factor: int = 1) -> None:
+    pairs = layout.num_clients * steps_per_round(config, step_factor) * config.data.batch_size
+    logger.info("%s on %s, %s, %s pairs a round", layout.describe(), device, config.strategy.name, f"{pairs:,}")
     if config.dro.apply == "loss" and config.optimizer.name == "adamw":
         logger.warning(
             "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "

@@ -59,6 +59,7 @@ class Run:
     clients: list[Client]
     validation: dict[str, ClientData]  # of evaluation.split, by client id
     num_samples: list[int]  # training pairs of every client
+    step_factor: int  # how many times the schedule's steps every client takes
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
@@ -80,7 +81,7 @@ class Run:
             strategy=self.config.strategy.name,
             clients=[client.id for client in self.clients],
             num_rounds=self.config.schedule.rounds,
-            steps_per_round=steps_per_round(self.config),
+            steps_per_round=steps_per_round(self.config, self.step_factor),
             batch_size=self.config.data.batch_size,
             num_slots=self.topology.plan.num_slots,
             enabled=self.topology.is_coordinator,
@@ -94,7 +95,7 @@ class Run:
                 self.trainer.observer.round_index = round_index
                 began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
                 samples, self.skipped_steps = 0, {}
-                for stage in stages_of_round(self.config, round_index):
+                for stage in stages_of_round(self.config, round_index, self.step_factor):
                     samples += self.run_stage(round_index, stage)
                 report = replace(
                     self.evaluate(round_index),

@@ -5,6 +5,7 @@ Whole runs through `build`; `watched` records every client's weights around each
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,20 @@ def test_feddra_at_radius_0_is_fedavg_with_equal_keys(dataset: Path, tmp_path: P
         assert line["client_weights"] == line["next_client_weights"] == [1 / 3, 1 / 3, 1 / 3]
     for other in ("uniform", "robust"):
         assert not same_bits(weights_of(tmp_path / "feddra", 1), weights_of(tmp_path / other, 1))
+
+
+def test_centralized_trains_on_as_many_pairs_as_the_federation(dataset: Path, tmp_path: Path) -> None:
+    more = {"schedule__rounds": 1, "evaluation__every": 0}
+    runs = {
+        "fedavg": {"strategy__name": "fedavg"},
+        "centralized": {"strategy__name": "centralized"},
+        "client": {"strategy__name": "centralized", "strategy__budget": "client"},
+    }
+    on_each(run_all, [(tree(dataset, tmp_path / name, **more, **change),) for name, change in runs.items()])
+    samples = {name: metrics_of(tmp_path / name)[0]["samples"] for name in runs}
+    assert samples == {"fedavg": 3 * 5 * 8, "centralized": 3 * 5 * 8, "client": 5 * 8}
+    progress = json.loads((tmp_path / "centralized" / "progress.json").read_text())
+    assert (progress["fraction_done"], progress["num_steps"]) == (1.0, 3 * 3)  # of stage 2
 
 
 def test_weights_at_a_vertex_give_that_clients_model(dataset: Path, tmp_path: Path) -> None:

@@ -21,6 +21,11 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING, **secti
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 
+def test_the_start_says_how_many_pairs_a_round_trains_on(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = said(caplog, logging.INFO)
+    assert line.endswith("3 clients, at most 3 per slot on cpu, feddra, 36 pairs a round")  # 3 clients × 3 steps × 4
+
+
 def test_weights_that_act_twice_are_said_with_what_they_optimise(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = said(caplog, dro={"apply": "both"})
     assert "Σ N p² L" in line
