@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-all resolve lint bench clean
+.PHONY: help quickstart test test-all resolve lint bench experiments clean
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -63,6 +63,12 @@ lint: $(VENV)/.installed         ## ruff and mypy
 
 bench: $(VENV)/.installed        ## the benchmarks, as benchmarks/README.md says
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Hours. Test seeds are looked at once: this repeats what docs/experiments.md reports, it is not for choosing. Radiographs need a table:
+# feddra-ds experiment run radiographs --csv FILE --seeds test
+experiments: $(VENV)/.installed  ## the experiments on synthetic sites, as docs/experiments.md says
+	@for name in heterogeneity ablation; do $(BIN)/feddra-ds experiment run $$name --seeds test || exit 1; done
+	@for name in heterogeneity ablation; do $(BIN)/feddra-ds experiment table $$name; done
 
 clean:           ## remove the environment and the quickstart's files
 	rm -rf $(VENV) $(QUICKSTART)

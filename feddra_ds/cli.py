@@ -23,6 +23,9 @@ COMMANDS = {
     "data convert": ("feddra_ds.commands.data_convert", "turn a CSV and a folder of images into shards per client"),
     "data partition": ("feddra_ds.commands.data_partition", "split labelled shards over clients by a Dirichlet draw"),
     "data inspect": ("feddra_ds.commands.data_inspect", "show what a folder of shards holds"),
+    "experiment run": ("feddra_ds.commands.experiment_run", "train and measure the arms of a spec over its seeds"),
+    "experiment table": ("feddra_ds.commands.experiment_table", "show its arms' means and paired differences"),
+    "experiment plot": ("feddra_ds.commands.experiment_plot", "draw them, an SVG a metric"),
     "evaluate": (
         "feddra_ds.commands.evaluate",
         "measure retrieval and zero-shot classification of a run or an exported model",
@@ -39,6 +42,7 @@ COMMANDS = {
 GROUPS = {
     "config": "list and print shipped configs, and what every key means",
     "data": "make, convert, split and look at shards",
+    "experiment": "compare configs over seeds",
 }
 TAKE_CONFIG_KEYS = ("train", "doctor")  # whatever else is on their command line is --section.key value
 

@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of each client's pairs for val (default %(default)s)",
     )
+    add("--test-fraction", type=float, default=0.0, metavar="F", help="share of each client's pairs for a test split, "
+        "which nothing in training looks at (default: none)")  # fmt: skip
     add(
         "--image-size", type=int, metavar="N", help="shrink images to N pixels on the shorter side (default: keep them)"
     )
@@ -90,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     )
     options = IngestOptions(
         val_fraction=args.val_fraction,
+        test_fraction=args.test_fraction,
         image_size=args.image_size,
         repeated_texts=args.repeated_texts,
         seed=args.seed,
@@ -139,6 +142,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
     problems = []
     if not 0 <= args.val_fraction < 1:
         problems.append(f"--val-fraction: must be at least 0 and below 1, got {args.val_fraction}")
+    elif not 0 <= args.test_fraction < 1 - args.val_fraction:
+        problems.append(f"--test-fraction: must be at least 0 and leave something to train on beside --val-fraction, got "
+                        f"{args.test_fraction}")  # fmt: skip
     if args.image_size is not None and args.image_size < 8:
         problems.append(f"--image-size: must be at least 8, got {args.image_size}")
     if args.max_shard_bytes < 1 << 16:
@@ -149,12 +155,14 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace, done: Ingested) -> None:
     counts, skipped = done.counts, done.skipped
-    rows: list[tuple[object, ...]] = []
-    for client, count in sorted(counts.items()):
-        rows.append((client, count["train"], count["val"], count["val"] / count.total()))
     total = sum(counts.values(), Counter())
-    rows.append(("all", total["train"], total["val"], total["val"] / total.total()))
-    print_table(f"{args.out}", ["client", "train pairs", "val pairs", "val fraction"], rows, total=True)
+    splits = ["train", "val", *(["test"] if total["test"] else [])]
+    rows = [
+        (client, *(count[split] for split in splits), count["val"] / count.total())
+        for client, count in [*sorted(counts.items()), ("all", total)]
+    ]
+    columns = ["client", *(f"{split} pairs" for split in splits), "val fraction"]
+    print_table(f"{args.out}", columns, rows, total=True)
     if skipped:
         print(f"{len(skipped)} rows were left out ({args.out / SKIPPED_NAME} lists them all):")
         print("\n".join(f"  {line}" for line in skipped_lines(skipped)))

@@ -1,4 +1,4 @@
-"""`feddra-ds evaluate`: retrieval per client and pooled, with its chance; zero-shot classification where there are labels."""
+"""`feddra-ds evaluate`: retrieval per client and pooled, with its chance; the worst mixture; zero-shot where there are labels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.files import write_atomic
 from feddra_ds.common.text import decimals, listed, percent
 from feddra_ds.evaluation.labels import weakest
+from feddra_ds.evaluation.mixture import RECALL, mixture_rows, set_in_words
 from feddra_ds.evaluation.verdict import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, joint_verdict, judged
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.run.files import EVALUATION_NAME, RunFiles, is_run
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="control: put the texts into random orders; recall must then be at its chance",
     )
+    parser.add_argument(
+        "--worst-over",
+        metavar="SET",
+        help="where the worst mixture is looked for: chi2:RADIUS, kl:RADIUS, cvar:RADIUS or simplex, so that runs can be "
+        "compared (default: where the run's p may move; chi2:1 where that is one mixture alone)",
+    )
     parser.add_argument("--no-zero-shot", action="store_true", help="leave out zero-shot classification by label names")
 
 
@@ -67,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         bootstrap=args.bootstrap,
         zero_shot=not args.no_zero_shot,
         shuffled_texts=args.shuffled_texts,
+        worst_over=args.worst_over,
     )
     of_the_whole_run = is_run(path) and args.clients is None and not args.shuffled_texts
     kept = keep(path / EVALUATION_NAME, result) if of_the_whole_run else None
@@ -105,6 +113,9 @@ def show(path: Path, run: RunFiles | None, result: dict[str, Any], kept: Path | 
         )
     print()
     _interval_table(result)
+    if result.get("worst_mixture"):
+        print()
+        _mixture_table(result["worst_mixture"])
     if result["without_split"]:
         print(f"no {result['split']} split, so not measured: {listed(result['without_split'])}")
     skipped = [
@@ -193,6 +204,30 @@ def _interval_table(result: dict[str, Any]) -> None:
     print_table(
         f"Against chance ({how})", ["gallery", "both ways", "%", interval, "chance", "× chance", "verdict"], rows
     )
+
+
+def _mixture_table(told: dict[str, Any]) -> None:
+    rows = []
+    for name, about in mixture_rows(told):
+        loss, recall = about.get("loss"), about.get(RECALL)
+        rows.append(
+            [
+                name,
+                decimals(loss and loss["value"], 3),
+                f"{loss['low']:.3f} to {loss['high']:.3f}" if loss else "",
+                percent(recall and recall["value"]),
+                f"{percent(recall['low'])} to {percent(recall['high'])}" if recall else "",
+            ]
+        )
+    columns = ["pairs of", "loss", "95 % interval", "recall@5 %", "95 % interval"]
+    print_table(f"The worst mixture of the clients within the {set_in_words(told)}", columns, rows)
+    for what, key in (("loss", "weights_by_loss"), ("recall", "weights_by_recall")):
+        if told[key]:
+            heaviest = sorted(told[key].items(), key=lambda item: -item[1])
+            print(f"its weights by {what}: {listed([f'{name} {weight:.2f}' for name, weight in heaviest])}")
+    for what, clients in told["too_few_pairs"].items():
+        if clients:
+            print(f"too few pairs for a {what}, so in no mixture by it: {listed(clients)}")
 
 
 def _zero_shot_table(result: dict[str, Any]) -> None:

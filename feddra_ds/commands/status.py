@@ -12,7 +12,7 @@ from rich.console import Console
 from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.text import by_reason, decimals, duration, listed
 from feddra_ds.report.standing import standing
-from feddra_ds.report.tables import both_ways, mean_gallery
+from feddra_ds.report.tables import both_ways, clipped_in_words, gain_in_words, mean_gallery, mean_of
 from feddra_ds.run.files import RunFiles, open_run
 
 GOOD_STATES = ("running", "starting", "finished")
@@ -61,11 +61,20 @@ def show(files: RunFiles, report: dict[str, Any]) -> None:
     print(f"  last checkpoint: {report['checkpoint'] or 'none yet'}")
     if report["skipped_samples"]:
         print(f"  skipped: {report['skipped_samples']} samples could not be read (metrics.jsonl names the reasons)")
+    if report["skipped_steps"]:
+        print(
+            f"  skipped: {report['skipped_steps']} local steps, whose gradients were not finite (the report names them)"
+        )
+    for item in report["clipped_losses"]:
+        print(f"  not believed in the last round: {item['id']}, {clipped_in_words(item)}")
     for reason, clients in by_reason(report["excluded_clients"]).items():
         print(f"  excluded in the last round: {listed(clients)}: {reason}")
     if files.lines:
         print()
         _table(files, report)
+        gain = gain_in_words(report["robust_gain"])
+        if gain:
+            print(gain)
         print()
     next_step(*_advice(files, report["state"]))
 
@@ -79,25 +88,29 @@ def _now(now: dict[str, Any]) -> str:
 
 def _table(files: RunFiles, report: dict[str, Any]) -> None:
     first, val = files.lines[0], report["val"] or {}
+    errors, train = report["client_losses_se"], report["client_train_losses"]
+    also = lambda cell: [cell] if train else []  # an older run has no training losses
     rows: list[list[object]] = []
     for i, client in enumerate(files.client_ids):
-        loss = report["client_losses"][i]
+        loss = decimals(report["client_losses"][i], 4)
         rows.append(
             [
                 client,
                 f"{first['client_weights'][i]:.3f}",
                 f"{report['client_weights'][i]:.3f}",
                 decimals(first["client_losses"][i], 4),
-                decimals(loss, 4),
+                f"{loss} ± {errors[i]:.4f}" if errors and errors[i] is not None else loss,
+                *also(decimals(train[i] if train else None, 4)),
                 *_recall(val.get(client, {})),
             ]
         )
     if len(files.client_ids) > 1:
         mean = mean_gallery([val[client] for client in files.client_ids if client in val])
-        rows.append(["mean", "", "", decimals(first["mean_loss"], 4), decimals(report["mean_loss"], 4), *_recall(mean)])
+        losses = decimals(first["mean_loss"], 4), decimals(report["mean_loss"], 4)
+        rows.append(["mean", "", "", *losses, *also(decimals(mean_of(train), 4)), *_recall(mean)])
     if "all" in val:
-        rows.append(["all, one gallery", "", "", "", "", *_recall(val["all"])])
-    columns = ["client", "p first", "p next", "loss first", "loss last", "recall@5", "chance"]
+        rows.append(["all, one gallery", "", "", "", "", *also(""), *_recall(val["all"])])
+    columns = ["client", "p first", "p next", "loss first", "loss last", *also("train loss"), "recall@5", "chance"]
     print_table(f"after round {files.rounds_done - 1}", columns, rows)
 
 

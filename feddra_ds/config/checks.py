@@ -44,10 +44,8 @@ def contradictions(config: Config) -> list[str]:
             out.append(
                 f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids"
             )
-    if c.data.micro_batch_size is not None and c.model.head.norm == "batchnorm":
-        out.append(
-            "data.micro_batch_size: splits the batch that model.head.norm=batchnorm takes statistics over; use layernorm"
-        )
+    if c.data.micro_batch_size is not None and (key := c.model.head.batchnorm_key):
+        out.append(f"data.micro_batch_size: splits the batch that {key}=batchnorm takes statistics over; use layernorm")
     weights = c.dro.fixed_weights
     if weights is not None:
         if min(weights, default=-1.0) < 0 or abs(sum(weights) - 1) > 1e-6:
@@ -71,6 +69,10 @@ def contradictions(config: Config) -> list[str]:
                 f"dro.evaluation_batch_size: {c.dro.evaluation_batch_size} is more than data.batch_size = {c.data.batch_size}, "
                 "whose batches dro.evaluate_on=anchors reads the losses off"
             )
+        if c.objective.anchor_mode == "train":
+            out.append(
+                "dro.evaluate_on: anchors needs objective.anchor_mode=eval, the mode in which losses are comparable"
+            )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use sample")
     both_stages = c.schedule.stage1_steps > 0 and c.schedule.stage2_steps > 0
@@ -82,6 +84,14 @@ def contradictions(config: Config) -> list[str]:
     for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):
         if encoder.pretrained is not None and encoder.config is not None:
             out.append(f"model.{name}.config: contradicts model.{name}.pretrained; give one of them")
+        if encoder.num_layers is not None and encoder.pretrained is None:
+            out.append(
+                f"model.{name}.num_layers: cuts the encoder of model.{name}.pretrained, which is null; "
+                f"set num_hidden_layers in model.{name}.config"
+            )
+    augment = c.data.augment
+    if augment.method == "pad_crop" and augment.resize < c.data.image_size:
+        out.append(f"data.augment.resize: {augment.resize} is less than data.image_size = {c.data.image_size}")
     for path, advice in REFUSED_DEEPSPEED_KEYS.items():
         if get_path(c.deepspeed, path) not in (None, False):
             out.append(f"deepspeed.{path}: {advice}")

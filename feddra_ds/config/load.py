@@ -69,7 +69,9 @@ def from_dict(user: dict[str, Any]) -> Config:
                 _prune(tree, [str(part) for part in item["loc"]])
                 continue
             key = ".".join(str(part) for part in item["loc"])
-            problems.append(f"{key}: {_message(item['type'], item['msg'], key, item['input'], kind)}")
+            problems.append(
+                f"{key}: {_message(item['type'], item['msg'].removeprefix('Value error, '), key, item['input'], kind)}"
+            )
             _prune(tree, [str(part) for part in item["loc"]])
         config = kind.model_validate(tree)  # without the bad values, so that contradictions are found as well
     problems += contradictions(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, PositiveFloat, SerializeAsAny
 
 from feddra_ds.common.section import MAY_CHANGE, Section, may_change_in
 from feddra_ds.objectives.options import ObjectiveOptions
@@ -31,6 +31,8 @@ class RunConfig(Section):
 class EncoderConfig(Section):
     pretrained: str | None = None
     """A Hugging Face id or a local folder with weights; null builds `config` with random weights."""
+    num_layers: int | None = Field(None, ge=1)
+    """How many of the pretrained encoder's blocks to keep, from the input on; null keeps all."""
     config: dict[str, Any] | None = None
     """Keys of the transformers config when pretrained is null, e.g. {model_type: vit, hidden_size: 192, …}."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
@@ -49,6 +51,16 @@ class HeadConfig(Section):
     """Width of the mlp's hidden layer."""
     norm: Literal["layernorm", "batchnorm", "none"] = "layernorm"
     """Norm inside the mlp. batchnorm is the release's; its statistics couple samples and are averaged over clients."""
+    output_norm: Literal["none", "layernorm", "batchnorm"] = "none"
+    """Norm of what the head gives, without learned scale or shift. With batchnorm, the release's, random encoders with cls
+    pooling leave chance at once; with the other two they stay there for 60 steps and more (docs/concepts.md)."""
+
+    @property
+    def batchnorm_key(self) -> str | None:
+        """The key that asks for a batchnorm, or None."""
+        if self.kind == "mlp" and self.norm == "batchnorm":
+            return "model.head.norm"
+        return "model.head.output_norm" if self.output_norm == "batchnorm" else None
 
 
 class ModelConfig(Section):
@@ -70,6 +82,11 @@ class ModelConfig(Section):
 
 
 class AugmentConfig(Section):
+    method: Literal["resized_crop", "pad_crop"] = "resized_crop"
+    """resized_crop: a random part, stretched to the square. pad_crop (the release): the longer side to `resize`, black
+    borders to a square, and a random crop of data.image_size, nothing stretched. Evaluation stretches the whole image."""
+    resize: int = Field(256, ge=8)
+    """Side in pixels of pad_crop's square, at least data.image_size."""
     crop_scale: float = Field(0.6, gt=0, le=1)
     """Smallest area fraction of the random resized crop; 1.0 takes the whole image."""
     flip: bool = False
@@ -102,6 +119,10 @@ class DataConfig(Section):
     """Pairs per rank held with their graph at a time (two-pass gradient caching); null: the rank's whole part."""
     image_size: int = Field(224, ge=8)
     """Side in pixels of the square image that the model sees."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean of each colour, in 0 to 1, for the normalisation; null takes that of the pretrained image encoder, else 0.5."""
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Standard deviation of each colour, likewise."""
     text_length: int = Field(112, ge=4)
     """Tokens per text; longer texts are cut."""
     order: Literal["exact", "streaming"] = "exact"
@@ -157,6 +178,8 @@ class OptimizerConfig(Section):
     """AdamW's ε."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay (not on biases, norms and the temperature)."""
+    decay_all: bool = False
+    """Weight decay on all parameters (the release)."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
     max_skipped_steps: int = Field(5, ge=1)

@@ -82,7 +82,7 @@ class Engine:
                 initial = {}
             else:
                 initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-            groups = parameter_groups(model, config.optimizer.weight_decay)
+            groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.decay_all)
             self._group_parts = [group["part"] for group in groups]
             optimizer = pass_over_frozen_groups(build_optimizer(groups, config, ds_config))
             if (

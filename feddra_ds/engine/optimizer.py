@@ -62,9 +62,9 @@ def reset_state(engine: Any) -> None:
                 state[key] = 0
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
     """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature)."""
-    decays = set(model.decay_parameter_names())  # type: ignore[operator]
+    decays = {n for n, _ in model.named_parameters()} if decay_all else set(model.decay_parameter_names())  # type: ignore[operator]
     groups = []
     for part in PARTS:
         named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]

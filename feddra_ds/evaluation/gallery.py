@@ -27,7 +27,8 @@ from feddra_ds.model.processor import DualEncoderProcessor
 
 @dataclass(frozen=True)
 class Gallery:
-    """An embedded split of one client, in a seeded order: (n, D) fp32 unit-norm embeddings, (n,) int64 text ids.
+    """An embedded split of one client, in a seeded order: (n, D) fp32 unit-norm embeddings, (n,) int64 text ids, and the
+    model's temperature.
 
     features: (n, H) fp32 image features before the head, or (n, 0) where they were not asked for. infos: the pairs'
     json members. skipped: reason → number of unreadable pairs, which are left out.
@@ -42,6 +43,7 @@ class Gallery:
     keys: list[str]
     infos: list[dict[str, Any]]
     skipped: dict[str, int]
+    temperature: float
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -138,6 +140,7 @@ def _embed(
     device = next(model.parameters()).device
     images, texts, pooled, ids = [], [], [], []
     keys: list[str] = []
+    temperature = 0.0
     with head_inputs(model) as seen:
         for batch in data.evaluation_batches(max_pairs, batch_size):
             keys += batch.keys
@@ -146,6 +149,7 @@ def _embed(
             out = model(pixel_values=moved.pixel_values, input_ids=moved.input_ids, attention_mask=moved.attention_mask)
             images.append(out.image_embeds.cpu().numpy())
             texts.append(out.text_embeds.cpu().numpy())
+            temperature = float(out.temperature)
             if features:
                 pooled.append(seen.pop().float().cpu().numpy())
             seen.clear()
@@ -168,6 +172,7 @@ def _embed(
         keys=kept,
         infos=infos,
         skipped=data.take_skipped(),
+        temperature=temperature,
     )
 
 

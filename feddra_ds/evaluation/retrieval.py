@@ -124,6 +124,7 @@ def join(galleries: Sequence[Gallery]) -> Gallery:
             for info in g.infos
         ],
         skipped={},
+        temperature=galleries[0].temperature,
     )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.engine.engine import Engine
+from feddra_ds.engine.parts import BUFFERS
 from feddra_ds.federation.step import features_of, model_inputs
 from feddra_ds.objectives.base import Objective
 from feddra_ds.objectives.features import TOKENS, Features, join
@@ -38,6 +39,7 @@ class SharedBackbone(NoAnchors):
     def __init__(self, batches: Iterable[Batch], engine: Engine, frozen_aligner: nn.Module, objective: Objective):
         super().__init__(batches)
         engine.copy_part(engine.module.get_submodule("aligner"), frozen_aligner)
+        frozen_aligner.train(objective.options.anchor_mode == "train")
         self.aligner, self.objective = frozen_aligner, objective
 
     @torch.no_grad()
@@ -55,6 +57,7 @@ class Resident(NoAnchors):
     def __init__(self, batches: Iterable[Batch], engine: Engine, frozen_model: nn.Module, objective: Objective):
         super().__init__(batches)
         engine.copy_part(engine.module, frozen_model)
+        frozen_model.train(objective.options.anchor_mode == "train")
         self.engine, self.model, self.objective = engine, frozen_model, objective
 
     def of(self, step: int, rows: slice, batch: Batch, hidden: Any) -> Features | None:
@@ -69,7 +72,8 @@ class Replay(NoAnchors):
     """
 
     def __init__(self, fresh: Any, engine: Engine, objective: Objective, micro_batch_size: int | None, room: int):
-        engine.train(False)
+        engine.train(objective.options.anchor_mode == "train")
+        buffers = engine.snapshot(BUFFERS)
         kept: list[Batch] | None = []
         self._stored: list[Features] = []
         for batch in fresh():
@@ -81,6 +85,8 @@ class Replay(NoAnchors):
                 kept.append(batch)
             if room < 0:
                 kept = None
+        for live, before in zip(engine.slices(BUFFERS), buffers, strict=True):
+            live.copy_(before)  # in train mode a batchnorm has counted these batches
         super().__init__(fresh() if kept is None else kept)
 
     def of(self, step: int, rows: slice, batch: Batch, hidden: Any) -> Features | None:
@@ -94,5 +100,5 @@ def embed(model: Any, batch: Batch, engine: Engine, objective: Objective) -> Fea
 
 
 def frozen_twin(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy without gradients, in eval mode, in the forward's dtype; made before DeepSpeed partitions the module."""
-    return copy.deepcopy(module).requires_grad_(False).eval().to(device=device, dtype=dtype)
+    """A copy without gradients, in the forward's dtype; made before DeepSpeed partitions the module."""
+    return copy.deepcopy(module).requires_grad_(False).to(device=device, dtype=dtype)

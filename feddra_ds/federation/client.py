@@ -23,7 +23,7 @@ from feddra_ds.federation.aggregation.admission import validate_update
 from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
 from feddra_ds.federation.protocol import ClientReport
 from feddra_ds.federation.schedule import Stage
-from feddra_ds.federation.step import LocalStep, StepObserver
+from feddra_ds.federation.step import LocalStep, StepObserver, anchor_gradient_ratio
 from feddra_ds.objectives.base import Objective
 from feddra_ds.objectives.features import Features
 from feddra_ds.strategies import Strategy
@@ -49,20 +49,24 @@ class LocalResult:
     """What a stage gave.
 
     mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
-    the model that the stage started from, where dro.evaluate_on = anchors reads it off; num_skipped: steps that changed
-    nothing.
+    the model that the stage started from, where dro.evaluate_on = anchors reads it off; anchor_gradient_ratio: of its
+    last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing.
     """
 
     mean_loss: float
     num_pairs: int
     problem: str | None
     anchor_loss: float | None = None
+    anchor_gradient_ratio: float | None = None
     num_skipped: int = 0
 
     def report(self) -> ClientReport:
-        """What the coordinator is told: a loss that is not finite is None."""
+        """What the coordinator is told: a number that is not finite is None."""
         train_loss = self.mean_loss if math.isfinite(self.mean_loss) else None
-        return ClientReport(self.problem, self.anchor_loss, train_loss, self.num_pairs)
+        ratio = self.anchor_gradient_ratio
+        if ratio is not None and not math.isfinite(ratio):
+            ratio = None
+        return ClientReport(self.problem, self.anchor_loss, train_loss, self.num_pairs, ratio)
 
 
 @dataclass
@@ -157,7 +161,8 @@ class LocalTrainer:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
         anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
-        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, len(tally.skipped))
+        ratio = self._anchor_gradient_ratio()
+        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped))
 
     def _problem(self, client: Client, stage: Stage, tally: _Tally) -> str | None:
         """Why the client's weights cannot be averaged, or None; skipped steps are said in the log."""
@@ -190,6 +195,13 @@ class LocalTrainer:
         if not self.strategy.corrects:
             return None
         return _Correction(self.engine, self.strategy, client, stage, global_state)
+
+    def _anchor_gradient_ratio(self) -> float | None:
+        """That of the stage's last step, in which the client has gone furthest from the global model."""
+        features, anchors = self.step.last_features, self.step.last_anchors
+        if features is None or anchors is None:
+            return None
+        return anchor_gradient_ratio(self.objective, features, anchors, self.group)
 
     def _anchor_losses(self, batch: Batch) -> Tensor:
         """Per-pair losses of the global model on this batch, from the anchors that the step has just used.

@@ -151,6 +151,7 @@ class Coordinator:
             "mean_loss": float(np.mean(known)) if known else None,
             "worst_loss": max(known) if known else None,
             "excluded_clients": excluded,
+            "anchor_gradient_ratio": {client: told.anchor_gradient_ratio for client, told in self.heard.items()},
             "skipped_samples": self._skipped(reports),
             "skipped_steps": {client: steps for report in reports for client, steps in report.skipped_steps.items()},
             "samples": sum(report.samples for report in reports),

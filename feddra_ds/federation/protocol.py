@@ -33,6 +33,7 @@ class ClientReport:
     loss: float | None  # L_i of the model that the stage started from, where it was read off the anchors
     train_loss: float | None  # mean of its steps; None: not finite
     pairs: int  # pairs trained on
+    anchor_gradient_ratio: float | None = None  # of its last step; None without anchors
 
 
 @dataclass(frozen=True)

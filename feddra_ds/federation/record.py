@@ -19,6 +19,9 @@ class RoundRecord(TypedDict, total=False):
     """L_i of the new global model; null for a client that was not heard of."""
     mean_loss: float | None
     worst_loss: float | None
+    anchor_gradient_ratio: dict[str, float | None]
+    """How hard the anchors pull: ‖∂ λ₂ ANC‖ / ‖∂ λ₁ ITA‖ by the embeddings, at the last step of the round's last stage, where
+    the client is furthest from the global model; null without anchors."""
     excluded_clients: list[dict[str, str]]
     """{id, reason} of every client that was left out of an average."""
     skipped_samples: dict[str, dict[str, int]]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feddra_ds.data.loading.batch import Batch
+from feddra_ds.distributed.collectives import all_sum
 from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.objectives.base import Objective
@@ -57,7 +58,9 @@ class LocalStep:
         self.engine, self.objective, self.group, self.micro_batch_size = engine, objective, group, micro_batch_size
         self.observer = observer
         self.was_taken = True  # whether the newest step changed the weights
-        self.last_anchors: Features | None = None  # of the newest batch, whole, for dro.evaluate_on = anchors
+        # of the newest batch, whole and without gradient: for dro.evaluate_on = anchors and anchor_gradient_ratio
+        self.last_features: Features | None = None
+        self.last_anchors: Features | None = None
 
     def __call__(self, batch: Batch, anchors: AnchorsOf, *, train_backbone: bool, weight: float) -> float:
         """Step on this rank's part of a batch; `weight` scales the whole loss.
@@ -84,12 +87,13 @@ class LocalStep:
             return_hidden=True,
             return_tokens=TOKENS in self.objective.needs,
         )
-        return features_of(out, self.objective), out.hidden
+        features = features_of(out, self.objective)
+        return features._replace(text_ids=batch.text_ids.to(self.engine.device)), out.hidden
 
     def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]
         features, hidden = self._forward(batch, train_backbone)
-        self.last_anchors = anchors(rows, batch, hidden)
+        self.last_features, self.last_anchors = _as_leaves(features), anchors(rows, batch, hidden)
         total = self.objective(features, self.last_anchors, self.group).total
         value = float(total.detach())
         if math.isfinite(value):
@@ -108,7 +112,7 @@ class LocalStep:
                 theirs.append(anchors(rows, batch, hidden))
         known = [one for one in theirs if one is not None]
         self.last_anchors = join(known) if known else None
-        leaves = _as_leaves(join(found))
+        self.last_features = leaves = _as_leaves(join(found))
         total = self.objective(leaves, self.last_anchors, self.group).total
         value = float(total.detach())
         if not math.isfinite(value):
@@ -130,6 +134,28 @@ def _as_leaves(features: Features) -> Features:
     """Constants that collect a gradient, where a field can have one."""
     leaf = lambda x: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
     return Features(*map(leaf, features))
+
+
+def anchor_gradient_ratio(
+    objective: Objective, features: Features, anchors: Features, group: dist.ProcessGroup | None
+) -> float:
+    """‖∂ λ₂ ANC‖ / ‖∂ λ₁ ITA‖ by the embeddings of a whole batch, of which this rank holds `features`: how hard the anchors pull.
+
+    Two losses on embeddings, nothing of the model. Collective over the group, equal on its ranks.
+    """
+    leaves = _as_leaves(features)
+    embeddings = [x for x in leaves[:-1] if isinstance(x, Tensor) and x.requires_grad]
+
+    def gradients(theirs: Features | None) -> list[Tensor]:
+        total = objective(leaves, theirs, group).total
+        found = torch.autograd.grad(total, embeddings, allow_unused=True, materialize_grads=True)
+        return [x.double() for x in found]
+
+    alignment = gradients(None)
+    pull = [both - alone for both, alone in zip(gradients(anchors), alignment, strict=True)]
+    squares = [torch.stack([x.square().sum() for x in parts]).sum() for parts in (pull, alignment)]
+    anchor, ita = all_sum(torch.stack(squares), group)
+    return float((anchor / ita).sqrt())
 
 
 def _carrier(features: Features, gradients: Mapping[int, Tensor | None], rows: slice, num_parts: int) -> Tensor:

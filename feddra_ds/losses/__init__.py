@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from feddra_ds.losses.fused import fused_dro_loss
-    from feddra_ds.losses.reference import alignment_with_positives
+    from feddra_ds.losses.reference import alignment_per_pair
     from feddra_ds.losses.types import DroLoss
 
-__all__ = ["DroLoss", "alignment_with_positives", "fused_dro_loss"]
-_HOMES = {"DroLoss": "types", "alignment_with_positives": "reference", "fused_dro_loss": "fused"}
+__all__ = ["DroLoss", "alignment_per_pair", "fused_dro_loss"]
+_HOMES = {"DroLoss": "types", "alignment_per_pair": "reference", "fused_dro_loss": "fused"}
 
 
 def __getattr__(name: str) -> Any:

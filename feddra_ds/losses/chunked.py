@@ -11,6 +11,12 @@ the upstream coefficients r_j, c_k of the losses of row j and column k, G_jk = �
     siglip   (r_j + c_k) σ(S_jk + b)
 and given on it. A block adds up du = G v, dv = Gᵀ u, Σ G S and Σ G.
 
+Where equal reports are not negatives (`Same`), their entries off the diagonal leave row and col, and G is 0 there. Where
+they are positives, row and col are (2, M) and (2, N): the others' logsumexp, and below it that of the equal reports. With
+P the logsumexp over a row's positives, the diagonal and all, G is there
+    r_j (exp(S_jk − R_j) − exp(S_jk − P_j)) = −r_j (1 − exp(P_j − R_j)) exp(S_jk − P_j)      and columns likewise,
+for which R over P comes back to block_grads as the two rows of `row`, and C over P as those of `col`.
+
 Shape letters: M rows, N columns, D embedding dimensions.
 """
 
@@ -21,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feddra_ds.losses.reference import EPS
-from feddra_ds.losses.types import Kind
+from feddra_ds.losses.types import Kind, Same
 
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
@@ -47,10 +53,20 @@ def row_norms(x: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def block_stats(
-    x: Tensor, y: Tensor, rx: Tensor, ry: Tensor, scale: Tensor, bias: Tensor, diagonal: bool, kind: Kind
+    x: Tensor,
+    y: Tensor,
+    rx: Tensor,
+    ry: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    diagonal: bool,
+    kind: Kind,
+    same: Same | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row (M,), col (N,), S_jj (M,)) of a block; `rx`, `ry` are reciprocal norms. S_jj is 0 without `diagonal`."""
-    row, col, diag = empty_stat(rx, kind), empty_stat(ry, kind), torch.zeros_like(rx)
+    positive = same is not None and same.positive
+    all_rows, all_cols, diag = empty_stat(rx, kind, positive), empty_stat(ry, kind, positive), torch.zeros_like(rx)
+    row, col = (all_rows[0], all_cols[0]) if positive else (all_rows, all_cols)
     plain = _exponentials_are_safe(scale, rx)
     for i in _slices(len(x), TILE_ROWS):
         u = _scaled(x, rx, i) * scale
@@ -60,6 +76,13 @@ def block_stats(
                 on_diagonal = _tile_diagonal(s, i, k)
                 _diagonal_of(diag, i, k).copy_(on_diagonal)
                 on_diagonal.fill_(-torch.inf)  # no entry, for either kind
+            if same is not None:
+                equal = same.rows[i, None] == same.columns[None, k]
+                if positive:
+                    own = s.masked_fill(~equal, -torch.inf)
+                    all_rows[1, i] = torch.logaddexp(all_rows[1, i], own.logsumexp(1))
+                    all_cols[1, k] = torch.logaddexp(all_cols[1, k], own.logsumexp(0))
+                s.masked_fill_(equal, -torch.inf)
             if kind == "siglip":
                 s = F.softplus(s.add_(bias), threshold=60)  # its default of 20 drops digits of float64
                 row[i] += s.sum(1)
@@ -71,7 +94,7 @@ def block_stats(
             else:
                 row[i] = torch.logaddexp(row[i], s.logsumexp(1))
                 col[k] = torch.logaddexp(col[k], s.logsumexp(0))
-    return row, col, diag
+    return all_rows, all_cols, diag
 
 
 def block_grads(
@@ -89,6 +112,7 @@ def block_grads(
     kind: Kind,
     du: Tensor,
     dv: Tensor,
+    same: Same | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds G v to `du` (M, D) and Gᵀ u to `dv` (N, D) of a block; gives (Σ G S, Σ G).
 
@@ -97,6 +121,9 @@ def block_grads(
     """
     sum_gs, sum_g = torch.zeros_like(scale), torch.zeros_like(scale)
     plain = _exponentials_are_safe(scale, rx)
+    if same is not None and same.positive:
+        (row, own_row), (col, own_col) = row, col
+        own_row_coef, own_col_coef = row_coef * (own_row - row).expm1(), col_coef * (own_col - col).expm1()
     if kind == "ita" and plain:
         row_factor, col_factor = row_coef * (-row).exp(), col_coef * (-col).exp()
     for i in _slices(len(x), TILE_ROWS):
@@ -111,6 +138,14 @@ def block_grads(
             else:
                 g = (s - row[i, None]).exp_().mul_(row_coef[i, None])
                 g.add_((s - col[None, k]).exp_().mul_(col_coef[None, k]))
+            if same is not None:
+                equal = same.rows[i, None] == same.columns[None, k]
+                if same.positive:
+                    own = (s - own_row[i, None]).exp_().mul_(own_row_coef[i, None])
+                    own.add_((s - own_col[None, k]).exp_().mul_(own_col_coef[None, k]))
+                    g = torch.where(equal, own, g)
+                else:
+                    g.masked_fill_(equal, 0)
             if diagonal is not None:
                 _tile_diagonal(g, i, k).copy_(_diagonal_of(diagonal, i, k))
             if kind == "siglip":
@@ -137,9 +172,10 @@ def finish_grads(
     return out
 
 
-def empty_stat(like: Tensor, kind: Kind) -> Tensor:
-    """The statistic of no entries: what `merge` leaves the other one with."""
-    return torch.full_like(like, -torch.inf) if kind == "ita" else torch.zeros_like(like)
+def empty_stat(like: Tensor, kind: Kind, positive: bool = False) -> Tensor:
+    """The statistic of no entries, (M,), or (2, M) for `positive`: what `merge` leaves the other one with."""
+    shape = (2, len(like)) if positive else (len(like),)
+    return like.new_full(shape, -torch.inf if kind == "ita" else 0.0)
 
 
 def merge(a: Tensor, b: Tensor, kind: Kind) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from feddra_ds.distributed.collectives import Group, all_sum
-from feddra_ds.losses.types import Kind
+from feddra_ds.losses.types import Duplicates, Kind, Same
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,17 @@ class Spec:
     anchor_weight: float
     direction_factor: float  # 1 for the sum of the two directions, ½ for their mean
     impl: str  # chunked | triton
+    duplicates: Duplicates = "negative"
 
     @property
     def tiles(self) -> Any:
         return importlib.import_module("feddra_ds.losses." + {"triton": "triton_launch"}.get(self.impl, self.impl))
+
+    def same(self, rows: Tensor | None, columns: Tensor | None) -> Same | None:
+        """What a block has to know of equal reports, from the ids of its rows and columns."""
+        if rows is None or columns is None:
+            return None
+        return Same(rows, columns, self.duplicates == "positive")
 
 
 class Columns(NamedTuple):
@@ -38,6 +45,7 @@ class Columns(NamedTuple):
 
     y: Tensor
     ry: Tensor  # reciprocal norm
+    ids: Tensor | None  # equal for equal reports; None where these are negatives
 
 
 class Exchange(Protocol):
@@ -75,7 +83,8 @@ class Local:
     def stats(
         self, spec: Spec, x: Tensor, rx: Tensor, own: Columns, scale: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        return (*spec.tiles.block_stats(x, own.y, rx, own.ry, scale, bias, True, spec.kind), ())
+        same = spec.same(own.ids, own.ids)
+        return (*spec.tiles.block_stats(x, own.y, rx, own.ry, scale, bias, True, spec.kind, same), ())
 
     def grads(
         self,
@@ -92,8 +101,9 @@ class Local:
         kept: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         du, dv = (torch.zeros(x.shape, dtype=rx.dtype, device=x.device) for _ in range(2))
+        same = spec.same(own.ids, own.ids)
         sums = spec.tiles.block_grads(
-            x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, diagonal, spec.kind, du, dv
+            x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, diagonal, spec.kind, du, dv, same
         )
         return du, dv, *sums
 
@@ -108,10 +118,11 @@ class Inputs(NamedTuple):
     sample_weight: Tensor | None
     temperature: Tensor
     bias: Tensor
+    text_ids: Tensor | None = None  # None where equal reports are negatives
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs beside the inputs: (B,) each, and the scalar Σ w."""
+    """What the backward pass needs beside the inputs: (B,) each (row, col: see chunked.py), and the scalar Σ w."""
 
     rx: Tensor
     ry: Tensor
@@ -129,15 +140,17 @@ def forward(
     rx, image_distance = tiles.row_norms(inputs.image, inputs.image_anchor)
     ry, text_distance = tiles.row_norms(inputs.text, inputs.text_anchor)
     scale, bias = _scalars(inputs, rx)
-    row, col, diag, kept = exchange.stats(spec, inputs.image, rx, Columns(inputs.text, ry), scale, bias)
+    row, col, diag, kept = exchange.stats(
+        spec, inputs.image, rx, Columns(inputs.text, ry, inputs.text_ids), scale, bias
+    )
     zero = torch.zeros_like(diag)
     if spec.kind == "siglip":
         alignment = row + col + 2 * torch.logaddexp(zero, -(diag + bias))
         slope = 2 * torch.sigmoid(-(diag + bias))
     else:
-        slope = torch.sigmoid(row - diag) + torch.sigmoid(col - diag)
-        row_loss, col_loss = torch.logaddexp(zero, row - diag), torch.logaddexp(zero, col - diag)
-        alignment, row, col = row_loss + col_loss, diag + row_loss, diag + col_loss
+        row_loss, row_slope, row = _direction(row, diag)
+        col_loss, col_slope, col = _direction(col, diag)
+        alignment, slope = row_loss + col_loss, row_slope + col_slope
     alignment = alignment * spec.direction_factor
     anchor = image_distance + text_distance
     per_sample = alignment + spec.anchor_weight * anchor
@@ -146,6 +159,18 @@ def forward(
     if inputs.sample_weight is not None:
         check_weights(sums[1], sums[2])
     return sums[0] / sums[1], per_sample, alignment, anchor, Saved(rx, ry, row, col, slope, sums[1].clone()), kept
+
+
+def _direction(stat: Tensor, diag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, −∂loss/∂S_jj, what the backward pass needs of the row) of one direction, from its statistic off the diagonal."""
+    if stat.ndim == 1:
+        loss = torch.logaddexp(torch.zeros_like(diag), stat - diag)
+        return loss, torch.sigmoid(stat - diag), diag + loss
+    others, equal = stat
+    positives = torch.logaddexp(diag, equal)
+    loss = torch.logaddexp(torch.zeros_like(diag), others - positives)
+    slope = torch.sigmoid(others - positives) * (diag - positives).exp()
+    return loss, slope, torch.stack([positives + loss, positives])
 
 
 def backward(
@@ -157,7 +182,7 @@ def backward(
     scale, bias = _scalars(inputs, rx)
     per_sample_grad = _weights(inputs, rx) * (grad_total.to(rx.dtype) / weight_sum)
     coef = per_sample_grad * spec.direction_factor
-    own = Columns(inputs.text, ry)
+    own = Columns(inputs.text, ry, inputs.text_ids)
     du, dv, sum_gs, sum_g = exchange.grads(
         spec, inputs.image, rx, own, row, col, coef, -coef * slope, scale, bias, kept
     )

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from feddra_ds.losses import chunked
-from feddra_ds.losses.types import Impl
+from feddra_ds.losses.types import Duplicates, Impl
 
 logger = logging.getLogger(__name__)
 MAX_TRITON_DIM = 2048
 
 
-def resolve_impl(impl: Impl, image: Tensor) -> Impl:
+def resolve_impl(impl: Impl, image: Tensor, duplicates: Duplicates = "negative") -> Impl:
     """The implementation for tensors like `image` (B, D). Raises ValueError where `impl` cannot take them."""
+    if duplicates != "negative":
+        if impl == "triton":
+            raise ValueError(f"impl='triton' knows duplicates='negative' only, not {duplicates!r}; use impl='chunked'")
+        return "chunked" if impl == "auto" else impl
     if impl == "auto":
         return _auto(image.device.type, image.dtype, image.shape[1] <= MAX_TRITON_DIM)
     if impl == "triton":

@@ -56,18 +56,24 @@ class Gather:
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         ry_all, ry_work = start_gather(own.ry, self.group)
         y_all, y_work = start_gather(own.y, self.group)
+        ids_all = None
+        if own.ids is not None:
+            ids_all, ids_work = start_gather(own.ids, self.group)
+            ids_work.wait()
         rows, rank = len(x), group_rank(self.group)
         mine = slice(rank * rows, (rank + 1) * rows)
-        row, own_col, diag = spec.tiles.block_stats(x, own.y, rx, own.ry, scale, bias, True, spec.kind)
+        same = spec.same(own.ids, own.ids)
+        row, own_col, diag = spec.tiles.block_stats(x, own.y, rx, own.ry, scale, bias, True, spec.kind, same)
         ry_work.wait()
         y_work.wait()
-        col_all = torch.empty_like(ry_all)
-        col_all[mine] = own_col
+        col_all = own_col.new_empty((*own_col.shape[:-1], len(ry_all)))
+        col_all[..., mine] = own_col
         for k in self._others(rows):
-            more, col_all[k], _ = spec.tiles.block_stats(x, y_all[k], rx, ry_all[k], scale, bias, False, spec.kind)
-            row = merge(row, more, spec.kind)
+            same = spec.same(own.ids, None if ids_all is None else ids_all[k])
+            block = spec.tiles.block_stats(x, y_all[k], rx, ry_all[k], scale, bias, False, spec.kind, same)
+            row, col_all[..., k] = merge(row, block[0], spec.kind), block[1]
         col_all = merge_over_ranks(col_all, spec.kind, self.group)
-        return row, col_all[mine].clone(), diag, (y_all, ry_all)
+        return row, col_all[..., mine].clone(), diag, (y_all, ry_all) if ids_all is None else (y_all, ry_all, ids_all)
 
     def grads(
         self,
@@ -83,20 +89,23 @@ class Gather:
         bias: Tensor,
         kept: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y_all, ry_all = kept
-        per_column, work = start_gather(torch.stack([col, coef], 1), self.group)
+        y_all, ry_all, *ids = kept
+        per_column, work = start_gather(torch.cat([col.reshape(-1, len(x)), coef[None]]).T, self.group)
         work.wait()
-        col_all, coef_all = per_column.T.contiguous()
+        *col_rows, coef_all = per_column.T.contiguous()
+        col_all = col_rows[0] if col.ndim == 1 else torch.stack(col_rows)
         du = torch.zeros(x.shape, dtype=rx.dtype, device=x.device)
         dv_all = torch.zeros(y_all.shape, dtype=rx.dtype, device=x.device)
         sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
         for k in self._others(len(x)):
-            columns = (y_all[k], rx, ry_all[k], row, col_all[k], coef, coef_all[k])
-            sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, None, spec.kind, du, dv_all[k]))
+            columns = (y_all[k], rx, ry_all[k], row, col_all[..., k], coef, coef_all[k])
+            same = spec.same(own.ids, ids[0][k] if ids else None)
+            sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, None, spec.kind, du, dv_all[k], same))
         dv, work = start_reduce_scatter(dv_all, self.group)  # what the other ranks' rows give to these columns
         dv_own = torch.zeros_like(du)
         columns = (own.y, rx, own.ry, row, col, coef, coef)
-        sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, diagonal, spec.kind, du, dv_own))
+        same = spec.same(own.ids, own.ids)
+        sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, diagonal, spec.kind, du, dv_own, same))
         work.wait()
         return du, dv.add_(dv_own), sums[0], sums[1]
 
@@ -110,19 +119,21 @@ class Ring:
     def stats(
         self, spec: Spec, x: Tensor, rx: Tensor, own: Columns, scale: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        y, ry = own.y.detach(), own.ry
-        row, diag = empty_stat(rx, spec.kind), torch.zeros_like(rx)
-        col = empty_stat(ry, spec.kind)
+        y, ry, ids = own.y.detach(), own.ry, [] if own.ids is None else [own.ids]
+        positive = spec.duplicates == "positive"
+        row, diag = empty_stat(rx, spec.kind, positive), torch.zeros_like(rx)
+        col = empty_stat(ry, spec.kind, positive)
         size = group_size(self.group)
         for step in range(size):
-            ahead = RingShift([y, ry], self.group) if step < size - 1 else None
-            block = spec.tiles.block_stats(x, y, rx, ry, scale, bias, step == 0, spec.kind)
+            ahead = RingShift([y, ry, *ids], self.group) if step < size - 1 else None
+            same = spec.same(own.ids, ids[0] if ids else None)
+            block = spec.tiles.block_stats(x, y, rx, ry, scale, bias, step == 0, spec.kind, same)
             row = merge(row, block[0], spec.kind)
             if step == 0:
                 diag = block[2]
             (col,) = RingShift([merge(col, block[1], spec.kind)], self.group).wait()
             if ahead is not None:
-                y, ry = ahead.wait()
+                y, ry, *ids = ahead.wait()
         return row, col, diag, ()  # after W shifts the columns' statistics are home
 
     def grads(
@@ -139,22 +150,24 @@ class Ring:
         bias: Tensor,
         kept: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, per_column = own.y.detach(), torch.stack([own.ry, col, coef])
+        y, ids = own.y.detach(), [] if own.ids is None else [own.ids]
+        per_column = torch.cat([own.ry[None], col.reshape(-1, len(x)), coef[None]])
         du = torch.zeros(x.shape, dtype=rx.dtype, device=x.device)
         sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
         arriving: RingShift | None = None
         size = group_size(self.group)
         for step in range(size):
-            ahead = RingShift([y, per_column], self.group) if step < size - 1 else None
-            ry, col_k, coef_k = per_column
+            ahead = RingShift([y, per_column, *ids], self.group) if step < size - 1 else None
+            ry, col_k, coef_k = per_column[0], per_column[1:-1].reshape(col.shape), per_column[-1]
             dv = torch.zeros_like(du)
             on_diagonal = diagonal if step == 0 else None
             block = (x, y, rx, ry, row, col_k, coef, coef_k, scale, bias, on_diagonal, spec.kind)
-            sums += torch.stack(spec.tiles.block_grads(*block, du, dv))
+            same = spec.same(own.ids, ids[0] if ids else None)
+            sums += torch.stack(spec.tiles.block_grads(*block, du, dv, same))
             if arriving is not None:
                 dv += arriving.wait()[0]
             arriving = RingShift([dv], self.group)
             if ahead is not None:
-                y, per_column = ahead.wait()
+                y, per_column, *ids = ahead.wait()
         assert arriving is not None
         return du, arriving.wait()[0], sums[0], sums[1]

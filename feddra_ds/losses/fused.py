@@ -23,10 +23,10 @@ from feddra_ds.losses.core import Local, Spec, check_weights
 from feddra_ds.losses.dispatch import resolve_impl
 from feddra_ds.losses.exchange import Gather, Ring
 from feddra_ds.losses.ops import DroLossFunction, dro_loss
-from feddra_ds.losses.reference import alignment_with_positives, reference_loss
-from feddra_ds.losses.types import DroLoss, Exchange, Impl, Kind, Reduction
+from feddra_ds.losses.reference import alignment_per_pair, reference_loss
+from feddra_ds.losses.types import DroLoss, Duplicates, Exchange, Impl, Kind, Reduction
 
-__all__ = ["DroLoss", "alignment_with_positives", "fused_dro_loss"]
+__all__ = ["DroLoss", "alignment_per_pair", "fused_dro_loss"]
 
 RING_BYTES = 256 * 2**20  # `exchange="auto"` holds the gathered texts up to this size, beyond it they go round a ring
 
@@ -46,6 +46,8 @@ def fused_dro_loss(
     kind: Kind = "ita",
     bias: Tensor | float | None = None,
     exchange: Exchange = "auto",
+    text_ids: Tensor | None = None,
+    duplicates: Duplicates = "negative",
 ) -> DroLoss:
     """Equations (1)-(3) on a client's batch.
 
@@ -60,6 +62,9 @@ def fused_dro_loss(
         off it, columns alike (with `mean` the total is the SigLIP paper's).
     bias: for siglip only, a number or a one-element tensor that receives its gradient (default 0).
     exchange: how a group's texts meet: gather (W·B·D held on each rank), ring (2·B·D), auto by size.
+    text_ids: (B,) int64, equal where two pairs have the same report; needed where duplicates is not negative.
+    duplicates: what the same report of another pair is, over the whole group: a negative, a positive, or ignored
+        (reference.both_directions). Only reference and chunked know the last two, and auto takes chunked for them.
 
     The gradient of the embeddings is their slice of the full batch's gradient; a temperature or bias that is
     replicated over the group receives this rank's additive share. Multiply `total` by the group's size where the
@@ -70,59 +75,57 @@ def fused_dro_loss(
     group, and for ranks whose batches differ in shape (with the shapes, on every rank).
     """
     _check(image, text, image_anchor, text_anchor, temperature, anchor_weight, sample_weight, kind, bias)
+    _check_ids(image, text_ids, duplicates, kind)
     for name, value, known in (
         ("direction_reduction", direction_reduction, Reduction),
         ("impl", impl, Impl),
         ("kind", kind, Kind),
         ("exchange", exchange, Exchange),
+        ("duplicates", duplicates, Duplicates),
     ):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")
     dtype = torch.promote_types(image.dtype, text.dtype)
     image, text = image.to(dtype), text.to(dtype)
-    impl = resolve_impl(impl, image)
+    impl = resolve_impl(impl, image, duplicates)
     tau, offset = (_scalar(x, image) for x in (temperature, 0.0 if bias is None else bias))
+    ids = None if duplicates == "negative" else text_ids
     tensors = (image, text, image_anchor, text_anchor, sample_weight, tau, offset)
+    spec = Spec(kind, anchor_weight, _FACTORS[direction_reduction], impl, duplicates)
     if group is not None and group_size(group) > 1:
-        return _over_group(group, exchange, impl, anchor_weight, direction_reduction, kind, *tensors)
+        return _over_group(group, exchange, spec, *tensors, ids)
     if impl == "reference":
-        return _reference(*tensors, anchor_weight, direction_reduction, kind)
-    factor = _FACTORS[direction_reduction]
-    if torch.compiler.is_compiling() or image.is_meta or type(image) not in (Tensor, torch.nn.Parameter):
-        total, *reported = dro_loss(*tensors, anchor_weight, factor, kind, impl)[:4]
+        return _reference(spec, *tensors, ids)
+    traced = torch.compiler.is_compiling() or image.is_meta or type(image) not in (Tensor, torch.nn.Parameter)
+    if traced and ids is None:
+        total, *reported = dro_loss(*tensors, anchor_weight, spec.direction_factor, kind, impl)[:4]
         return DroLoss(total, *(x.detach() for x in reported))
-    return DroLoss(*DroLossFunction.apply(Spec(kind, anchor_weight, factor, impl), Local(), *tensors))
+    return DroLoss(*DroLossFunction.apply(spec, Local(), *tensors, ids))
 
 
 _FACTORS = {"sum": 1.0, "mean": 0.5}
 
 
-def _over_group(
-    group: Group,
-    exchange: Exchange,
-    impl: Impl,
-    anchor_weight: float,
-    direction_reduction: Reduction,
-    kind: Kind,
-    *tensors: Tensor | None,
-) -> DroLoss:
+def _over_group(group: Group, exchange: Exchange, spec: Spec, *tensors: Tensor | None) -> DroLoss:
     image = tensors[0]
     assert image is not None
     require_equal_shapes(image, group, "fused_dro_loss")
-    if impl == "reference":  # every rank computes the full batch; the replicated scalars get an equal share on each
+    if (
+        spec.impl == "reference"
+    ):  # every rank computes the full batch; the replicated scalars get an equal share on each
         rows, share = len(image), 1 / group_size(group)
-        batch = [None if x is None else gather(x, group, "slice") for x in tensors[:5]]
-        tau, bias = (scale_gradient(x, share) for x in tensors[5:] if x is not None)
+        *batch, ids = (None if x is None else gather(x, group, "slice") for x in (*tensors[:5], tensors[7]))
+        tau, bias = (scale_gradient(x, share) for x in tensors[5:7] if x is not None)
         mine = slice(group_rank(group) * rows, (group_rank(group) + 1) * rows)
-        total, *reported = _reference(*batch, tau, bias, anchor_weight, direction_reduction, kind)  # type: ignore
+        total, *reported = _reference(spec, *batch, tau, bias, ids)  # type: ignore
         return DroLoss(total, *(x[mine] for x in reported))
     if exchange == "auto":
         exchange = "ring" if image.nbytes * group_size(group) > RING_BYTES else "gather"
-    spec = Spec(kind, anchor_weight, _FACTORS[direction_reduction], impl)
     return DroLoss(*DroLossFunction.apply(spec, (Ring if exchange == "ring" else Gather)(group), *tensors))
 
 
 def _reference(
+    spec: Spec,
     image: Tensor,
     text: Tensor,
     image_anchor: Tensor | None,
@@ -130,16 +133,14 @@ def _reference(
     sample_weight: Tensor | None,
     temperature: Tensor,
     bias: Tensor,
-    anchor_weight: float,
-    direction_reduction: Reduction,
-    kind: Kind,
+    text_ids: Tensor | None,
 ) -> DroLoss:
     if sample_weight is not None:
         check_weights(sample_weight.sum(), (sample_weight < 0).sum())
     with torch.autocast(image.device.type, enabled=False):
         return reference_loss(
-            image, text, image_anchor, text_anchor, sample_weight, temperature, bias,
-            anchor_weight, direction_reduction, kind,
+            image, text, image_anchor, text_anchor, sample_weight, temperature, bias, spec.anchor_weight,
+            "mean" if spec.direction_factor == 0.5 else "sum", spec.kind, text_ids, spec.duplicates,
         )  # fmt: skip
 
 
@@ -148,6 +149,17 @@ def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
         return x.to(like.device)
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.full((), x, dtype=dtype, device=like.device)  # not torch.tensor: that one waits for a GPU
+
+
+def _check_ids(image: Tensor, text_ids: Tensor | None, duplicates: Duplicates, kind: Kind) -> None:
+    if text_ids is not None and text_ids.shape != image.shape[:1]:
+        raise ValueError(f"text_ids must be one id for each of the {len(image)} pairs, not {tuple(text_ids.shape)}")
+    if duplicates == "negative":
+        return
+    if text_ids is None:
+        raise ValueError(f"duplicates={duplicates!r} needs text_ids, which say what reports are the same")
+    if kind != "ita":
+        raise ValueError(f"duplicates={duplicates!r} is for kind='ita', not {kind!r}")
 
 
 def _check(

@@ -141,7 +141,7 @@ class DroLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        inputs, saved, kept = Inputs(*tensors[:7]), Saved(*tensors[7:13]), tensors[13:]
+        inputs, saved, kept = Inputs(*tensors[:8]), Saved(*tensors[8:14]), tensors[14:]
         with torch.autocast(inputs.image.device.type, enabled=False):
             image, text, temperature, bias = core.backward(grads[0], inputs, saved, kept, ctx.spec, ctx.exchange)
-        return None, None, image, text, None, None, None, temperature, bias
+        return None, None, image, text, None, None, None, temperature, bias, None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feddra_ds.losses.types import DroLoss, Kind, Reduction
+from feddra_ds.losses.types import DroLoss, Duplicates, Kind, Reduction
 
 EPS = 1e-12  # smallest norm that an embedding is divided by
 
@@ -30,13 +30,14 @@ def reference_loss(
     anchor_weight: float = 0.0,
     direction_reduction: Reduction = "sum",
     kind: Kind = "ita",
+    text_ids: Tensor | None = None,
+    duplicates: Duplicates = "negative",
 ) -> DroLoss:
     """`fused_dro_loss` of one process, by autograd; `total` alone keeps its graph."""
     u, v = normalize(image), normalize(text)
     logits = u @ v.T / temperature
     if kind == "ita":
-        diagonal = logits.diagonal()
-        row, col = logits.logsumexp(1) - diagonal, logits.logsumexp(0) - diagonal
+        row, col = both_directions(logits, text_ids, duplicates)
     else:
         z = 2 * torch.eye(len(u), dtype=u.dtype, device=u.device) - 1
         pair = -F.logsigmoid(z * (logits + bias))
@@ -50,20 +51,40 @@ def reference_loss(
     return DroLoss((w * per_sample).sum() / w.sum(), per_sample.detach(), alignment.detach(), anchor.detach())
 
 
-@torch.no_grad()
-def alignment_with_positives(
-    image: Tensor, text: Tensor, text_ids: Tensor, temperature: float, direction_reduction: Reduction = "sum"
-) -> Tensor:
-    """Equation (1) per pair, (B,), where pairs of equal `text_ids` (B,) are positives of each other (equation (4)).
+def both_directions(logits: Tensor, text_ids: Tensor | None, duplicates: Duplicates) -> tuple[Tensor, Tensor]:
+    """The two terms of equation (1), (B,) each, from S (B, B). Pairs of equal `text_ids` (B,) have the same report:
 
-    row_j = −logsumexp_(k: id_k = id_j) S_jk + logsumexp_k S_jk, columns likewise: a model that cannot tell identical
-    texts apart is not charged for it, and without duplicates this is exactly equation (1). No gradient; holds B×B
-    matrices, for evaluation batches. Raises ValueError when `text_ids` is not one id a pair.
+    negative   row_j = −S_jj + logsumexp_k S_jk, as if they had not
+    positive   row_j = −logsumexp_(k: id_k = id_j) S_jk + logsumexp_k S_jk: they are positives of each other
+    ignore     row_j = −S_jj + logsumexp_(k: k = j or id_k ≠ id_j) S_jk: they are left out of each other's sums
+    columns likewise. Without repeated reports the three are equal.
+    """
+    against = logits
+    if duplicates != "negative":
+        assert text_ids is not None
+        same = text_ids[:, None] == text_ids[None, :]
+        if duplicates == "positive":
+            own = logits.masked_fill(~same, -torch.inf)
+            return logits.logsumexp(1) - own.logsumexp(1), logits.logsumexp(0) - own.logsumexp(0)
+        against = logits.masked_fill(same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device), -torch.inf)
+    return against.logsumexp(1) - logits.diagonal(), against.logsumexp(0) - logits.diagonal()
+
+
+@torch.no_grad()
+def alignment_per_pair(
+    image: Tensor,
+    text: Tensor,
+    text_ids: Tensor,
+    temperature: float,
+    direction_reduction: Reduction = "sum",
+    duplicates: Duplicates = "negative",
+) -> Tensor:
+    """Equation (1) per pair, (B,), for the losses L_i of equation (4). `duplicates`: see both_directions.
+
+    No gradient; holds B×B matrices, for evaluation batches. Raises ValueError when `text_ids` is not one id a pair.
     """
     if text_ids.shape != (len(image),):
         raise ValueError(f"text_ids must be one id for each of the {len(image)} pairs, not {tuple(text_ids.shape)}")
     logits = normalize(image) @ normalize(text).T / temperature
-    positives = logits.masked_fill(text_ids[:, None] != text_ids[None, :], -torch.inf)
-    loss = sum(logits.logsumexp(dim) - positives.logsumexp(dim) for dim in (1, 0))
-    assert isinstance(loss, Tensor)
-    return loss * (0.5 if direction_reduction == "mean" else 1.0)
+    row, col = both_directions(logits, text_ids, duplicates)
+    return (row + col) * (0.5 if direction_reduction == "mean" else 1.0)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from feddra_ds.losses import triton_kernels as kernels
 from feddra_ds.losses.reference import EPS
-from feddra_ds.losses.types import Kind
+from feddra_ds.losses.types import Kind, Same
 
 INTERPRETED = not isinstance(kernels.stats_kernel, triton.runtime.JITFunction)
 PANEL_ROWS = 128 if INTERPRETED else 2048
@@ -140,9 +140,18 @@ def finish_grads(
 
 
 def block_stats(
-    x: Tensor, y: Tensor, rx: Tensor, ry: Tensor, scale: Tensor, bias: Tensor, diagonal: bool, kind: Kind
+    x: Tensor,
+    y: Tensor,
+    rx: Tensor,
+    ry: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    diagonal: bool,
+    kind: Kind,
+    same: Same | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See chunked.block_stats."""
+    """See chunked.block_stats; `same` is for chunked alone (dispatch.resolve_impl)."""
+    assert same is None
     x, y = x.contiguous(), y.contiguous()
     (m, d), n = x.shape, len(y)
     # One grid for every configuration: programs that find no row block left leave what is here.
@@ -186,8 +195,10 @@ def block_grads(
     kind: Kind,
     du: Tensor,
     dv: Tensor,
+    same: Same | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See chunked.block_grads."""
+    """See chunked.block_grads; `same` is for chunked alone (dispatch.resolve_impl)."""
+    assert same is None
     x, y = x.contiguous(), y.contiguous()
     (m, d), n = x.shape, len(y)
     height = min(PANEL_ROWS, m)

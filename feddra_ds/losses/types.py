@@ -10,6 +10,18 @@ Kind = Literal["ita", "siglip"]
 Reduction = Literal["sum", "mean"]
 Impl = Literal["auto", "triton", "chunked", "reference"]
 Exchange = Literal["auto", "gather", "ring"]
+Duplicates = Literal["negative", "positive", "ignore"]
+
+
+class Same(NamedTuple):
+    """Which pairs of a block have the same report: those of equal id."""
+
+    rows: Tensor
+    """(M,) int64."""
+    columns: Tensor
+    """(N,) int64."""
+    positive: bool
+    """Whether they are positives of each other; else they are left out of each other's denominators."""
 
 
 class DroLoss(NamedTuple):

@@ -1,9 +1,10 @@
-"""How sure a measured share is: resampling by groups, and the binomial interval."""
+"""How sure a measured number is: resampling by groups, the binomial interval, Student's, and Holm's correction."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,3 +49,44 @@ def binomial(share: float, trials: int, level: float = 0.95) -> tuple[float, flo
         for count in (math.floor(hits), math.ceil(hits))
     )
     return float(few.low), float(many.high)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over n repetitions with its t-interval, which n = 1 does not have. p_value: two-sided, of a mean of 0."""
+
+    n: int
+    mean: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Mean:
+    """Student's interval of the mean of independent values. For a paired comparison give the differences.
+
+    Values without spread have an interval of width 0 and a p-value of 0 (1 where they are all 0). Raises ValueError for
+    no values.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("t_interval: there are no values")
+    mean = float(np.mean(values))
+    if n == 1:
+        return Mean(1, mean, None, None, None)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    scale = float(np.max(np.abs(values)))
+    if error <= 1e-12 * max(scale, 1.0):  # what rounding leaves of equal values
+        return Mean(n, mean, mean, mean, 1.0 if abs(mean) <= 1e-12 else 0.0)
+    return Mean(n, mean, mean - half, mean + half, 2 * float(stats.t.sf(abs(mean) / error, n - 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for being many (Holm 1979): the chance of any false alarm is at most the adjusted level."""
+    out = [0.0] * len(p_values)
+    least = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        out[i] = least
+    return out

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.loading.tokens import load_tokenizer
-from feddra_ds.model import encoders, lora
-from feddra_ds.model.dual_encoder import SIDES, DualEncoder, DualEncoderConfig, register
+from feddra_ds.model import SIDES, encoders, lora
+from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
 from feddra_ds.model.encoders import local_or_hub
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor
 from feddra_ds.objectives import ObjectiveOptions
@@ -49,6 +49,7 @@ def build_model(
         head_kind=config.head.kind,
         head_hidden_dim=config.head.hidden_dim,
         head_norm=config.head.norm,
+        head_output_norm=config.head.output_norm,
         vision_pooling=_pooling(config.vision, vision, "vision"),
         text_pooling=_pooling(config.text, text, "text"),
         temperature=objective.temperature,
@@ -126,6 +127,7 @@ def _say_what_is_ignored(config: ModelConfig, values: dict[str, Any]) -> None:
         "model.embedding_dim": (config.embedding_dim, values["embedding_dim"]),
         "model.num_extra_blocks": (config.num_extra_blocks, values["num_extra_blocks"]),
         "model.head.kind": (config.head.kind, values["head_kind"]),
+        "model.head.output_norm": (config.head.output_norm, values.get("head_output_norm", "none")),
     }
     for key, (given, found) in asked.items():
         if given != found:
@@ -145,7 +147,10 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
 def processor_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoderProcessor:
     """Image and text preprocessing of the model. Raises ConfigError."""
     try:
-        return build_processor(config.model, tokenizer, config.data.image_size, config.data.text_length)
+        data = config.data
+        return build_processor(
+            config.model, tokenizer, data.image_size, data.text_length, data.image_mean, data.image_std
+        )
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 

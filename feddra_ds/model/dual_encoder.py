@@ -18,13 +18,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
-from feddra_ds.model import encoders, towers
+from feddra_ds.model import SIDES, encoders, towers
 from feddra_ds.model.heads import ExtraBlock, Head, Temperature, TowerAligner
 from feddra_ds.model.towers import TowerHidden
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.tape import CannotDefer
 
-SIDES = ("vision", "text")
 _MAX_CHECKED_PARAMETERS = 400_000_000
 
 
@@ -45,6 +44,7 @@ class DualEncoderConfig(PreTrainedConfig):
     head_kind: str = "mlp"
     head_hidden_dim: int = 2048
     head_norm: str = "layernorm"
+    head_output_norm: str = "none"
     vision_pooling: str = "cls"
     text_pooling: str = "cls"
     use_poolers: bool = False
@@ -155,7 +155,7 @@ class DualEncoder(PreTrainedModel):
             top.blocks,
             top.norm,
             top.pooler if c.use_poolers else None,
-            Head(dim, c.embedding_dim, c.head_kind, c.head_hidden_dim, c.head_norm),
+            Head(dim, c.embedding_dim, c.head_kind, c.head_hidden_dim, c.head_norm, c.head_output_norm),
             dim=dim,
             heads=encoder.config.num_attention_heads,
             num_extra_blocks=c.num_extra_blocks,

@@ -114,7 +114,7 @@ def vision_encoder(section: EncoderConfig, image_size: int, key: str = "model.vi
         check_patches(config, image_size, f"{key}.config.patch_size")
         set_dropout(config, 0.0, given)
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "vision", f"{key}.pretrained")
+    encoder = half(section.pretrained, "vision", key, section.num_layers)
     set_dropout(encoder.config, 0.0, set())
     return resize_images(encoder, image_size, f"{key}.pretrained")
 
@@ -136,7 +136,7 @@ def text_encoder(
         set_dropout(config, 0.0, given)
         config.use_cache = False
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "text", f"{key}.pretrained")
+    encoder = half(section.pretrained, "text", key, section.num_layers)
     set_dropout(encoder.config, 0.0, set())
     check_text(encoder.config, vocab_size, max_text_length, f"{key}.pretrained")
     return encoder
@@ -185,9 +185,20 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def half(name: str, side: str, key: str) -> PreTrainedModel:
-    """An encoder from weights; from a model with both encoders (CLIP, SigLIP, …) its `side`, vision or text."""
+def half(name: str, side: str, section: str, num_layers: int | None = None) -> PreTrainedModel:
+    """An encoder from weights; from a model with both encoders (CLIP, SigLIP, …) its `side`, vision or text.
+
+    num_layers: keep so many of its blocks, from the input on. Raises ValueError naming a key of `section`.
+    """
+    key = f"{section}.pretrained"
     config = load_config(name, key)
+    if num_layers is not None:
+        own = getattr(config, f"{side}_config", config)
+        if num_layers > own.num_hidden_layers:
+            raise ValueError(
+                f"{section}.num_layers: {num_layers} is more than the {own.num_hidden_layers} blocks of {name}"
+            )
+        own.num_hidden_layers = num_layers
     model = load_model(name, config, key)
     part = getattr(model, f"{side}_model", None)
     if part is not None:

@@ -3,14 +3,17 @@
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers parameters by hooks on
 those forwards.
 
-Buffers. A BatchNorm head has `running_mean` and `running_var` (floating: the server takes their weighted mean, so the
-averaged variance leaves out the spread between the clients' means) and `num_batches_tracked` (integer: taken from the
-coordinator). It is the release's choice; LayerNorm has no buffers and does not couple the samples of a batch.
+Buffers. A BatchNorm, inside the head or at its output, has `running_mean` and `running_var` (floating: the server takes
+their weighted mean, so the averaged variance leaves out the spread between the clients' means) and `num_batches_tracked`
+(integer: taken from the coordinator). It is the release's choice; LayerNorm has no buffers and does not couple the
+samples of a batch.
 
 Legend: B batch, T tokens or patches, H hidden size, D embedding size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -50,20 +53,69 @@ class Temperature(nn.Module):
         return value + (value.clamp(min=MIN_TEMPERATURE) - value).detach()
 
 
-class Head(nn.Module):
-    """Projection (B, H) → (B, D): `linear` is one Linear without bias, `mlp` is Linear-norm-ReLU-Linear."""
+class _Float32Statistics(nn.Module):
+    """Running statistics that stay float32 where the module is cast: in bfloat16 their updates would round to nothing."""
 
-    def __init__(self, in_dim: int, out_dim: int, kind: str, hidden_dim: int, norm: str):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: self._buffers[name] for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, kept in before.items():
+            moved = self._buffers[name]
+            if kept is not None and moved is not None and moved.dtype != kept.dtype:
+                self._buffers[name] = kept.to(moved.device)
+        return self
+
+
+class BatchNorm(_Float32Statistics, nn.BatchNorm1d):
+    """nn.BatchNorm1d in float32 arithmetic, whatever the forward's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        if self.training:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        assert self.momentum is not None
+        out = F.batch_norm(
+            x.float(), self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+        )
+        return out.to(x.dtype)
+
+
+class SyncBatchNorm(_Float32Statistics, nn.SyncBatchNorm):
+    """The same over the ranks of torch's default group, those of a client; on CUDA alone."""
+
+
+def synchronise_batchnorms(module: nn.Module) -> None:
+    """Have every BatchNorm inside a module take its statistics over the client's ranks."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BatchNorm):
+                new = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+                new._parameters, new._buffers, new.training = child._parameters, child._buffers, child.training
+                setattr(parent, name, new)
+
+
+class Head(nn.Module):
+    """Projection (B, H) → (B, D): `linear` is one Linear without bias, `mlp` is Linear-norm-ReLU-Linear.
+
+    `output_norm` normalises what comes out, without a learned scale or shift.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kind: str, hidden_dim: int, norm: str, output_norm: str = "none"):
         super().__init__()
+        self.output_norm: nn.Module = nn.Identity()
+        if output_norm == "layernorm":
+            self.output_norm = nn.LayerNorm(out_dim, elementwise_affine=False)
+        elif output_norm == "batchnorm":
+            self.output_norm = BatchNorm(out_dim, affine=False)
         if kind == "linear":
             self.layers = nn.Sequential(nn.Linear(in_dim, out_dim, bias=False))
             return
-        norms: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "batchnorm": nn.BatchNorm1d}
+        norms: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "batchnorm": BatchNorm}
         middle = [norms[norm](hidden_dim)] if norm in norms else []
         self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), *middle, nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.layers(pooled)
+        return self.output_norm(self.layers(pooled))
 
 
 class ExtraBlock(GradientCheckpointingLayer):

@@ -23,7 +23,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, ValidationError
@@ -31,7 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from feddra_ds.common.section import Section
-from feddra_ds.model.dual_encoder import SIDES, DualEncoder
+from feddra_ds.model import SIDES
+
+if TYPE_CHECKING:  # the options are read without transformers
+    from feddra_ds.model.dual_encoder import DualEncoder
 
 _ADAPTER = "default"  # peft's name of the one adapter
 _A, _B = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"

@@ -84,16 +84,19 @@ class DualEncoderProcessor:
 
 
 def build_processor(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, image_size: int, text_length: int
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image_size: int,
+    text_length: int,
+    image_mean: tuple[float, ...] | None = None,
+    image_std: tuple[float, ...] | None = None,
 ) -> DualEncoderProcessor:
-    """The processor of a new model: mean and standard deviation from the pretrained vision model, else 0.5 each."""
+    """The processor of a new model: mean and standard deviation as given, else the pretrained vision model's, else 0.5."""
     source, key = config.vision.pretrained, "model.vision.pretrained"
     if config.pretrained is not None:
         source, key = config.pretrained, "model.pretrained"
-    mean: tuple[float, ...] = HALF
-    std: tuple[float, ...] = HALF
-    if source is not None:
-        mean, std = image_statistics(source, key)
+    mean, std = (HALF, HALF) if source is None else image_statistics(source, key)
+    mean, std = image_mean or mean, image_std or std
     size = {"height": image_size, "width": image_size}
     image_processor = ViTImageProcessorPil(size=size, do_convert_rgb=True, image_mean=list(mean), image_std=list(std))
     return DualEncoderProcessor(image_processor, tokenizer, text_length)

@@ -1,7 +1,9 @@
 """A DualEncoder as a plain transformers VisionTextDualEncoderModel, where that computes the same embeddings.
 
 That class has nothing between an encoder's pooled output and a linear projection without bias. A model here fits when
-its heads are linear, it has no extra blocks, and each tower pools as its transformers encoder does. ViT- and BERT-like
+its heads are linear and without a batchnorm, it has no extra blocks, and each tower pools as its transformers encoder
+does. A layernorm at the output is the projection with each output's mean over the dimensions taken off: its scale is
+lost when embeddings are normalised. ViT- and BERT-like
 towers pool the first token without their pooler; the pooler of the exported encoder is then a small multiple of the
 identity, which tanh leaves alone to 1e-8, and embeddings do not depend on the factor.
 """
@@ -16,7 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
-from feddra_ds.model.dual_encoder import POOLED_WITHOUT_POOLER, SIDES, DualEncoder
+from feddra_ds.model import SIDES
+from feddra_ds.model.dual_encoder import POOLED_WITHOUT_POOLER, DualEncoder
 from feddra_ds.model.encoders import new_encoder, probe_inputs
 
 _POOLER_SCALE = 1e-4
@@ -34,6 +37,11 @@ def to_transformers(model: DualEncoder, processor: Callable[..., Any]) -> Vision
         raise ValueError(
             "--format transformers: needs model.head.kind = linear; a VisionTextDualEncoderModel has no mlp head"
         )
+    if config.head_output_norm == "batchnorm":
+        raise ValueError(
+            "--format transformers: needs model.head.output_norm = none or layernorm; the running mean of a batchnorm is "
+            "a bias, which a VisionTextDualEncoderModel's projection does not have"
+        )
     if config.num_extra_blocks:
         raise ValueError("--format transformers: needs model.num_extra_blocks = 0; there is no place for extra blocks")
     towers = {side: _whole_with_pooler(model, side) for side in SIDES}
@@ -46,7 +54,8 @@ def to_transformers(model: DualEncoder, processor: Callable[..., Any]) -> Vision
     )
     whole = VisionTextDualEncoderModel(whole_config, towers["vision"], towers["text"]).eval()
     for side, projection in (("vision", whole.visual_projection), ("text", whole.text_projection)):
-        projection.weight.copy_(getattr(model.aligner, side).head.layers[0].weight)
+        weight = getattr(model.aligner, side).head.layers[0].weight
+        projection.weight.copy_(weight - weight.mean(0) if config.head_output_norm == "layernorm" else weight)
     whole.config.architectures = [type(whole).__name__]
     _check_equal(model, whole, processor)
     return whole

@@ -6,7 +6,7 @@ B: pairs of this rank, n: pairs that are looked at, D: embedding size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from feddra_ds.objectives.features import Features
 from feddra_ds.objectives.options import ObjectiveOptions
@@ -47,7 +47,8 @@ class Objective(ABC):
         """The loss of the client's batch, of which this rank holds `features`; `group`: the client's ranks (None: one).
 
         `.total` is equal on every rank of the group; its gradient on a rank is that rank's additive share, which
-        Features.gathered gives. anchors: the global model's features of the same pairs, without gradient, or None.
+        Features.gathered gives. anchors: the global model's features of the same pairs, without gradient, or None: then
+        the loss is without its anchor term. features.text_ids are equal where two pairs have the same report.
         """
 
     def equation_3(self, alignment: Tensor, anchor: Tensor | None) -> DroLoss:
@@ -69,10 +70,13 @@ class Objective(ABC):
 
     @abstractmethod
     def chance(self, batch_size: int) -> float:
-        """The mean of per_pair over a batch of so many pairs under a model that knows nothing."""
+        """The mean of per_pair over a batch of so many pairs, no two of one report, under a model that knows nothing."""
 
 
-def anchor_distance(features: Features, anchors: Features) -> Tensor:
-    """(B,) equation (2): the mean squared difference of the embeddings to the global model's, both sides together."""
+def anchor_distance(features: Features, anchors: Features, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """(B,) equation (2): the squared differences of the embeddings to the global model's, both sides together.
+
+    reduction: over the embedding's dimensions; give it options.anchor_reduction.
+    """
     image, text = (features.image - anchors.image).square(), (features.text - anchors.text).square()
-    return image.mean(dim=-1) + text.mean(dim=-1)
+    return image.mean(-1) + text.mean(-1) if reduction == "mean" else image.sum(-1) + text.sum(-1)

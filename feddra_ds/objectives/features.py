@@ -25,6 +25,8 @@ class Features(NamedTuple):
     """(B, T, D): every word piece through the text head; only where an objective needs TOKENS."""
     text_mask: Tensor | None = None
     """(B, T), 1 for a word piece, 0 for padding; beside text_tokens."""
+    text_ids: Tensor | None = None
+    """(B,) int64, equal where two pairs have the same report; None for anchors."""
     temperature: Tensor | float = 0.07
     """τ: a number, or fp32 (1,) with a gradient where it is learned."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from feddra_ds import losses
 from feddra_ds.common.section import MAY_CHANGE
@@ -23,8 +23,21 @@ class ItaOptions(ObjectiveOptions):
 
     direction_reduction: Literal["sum", "mean"] = "sum"
     """Sum (the release) or mean (the CLIP habit) of the two directions; step_size and anchor_weight are rescaled."""
+    duplicates: Literal["negative", "positive", "ignore"] = "negative"
+    """What another pair of the batch with the same report is to a pair, in training and in the losses L_i alike: a negative
+    (the release), a positive, or left out."""
     impl: Literal["auto", "triton", "chunked", "reference"] = Field("auto", json_schema_extra=MAY_CHANGE)
-    """Which implementation of the loss runs."""
+    """Which implementation of the loss runs. triton knows duplicates = negative only; for the others auto takes chunked."""
+
+    @field_validator("impl")
+    @classmethod
+    def _knows_duplicates(cls, value: str, info: ValidationInfo) -> str:
+        duplicates = info.data.get("duplicates", "negative")
+        if value == "triton" and duplicates != "negative":
+            raise ValueError(
+                f"triton knows objective.duplicates = negative only, not {duplicates}; must be auto or chunked"
+            )
+        return value
 
 
 class ImageTextAlignment(Objective):
@@ -42,22 +55,27 @@ class ImageTextAlignment(Objective):
         self._anchor_weight = options.anchor_weight / options.alignment_weight / self.loss_scale
 
     def __call__(self, features: Features, anchors: Features | None, group: dist.ProcessGroup | None) -> losses.DroLoss:
+        # the fused loss takes the mean over the dimensions
+        anchor_scale = features.image.shape[1] if self.options.anchor_reduction == "sum" else 1
         loss = losses.fused_dro_loss(
             features.image,
             features.text,
             anchors.image if anchors else None,
             anchors.text if anchors else None,
             temperature=features.temperature,
-            anchor_weight=self._anchor_weight if anchors else 0.0,
+            anchor_weight=self._anchor_weight * anchor_scale if anchors else 0.0,
             direction_reduction=self.options.direction_reduction,
             group=group,
             impl=self.options.impl,
+            text_ids=features.text_ids,
+            duplicates=self.options.duplicates,
         )
-        return loss._replace(total=self.options.alignment_weight * loss.total)
+        return loss._replace(total=self.options.alignment_weight * loss.total, anchor=anchor_scale * loss.anchor)
 
     def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
-        return losses.alignment_with_positives(
-            features.image, features.text, text_ids, float(features.temperature), self.options.direction_reduction
+        options, temperature = self.options, float(features.temperature)
+        return losses.alignment_per_pair(
+            features.image, features.text, text_ids, temperature, options.direction_reduction, options.duplicates
         )
 
     def chance(self, batch_size: int) -> float:

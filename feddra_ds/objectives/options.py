@@ -23,5 +23,10 @@ class ObjectiveOptions(Section):
     """λ₁ of equation (3)."""
     anchor_weight: float = Field(1.0, ge=0)
     """λ₂ of equation (3), stated for the sum of the two directions; 0 computes no anchors."""
+    anchor_reduction: Literal["mean", "sum"] = "mean"
+    """Equation (2) as the mean over the embedding's D dimensions (the release), or as their sum, which is D times as strong.
+    With mean and λ₂ = 1 it hardly pulls: see anchor_gradient_ratio in metrics.jsonl."""
+    anchor_mode: Literal["eval", "train"] = "eval"
+    """Mode of the global model when it embeds anchors. train, the release's, takes a batchnorm's statistics from the batch."""
     anchors: Literal["replay", "resident"] = Field("replay", json_schema_extra=MAY_CHANGE)
     """Stage 2's anchors: replay computes them before the first step, resident keeps a frozen copy of the model."""

@@ -8,14 +8,25 @@ from typing import Any
 
 import yaml
 from markupsafe import Markup
-from pydantic import ValidationError
 
-from feddra_ds import __version__, objectives
-from feddra_ds.common.errors import ConfigError
+from feddra_ds import __version__
 from feddra_ds.common.text import duration, number, percent
+from feddra_ds.evaluation.mixture import objective_of, set_of
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import Series, line_chart, stacked_bars
-from feddra_ds.report.tables import both_ways, client_rows, evaluation, mean_gallery, recall_bars, skipped_rows, styles
+from feddra_ds.report.tables import (
+    both_ways,
+    client_rows,
+    clipped_rows,
+    evaluation,
+    gain_in_words,
+    mean_gallery,
+    mean_of,
+    recall_bars,
+    skipped_rows,
+    skipped_step_rows,
+    styles,
+)
 from feddra_ds.run.files import RunFiles
 from feddra_ds.strategies import robust_weights
 
@@ -36,8 +47,11 @@ KEY_FACTS = {
     "optimizer.lr": "learning rate",
     "objective.anchor_weight": "anchor weight λ₂",
     "objective.temperature": "temperature τ",
+    "dro.set": "set of p",
     "dro.radius": "radius ρ",
+    "dro.ascent": "step of p",
     "dro.step_size": "step size η",
+    "dro.evaluate_on": "losses that move p",
     "dro.apply": "weights act on",
     "data.image_size": "image side",
     "data.text_length": "tokens of a text",
@@ -74,6 +88,9 @@ def context(files: RunFiles) -> dict[str, Any]:
         "split": files.get("evaluation.split"),
         "excluded": [{"round": x["round"], **item} for x in lines for item in x["excluded_clients"]],
         "skipped": skipped_rows(lines),
+        "skipped_steps": skipped_step_rows(lines),
+        "clipped": clipped_rows(lines),
+        "train_mean": mean_of(lines[-1].get("client_train_losses")) if lines else None,
         "facts": [
             (label, shown(files.get(key)), key) for key, label in KEY_FACTS.items() if files.get(key) is not None
         ],
@@ -113,6 +130,10 @@ def tiles(files: RunFiles, val: dict[str, Any]) -> list[dict[str, str]]:
     if len(known) > 1:
         spread = max(known) - min(known)
         out.append({"value": number(spread), "label": "spread of the losses", "against": "worst − best client"})
+    gain = last.get("robust_gain")
+    if gain and gain["share"] is not None:
+        against = f"Σ p L {number(gain['mixture'])}; mean {number(gain['mean'])}, at most {number(gain['best'])}"
+        out.append({"value": f"{percent(gain['share'])} %", "label": "of the robust gain attained", "against": against})
     pooled = val.get("all") or (next(iter(val.values())) if len(val) == 1 else None)
     recall = both_ways(pooled, 5) if pooled else None
     if pooled and recall is not None:
@@ -132,11 +153,8 @@ def tiles(files: RunFiles, val: dict[str, Any]) -> list[dict[str, str]]:
 
 def chance_loss(files: RunFiles) -> float | None:
     """L_i of a model that knows nothing, as the run's objective says it; None where that is a class that is not here."""
-    try:
-        options = objectives.find(files.get("objective.name")).Options.model_validate(files.config["objective"])
-        return objectives.build(options).chance(int(files.get("dro.evaluation_batch_size")))
-    except (ConfigError, ValidationError, KeyError, TypeError):
-        return None
+    objective, batch_size = objective_of(files), files.get("dro.evaluation_batch_size")
+    return None if objective is None or batch_size is None else objective.chance(int(batch_size))
 
 
 def sentences(files: RunFiles, val: dict[str, Any]) -> list[str]:
@@ -154,11 +172,13 @@ def sentences(files: RunFiles, val: dict[str, Any]) -> list[str]:
         if max(p) - min(p) > 1e-6:
             out.append(
                 f"The weights p now range from {min(p):.3f} ({light}) to {max(p):.3f} ({heavy}); "
-                f"their distance from uniform is {robust_weights.chi2_divergence(p):.3f}"
-                + (f", of at most ρ = {files.get('dro.radius'):g}." if files.get("dro.center") == "uniform" else ".")
+                f"their distance from uniform is {robust_weights.chi2_divergence(p):.3f}{_at_most(files)}."
             )
         else:
             out.append("All clients have the same weight.")
+        gain = gain_in_words(last.get("robust_gain"))
+        if gain:
+            out.append(gain)
     gained = {}
     for client, about in val.items():
         recall = both_ways(about, 5)
@@ -175,6 +195,13 @@ def sentences(files: RunFiles, val: dict[str, Any]) -> list[str]:
     if excluded:
         out.append(f"Left out of the average in some round: {', '.join(excluded)} (reasons below).")
     return out
+
+
+def _at_most(files: RunFiles) -> str:
+    """The bound on the weights' χ² distance from uniform, where the run's set is a ball of that distance."""
+    inside = set_of(files, robust_weights.uniform_center(len(files.client_ids)))
+    is_ball = inside.kind == "chi2" and files.get("dro.center") == "uniform"
+    return f", of at most ρ = {inside.radius:g}" if is_ball else ""
 
 
 def charts(files: RunFiles) -> dict[str, Markup]:
@@ -206,6 +233,12 @@ def charts(files: RunFiles) -> dict[str, Markup]:
         out["weights"] = line_chart(
             p, px, title="Weights p over rounds", show=lambda v: f"{v:.2f}", from_zero=True, references=even
         )
+    gained = [(line["round"], line["robust_gain"]) for line in lines if line.get("robust_gain")]
+    if gained and len(ids) > 1:
+        names = (("worst p allowed", "best", "c1", True), ("Σ p L", "mixture", "c0", False))
+        values = [Series(label, [g[key] for _, g in gained], style, dash=dash) for label, key, style, dash in names]
+        values.append(Series("mean", [g["mean"] for _, g in gained], "ink"))
+        out["gain"] = line_chart(values, [r for r, _ in gained], title="Robust gain over rounds", show=number)
     pooled = [(line["round"], line["val"]["all"]) for line in lines if (line.get("val") or {}).get("all")]
     if pooled:
         cuts = [k for k in RECALL_AT if f"chance@{k}" in pooled[-1][1]]

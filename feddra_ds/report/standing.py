@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from feddra_ds.report.tables import skipped_rows
+from feddra_ds.report.tables import skipped_rows, skipped_step_rows
 from feddra_ds.run.files import RunFiles
 
 
@@ -33,9 +33,14 @@ def standing(files: RunFiles, now: float | None = None) -> dict[str, Any]:
         "client_ids": files.client_ids,
         "client_weights": (last.get("next_client_weights") or last["client_weights"]) if last else None,
         "client_losses": last["client_losses"] if last else None,
+        "client_losses_se": last.get("client_losses_se") if last else None,
+        "client_train_losses": last.get("client_train_losses") if last else None,
+        "robust_gain": last.get("robust_gain") if last else None,
         "mean_loss": last["mean_loss"] if last else None,
         "worst_loss": last["worst_loss"] if last else None,
         "excluded_clients": last["excluded_clients"] if last else [],
+        "clipped_losses": (last.get("clipped_losses") or []) if last else [],
+        "skipped_steps": sum(count for _, _, count in skipped_step_rows(files.lines)),
         "skipped_samples": sum(count for _, _, count in skipped_rows(files.lines)),
         "val": last.get("val") if last else None,
     }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.common.text import number, percent
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.evaluation.labels import weakest
+from feddra_ds.evaluation.mixture import RECALL, mixture_rows, set_in_words
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import NUM_COLOURS
 from feddra_ds.run.files import RunFiles
@@ -20,6 +23,29 @@ def both_ways(about: dict[str, float], k: int) -> float | None:
     if f"i2t_recall@{k}" not in about:
         return None
     return (about[f"i2t_recall@{k}"] + about[f"t2i_recall@{k}"]) / 2
+
+
+def mean_of(values: Sequence[float | None] | None) -> float | None:
+    """The mean of those that are there; None for none."""
+    known = [value for value in values or () if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def gain_in_words(gain: dict[str, Any] | None) -> str | None:
+    """A line's `robust_gain` as a sentence; None where there is none, or no gain to attain."""
+    if not gain or gain["share"] is None:
+        return None
+    return (
+        f"The mixture's loss Σ p L is {number(gain['mixture'])}, the mean {number(gain['mean'])}, and the most that p could "
+        f"reach {number(gain['best'])}: p attains {percent(gain['share'])} % of the robust gain."
+    )
+
+
+def clipped_in_words(item: dict[str, Any]) -> str:
+    """What became of a loss in a line's `clipped_losses`."""
+    shown = lambda value: f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+    used = "left out, p kept" if item.get("used") is None else f"taken as {shown(item['used'])}"
+    return f"loss {shown(item.get('reported'))}, {used}"
 
 
 def styles(files: RunFiles) -> dict[str, str]:
@@ -49,11 +75,18 @@ def client_rows(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
                 "p_first": lines[0]["client_weights"][i] if i is not None and lines else None,
                 "p_last": after[i] if i is not None and after else None,
                 "loss": last["client_losses"][i] if i is not None and last else None,
+                "loss_se": _entry(last, "client_losses_se", i),
+                "train_loss": _entry(last, "client_train_losses", i),
                 "val": val.get(name),
                 "recall": {k: both_ways(val[name], k) for k in RECALL_AT} if name in val else {},
             }
         )
     return out
+
+
+def _entry(line: dict[str, Any], key: str, i: int | None) -> Any:
+    """Client i's value in a line's list; None where the line, of an older run, has no such list."""
+    return line[key][i] if i is not None and line.get(key) else None
 
 
 def mean_gallery(galleries: list[dict[str, float]]) -> dict[str, float]:
@@ -95,6 +128,31 @@ def skipped_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
     return [(client, reason, count) for (client, reason), count in sorted(totals.items())]
 
 
+def skipped_step_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """(client, stage, local steps skipped) over all rounds."""
+    totals: Counter[tuple[str, str]] = Counter()
+    for line in lines:
+        for client, counts in (line.get("skipped_steps") or {}).items():
+            for stage, count in counts.items():
+                totals[client, stage] += count
+    return [(client, stage, count) for (client, stage), count in sorted(totals.items()) if count]
+
+
+def clipped_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By client whose loss was not believed as reported: in how many rounds, the last of them, and what became of it."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        for item in line.get("clipped_losses") or []:
+            rounds = rows.get(item["id"], {}).get("rounds", 0) + 1
+            rows[item["id"]] = {
+                "id": item["id"],
+                "rounds": rounds,
+                "last": line["round"],
+                "how": clipped_in_words(item),
+            }
+    return sorted(rows.values(), key=lambda row: str(row["id"]))
+
+
 def evaluation(files: RunFiles) -> dict[str, Any] | None:
     """What the last `feddra-ds evaluate RUN` measured, as the page shows it; None where there was none.
 
@@ -121,8 +179,21 @@ def evaluation(files: RunFiles) -> dict[str, Any] | None:
             for name, about in galleries
         ],
         "without_split": told["without_split"],
+        "mixture": _mixture(told.get("worst_mixture")),
         "labels": [
             {"name": label, **about["pooled"], "classes": about["classes"], "weakest": weakest(about["clients"])}
             for label, about in told.get("zero_shot", {}).items()
         ],
+    }
+
+
+def _mixture(told: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not told:
+        return None
+    weights = {"loss": told["weights_by_loss"], "recall": told["weights_by_recall"]}
+    by_weight = lambda of: sorted(of.items(), key=lambda item: -item[1])
+    return {
+        "set": set_in_words(told),
+        "rows": [{"name": name, "loss": of.get("loss"), "recall": of.get(RECALL)} for name, of in mixture_rows(told)],
+        "weights": {what: [f"{c} {w:.2f}" for c, w in by_weight(of)] for what, of in weights.items() if of},
     }

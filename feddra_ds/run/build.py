@@ -19,7 +19,7 @@ from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.files import write_atomic
 from feddra_ds.common.logs import logger
 from feddra_ds.config.load import dump
-from feddra_ds.config.schema import Config
+from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
@@ -36,13 +36,15 @@ from feddra_ds.federation.coordinator import Coordinator
 from feddra_ds.federation.saving import read_kept, read_residuals
 from feddra_ds.federation.schedule import steps_per_round
 from feddra_ds.federation.server import OwnModels, Server
+from feddra_ds.model import SIDES
 from feddra_ds.model.build import model_of, processor_of, tokenizer_of
-from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig
+from feddra_ds.model.heads import synchronise_batchnorms
 from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.deferred import Weights, defer, make_room
 from feddra_ds.objectives import Objective
 from feddra_ds.objectives import build as build_objective
-from feddra_ds.run.checks import check
+from feddra_ds.run.checks import Checked, check
 from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
@@ -52,10 +54,13 @@ from feddra_ds.strategies.robust_weights import Vector
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
 
-def build(config: Config) -> Run:
-    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts."""
+def build(config: Config, checked: Checked | None = None) -> Run:
+    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts.
+
+    checked: what `check` has found, where the caller asked it before the heavy imports of this module.
+    """
     launch = Launch.from_environment()
-    dataset, dataset_ids, layout = check(config, launch)
+    dataset, dataset_ids, layout = checked or check(config, launch)
     strategy = strategies.build(config.strategy, config.dro)
     objective = build_objective(config.objective)
     device = choose_device(config.run.device, launch.local_rank)
@@ -67,7 +72,7 @@ def build(config: Config) -> Run:
     topology = Topology(layout, launch, device, config.clients.timeout_s)
     step_factor = strategy.step_factor(len(dataset_ids))
     if topology.is_coordinator:
-        _say_what_starts(config, layout, device, step_factor)
+        _say_what_starts(config, layout, device, model, step_factor)
     resumed = agree_on_checkpoint(config, topology)
     trainer = build_trainer(config, model, initial, objective, strategy, topology)
     engine = trainer.engine
@@ -97,7 +102,9 @@ def build(config: Config) -> Run:
     return run
 
 
-def _say_what_starts(config: Config, layout: Plan, device: torch.device, step_factor: int = 1) -> None:
+def _say_what_starts(
+    config: Config, layout: Plan, device: torch.device, model: DualEncoder, step_factor: int = 1
+) -> None:
     pairs = layout.num_clients * steps_per_round(config, step_factor) * config.data.batch_size
     logger.info("%s on %s, %s, %s pairs a round", layout.describe(), device, config.strategy.name, f"{pairs:,}")
     if config.dro.apply == "loss" and config.optimizer.name == "adamw":
@@ -110,6 +117,21 @@ def _say_what_starts(config: Config, layout: Plan, device: torch.device, step_fa
             "dro.apply=both optimises Σ N p² L, as p acts in the loss and again in the average (under adamw the loss's "
             "factor does almost nothing); dro.apply=aggregate optimises Σ p L"
         )
+    if sides := sides_at_chance(config.model, model.config):
+        logger.warning(
+            "model.head.output_norm=%s: %s random weights and cls pooling, whose embeddings start almost equal; training "
+            "may stay at chance for 100 steps and more; use pooling=mean or model.head.output_norm=batchnorm",
+            config.model.head.output_norm,
+            " and ".join(f"model.{side}" for side in sides) + (" has" if len(sides) == 1 else " have"),
+        )
+
+
+def sides_at_chance(config: ModelConfig, built: DualEncoderConfig) -> list[str]:
+    """The encoders whose random weights, cls pooling and head without a batchnorm map all inputs to one direction."""
+    if config.pretrained is not None or config.head.output_norm == "batchnorm":
+        return []
+    sections: dict[str, EncoderConfig] = {"vision": config.vision, "text": config.text}
+    return [s for s in SIDES if sections[s].pretrained is None and getattr(built, f"{s}_pooling") == "cls"]
 
 
 def build_trainer(
@@ -127,12 +149,17 @@ def build_trainer(
     frozen_aligner = frozen_twin(model.aligner, place, torch.float32)
     is_resident = config.objective.anchors == "resident" and objective.needs_anchors
     frozen_model = frozen_twin(model, place, torch.float32) if is_resident else None
-    if device.type == "cpu" and ranks > 1 and config.model.head.norm == "batchnorm":
+    if device.type == "cpu" and ranks > 1 and (key := config.model.head.batchnorm_key):
         raise ConfigError(
-            ["model.head.norm: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm"]
+            [
+                f"{key}: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm, or "
+                "topology.ranks_per_slot = 1"
+            ]
         )
-    if ranks > 1:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if ranks > 1:  # the slot's group is torch's default one
+        for module in (model, frozen_aligner, frozen_model):
+            if module is not None:
+                synchronise_batchnorms(module)
     engine = Engine(model, config, device=device, slot_rank=topology.slot_rank, ranks_per_slot=ranks, weights=initial)
     for twin in (frozen_aligner, frozen_model):
         if twin is not None:

@@ -25,7 +25,10 @@ def _cannot_be_made(folder: Path) -> list[str]:
     return []
 
 
-def check(config: Config, launch: Launch) -> tuple[Dataset, list[str], Plan]:
+Checked = tuple[Dataset, list[str], Plan]
+
+
+def check(config: Config, launch: Launch) -> Checked:
     """Everything about data, topology and device that can be wrong, before any process group starts.
 
     Returns the dataset, the ids of its clients and the plan. Raises ConfigError with a line per problem.

@@ -15,13 +15,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feddra_ds.common.errors import ConfigError, DataError, Interrupted, TooFewClients, WaitTimeout
 from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.common.tree import merge
 from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
+
+if TYPE_CHECKING:
+    from feddra_ds.run.checks import Checked
 
 # What a run sets in the environment for DeepSpeed and for tokenizers.
 _VARIABLES = ("DS_ACCELERATOR", "LOCAL_RANK", "TOKENIZERS_PARALLELISM")
@@ -109,10 +112,16 @@ def _rank() -> int:
 
 def _train(config: Config) -> None:
     """All rounds, and then, however they ended, this process is free of the run."""
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.run.checks import check
+
+    checked = check(
+        config, Launch.from_environment()
+    )  # before transformers and deepspeed, which take seconds to import
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
-        _rounds(config)
+        _rounds(config, checked)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
         leave_groups(failed=True)
@@ -120,11 +129,11 @@ def _train(config: Config) -> None:
     leave_groups()
 
 
-def _rounds(config: Config) -> None:
+def _rounds(config: Config, checked: Checked) -> None:
     from feddra_ds.engine.bootstrap import close_monitor
     from feddra_ds.run.build import build
 
-    run = build(config)
+    run = build(config, checked)
     try:
         run.rounds()
     finally:

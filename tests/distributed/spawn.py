@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
@@ -136,7 +137,8 @@ class RankPool:
                     ok, when, value = pickle.loads(self._connections[rank].recv_bytes())
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join(5)
-                    ok, when, value = False, time.time(), f"died with exit code {self._processes[rank].exitcode}"
+                    # it cannot say when; what the others met came of it
+                    ok, when, value = False, -math.inf, f"died with exit code {self._processes[rank].exitcode}"
                 if ok:
                     results[rank] = value
                 else:

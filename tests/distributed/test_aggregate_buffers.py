@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import finish, on_each, tree
+from helpers import build_run, finish, on_each, on_ranks, tree
 
 
 def average_by_hand(config: dict[str, Any], included: list[int]) -> dict[str, Any]:
@@ -42,9 +42,9 @@ def average_by_hand(config: dict[str, Any], included: list[int]) -> dict[str, An
     return out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_buffers(dataset: Path, tmp_path: Path, precision: str) -> None:
-    settings = {"model__head__norm": "batchnorm", "aggregate__precision": precision}
+@pytest.mark.parametrize(("place", "precision"), [("norm", "fp32"), ("norm", "int8"), ("output_norm", "fp32")], ids=str)
+def test_buffers(dataset: Path, tmp_path: Path, place: str, precision: str) -> None:
+    settings = {f"model__head__{place}": "batchnorm", "aggregate__precision": precision}
     jobs = [(tree(dataset, tmp_path / str(first), **settings), [first, 2]) for first in (0, 1)]
     (both,), (others,) = on_each(average_by_hand, jobs)
     assert both["integers before"]  # there are counters
@@ -53,3 +53,19 @@ def test_buffers(dataset: Path, tmp_path: Path, precision: str) -> None:
     assert all(value == [10] for value in both["integers"])  # the first client's
     assert others["floats"] == others["weights"] == [2.5]  # (2 + 3) / 2
     assert others["integers"] == others["integers before"]  # the first client is left out
+
+
+def refusal(config: dict[str, Any]) -> list[str]:
+    """What a build says is wrong with a config."""
+    from feddra_ds.common.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        build_run(config)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("place", ["norm", "output_norm"])
+def test_batchnorm_over_two_ranks_of_a_client_needs_cuda(dataset: Path, tmp_path: Path, place: str) -> None:
+    config = tree(dataset, tmp_path, **{f"model__head__{place}": "batchnorm", "topology__ranks_per_slot": 2})
+    for (problem,) in on_ranks(refusal, 2, config):
+        assert problem.startswith(f"model.head.{place}: batchnorm over several ranks of a client needs CUDA")

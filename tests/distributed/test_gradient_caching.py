@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,17 @@ class Kept:
         self.saved.add(-self.num_bytes)
 
 
-def one_step(config_tree: dict[str, Any]) -> dict[str, Any]:
+def one_step(config_tree: dict[str, Any], reports: int | None = None) -> dict[str, Any]:
     """The masters before and after a step of SGD at lr 1, so that they differ by the gradient, and its saved bytes.
 
+    reports: how many different ones the batch has, or as many as there are.
     alone: the saved bytes of a batch of the first 1/NUM_MICRO_BATCHES of the rows, whose update is undone.
     """
     run = build_run(config_tree)
     engine, client = run.engine, run.clients[0]
     (batch,) = client.data.batches(client.position, 1)
+    if reports is not None:
+        batch = replace(batch, text_ids=batch.text_ids.abs() % reports)
     engine.train()
     engine.set_learning_rates({"aligner": 1.0, "backbone": 1.0})
     start = {part: engine.snapshot(part) for part in ("aligner", "backbone")}
@@ -85,3 +89,18 @@ def test_eight_micro_batches_are_the_whole_batch(dataset: Path, tmp_path: Path, 
     for plain, split in zip(whole, cached, strict=True):
         assert split["peak"] <= 1.3 * plain["alone"]
         assert plain["peak"] > 4 * split["peak"]
+
+
+def test_pairs_with_the_same_report_know_no_ranks_and_no_micro_batches(dataset: Path, tmp_path: Path) -> None:
+    def step(num_ranks: int, micro_batch_size: int | None, **objective: str) -> Any:
+        config = tree(
+            dataset, tmp_path, topology__ranks_per_slot=num_ranks, objective__anchor_weight=0.0,
+            data__batch_size=BATCH_SIZE, data__micro_batch_size=micro_batch_size,
+            **{f"objective__{key}": value for key, value in objective.items()},
+        )  # fmt: skip
+        return assemble([rank["after"] for rank in on_ranks(one_step, num_ranks, config, 5)])
+
+    plain = step(1, None, duplicates="positive", impl="reference")
+    assert largest_difference(plain, step(1, None)) > 1e-2  # the batch has such pairs
+    for num_ranks, micro_batch_size in ((1, None), (2, None), (2, 2)):
+        assert largest_difference(plain, step(num_ranks, micro_batch_size, duplicates="positive")) <= 1e-5

@@ -54,7 +54,9 @@ def _updates(flat: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) ->
 
 
 @pytest.mark.parametrize(
-    ("rule", "layout"), [("factors", (2, 2, 3)), ("product", (4, 2, 2)), ("freeze_a", (2, 1, 0))], ids=RULES
+    ("rule", "layout"),
+    [pytest.param("factors", (2, 2, 3), marks=pytest.mark.slow), ("product", (4, 2, 2)), ("freeze_a", (2, 1, 0))],
+    ids=RULES,
 )
 def test_lora_knows_no_ranks(dataset: Path, tmp_path: Path, rule: str, layout: tuple[int, int, int]) -> None:
     shapes, trained = _shapes(dataset, rule)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from losses_parity import Case, draw, evaluate
+from losses_parity import Case, draw, draw_ids, evaluate
 
 from feddra_ds.engine.bootstrap import import_deepspeed
 from feddra_ds.losses import fused
@@ -30,6 +30,8 @@ CASES = {
     "mean": Case("ita", False, True, True, "mean"),
     "cold": Case("ita", True, True, True, temperature=0.01),
     "siglip": Case("siglip", True, True, True),
+    "positive": Case("ita", True, True, True, duplicates="positive"),
+    "ignore": Case("ita", True, True, True, duplicates="ignore"),
 }
 FORMS = [("chunked", "gather"), ("chunked", "ring"), ("reference", "auto")]
 
@@ -41,12 +43,15 @@ def _errors(
     embeddings = draw((ROWS * world_size, DIM), dtype)
     weights = torch.rand(ROWS * world_size, generator=torch.Generator().manual_seed(1))
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    ids = draw_ids(ROWS * world_size)
     found_errors = {}
     for name in cases:
         case = CASES[name]
-        full = evaluate([x.double() for x in embeddings], case, "reference", weights if case.weights else None)
-        part = weights[mine] if case.weights else None
-        found = evaluate([x[mine] for x in embeddings], case, impl, part, group=dist.group.WORLD, exchange=exchange)
+        full = evaluate(
+            [x.double() for x in embeddings], case, "reference", weights if case.weights else None, text_ids=ids
+        )
+        part, options = weights[mine] if case.weights else None, {"group": dist.group.WORLD, "exchange": exchange}
+        found = evaluate([x[mine] for x in embeddings], case, impl, part, text_ids=ids[mine], **options)
         totals = [torch.zeros_like(found["total"]) for _ in range(world_size)]
         dist.all_gather(totals, found["total"])
         assert all(torch.equal(t, totals[0]) for t in totals)
@@ -77,7 +82,9 @@ def test_every_rank_has_its_slice_of_the_full_batch(
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_bfloat16(exchange: str) -> None:
-    for errors in run_ranks(_errors, 2, ["everything", "siglip"], "chunked", exchange, torch.bfloat16):
+    for errors in run_ranks(
+        _errors, 2, ["everything", "siglip", "positive", "ignore"], "chunked", exchange, torch.bfloat16
+    ):
         for by_name in errors.values():
             for name, error in by_name.items():
                 assert error <= (2e-2 if name in ("image gradient", "text gradient") else 1e-5), (name, error)

@@ -358,6 +358,9 @@ def test_groups_are_parts_and_decay_is_for_matrices_alone(dataset: Path) -> None
             plain = name.endswith("bias") or "norm" in name.lower() or "log_ratio" in name
             assert plain or group["weight_decay"] > 0 or "layers.1" in name, name
             assert not (plain and group["weight_decay"] > 0), name
+    every = parameter_groups(model, 0.05, decay_all=True)
+    assert [(group["part"], group["weight_decay"]) for group in every] == [("aligner", 0.05), ("backbone", 0.05)]
+    assert sum(len(group["params"]) for group in every) == len(names)
     assert {g["part"] for g in parameter_groups(model, 0.0)} == {"aligner", "backbone"}
     assert len(parameter_groups(model, 0.0)) == 2
     assert np.isclose(sum(p.numel() for g in groups for p in g["params"]), sum(p.numel() for p in model.parameters()))

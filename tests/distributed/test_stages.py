@@ -143,6 +143,43 @@ def test_replayed_and_resident_anchors_agree(dataset: Path, tmp_path: Path, worl
 
 
 # ---- where p acts
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_anchors_in_train_mode_take_a_batchnorms_statistics_from_the_batch(
+    dataset: Path, tmp_path: Path, world_size: int
+) -> None:
+    from feddra_ds.checkpoint.format import folder_of
+    from feddra_ds.checkpoint.load import SavedModel
+
+    train = {"objective__anchor_mode": "train"}
+    variants = {"eval": {}, "replay": train, "resident": {**train, "objective__anchors": "resident"}}
+    more = {"topology__ranks_per_slot": 1, "model__head__output_norm": "batchnorm", **FASTER}
+    more["objective__anchor_reduction"] = "sum"
+    jobs = [(tree(dataset, tmp_path / name, **(more | change)),) for name, change in variants.items()]
+    on_each(watched, jobs, world_size=world_size)
+    weights = {name: weights_of(tmp_path / name, 1) for name in variants}
+    assert largest_difference(weights["replay"], weights["resident"]) <= 1e-5
+    assert largest_difference(weights["replay"], weights["eval"]) > 1e-4
+    replayed, resident = (SavedModel(folder_of(tmp_path / n, 1), "global").buffers() for n in ("replay", "resident"))
+    for name, value in replayed.items():  # the replay's forwards are not counted
+        np.testing.assert_allclose(value.numpy(), resident[name].numpy(), atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_round_says_how_hard_the_anchors_pull(dataset: Path, tmp_path: Path, world_size: int) -> None:
+    variants = {
+        "mean": {},
+        "sum": {"objective__anchor_reduction": "sum"},
+        "none": {"objective__anchor_weight": 0.0},
+    }
+    more = {"topology__ranks_per_slot": world_size, "schedule__rounds": 1}
+    jobs = [(tree(dataset, tmp_path / name, **(more | change)),) for name, change in variants.items()]
+    on_each(run_all, jobs, world_size=world_size)
+    found = {name: metrics_of(tmp_path / name)[0]["anchor_gradient_ratio"] for name in variants}
+    assert found["none"] == {"north": None, "south": None, "west": None}
+    for client, ratio in found["mean"].items():
+        assert 0 < ratio < found["sum"][client] < 16.5 * ratio  # D = 16, and the stronger pull keeps the client nearer
+
+
 def test_feddra_at_radius_0_is_fedavg_with_equal_keys(dataset: Path, tmp_path: Path) -> None:
     two_stages = {"schedule__stage1_steps": 2, "schedule__stage2_steps": 3, "objective__anchor_weight": 1.0}
     runs = {

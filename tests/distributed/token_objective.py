@@ -25,6 +25,8 @@ class TokenMatch(Objective):
         assert whole.image_tokens is not None
         assert whole.text_tokens is not None
         assert whole.text_mask is not None
+        assert whole.text_ids is not None
+        assert whole.text_ids.shape == whole.image.shape[:1]
         words = torch.einsum("ird,jtd->ijtr", whole.image_tokens, whole.text_tokens).amax(dim=-1)
         mask = whole.text_mask.float()
         scores = (words * mask).sum(dim=-1) / mask.sum(dim=-1) / whole.temperature

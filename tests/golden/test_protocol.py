@@ -75,7 +75,8 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
     class Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.aligner, self.backbone, self.config = Part([1.0, 2.0]), Part([3.0, 4.0]), None
+            self.aligner, self.backbone = Part([1.0, 2.0]), Part([3.0, 4.0])
+            self.config = types.SimpleNamespace(vision_pooling="mean", text_pooling="mean")
 
         def decay_parameter_names(self) -> list[str]:
             return []
@@ -107,6 +108,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
             self.pixel_values = inputs(client_id, rows)
             self.input_ids = self.attention_mask = torch.zeros(rows, 1, dtype=torch.int64)
             self.pixels = torch.zeros(rows, 1, dtype=torch.uint8)
+            self.text_ids = torch.arange(rows)
 
         def __len__(self) -> int:
             return len(self.pixel_values)
@@ -229,7 +231,7 @@ def _check_report(key: str, told: dict[str, Any], hosted: range) -> None:
     steps = 2 if "stage1" in key else 1
     for index, about in told.items():
         bad = key.startswith("round/1/stage2") and index == "2"
-        assert set(about) == {"problem", "loss", "train_loss", "pairs"}
+        assert set(about) == {"problem", "loss", "train_loss", "pairs", "anchor_gradient_ratio"}
         assert (about["problem"], about["loss"]) == (REASON if bad else None, None), key
         assert about["pairs"] == 8 * steps
         if key.startswith("round/0"):

@@ -20,7 +20,6 @@ from spawn import free_port
 REPOSITORY = Path(__file__).parents[2]
 OBJECTIVE = '''
 """A hinge on the margin between a pair and the other pairs of its batch."""
-import torch
 from pydantic import Field
 from feddra_ds.objectives import Features, Objective, ObjectiveOptions
 from feddra_ds.objectives.base import anchor_distance
@@ -36,8 +35,10 @@ class Margin(Objective):
 
     def __call__(self, features, anchors, group):
         whole = features.gathered(group)
-        anchor = None if anchors is None else anchor_distance(whole, anchors.gathered(group))
-        return self.equation_3(self.per_pair(whole, torch.arange(len(whole.image))), anchor)
+        anchor = None
+        if anchors is not None:
+            anchor = anchor_distance(whole, anchors.gathered(group), self.options.anchor_reduction)
+        return self.equation_3(self.per_pair(whole, whole.text_ids), anchor)
 
     def per_pair(self, features, text_ids):
         similarity = features.image @ features.text.T

@@ -117,6 +117,7 @@ print(json.dumps({
 )
 
 
+@pytest.mark.slow
 def test_three_trainings_in_one_process_equal_those_of_fresh_processes(root: Path, tmp_path: Path) -> None:
     def config(name: str, stage: int, rounds: int) -> dict[str, Any]:
         out = tmp_path / name

@@ -98,6 +98,7 @@ def test_the_shipped_configs_are_in_it(run: Run) -> None:
     for path in (REPOSITORY / "configs").glob("*.yaml"):
         assert run("feddra-ds", "config", "show", path.stem) == path.read_text()
     assert "quickstart" in run("feddra-ds", "config", "list")
+    assert "fedavg-seed0" in run("feddra-ds", "experiment", "run", "heterogeneity", "--dry-run")
 
 
 def test_data_training_on_two_ranks_and_the_model_in_python(run: Run) -> None:

@@ -28,6 +28,7 @@ class Case:
     learnable: bool = False
     reduction: str = "sum"
     temperature: float = 0.07
+    duplicates: str = "negative"
 
 
 def all_cases(kind: str) -> Iterator[Case]:
@@ -54,6 +55,11 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu", seed: 
     return [((common + torch.randn(shape, generator=generator)) * n).to(device, dtype) for n in norms]
 
 
+def draw_ids(num_pairs: int) -> Tensor:
+    """A report each: about every third pair has that of another."""
+    return torch.randint(0, num_pairs, (num_pairs,), generator=torch.Generator().manual_seed(5)) // 2
+
+
 def evaluate(
     embeddings: list[Tensor], case: Case, impl: str, weights: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor]:
@@ -77,6 +83,7 @@ def evaluate(
         impl=impl,
         kind=case.kind,
         bias=bias if case.kind == "siglip" else None,
+        duplicates=case.duplicates,
         **options,
     )
     assert not any(x.requires_grad for x in loss[1:])
@@ -97,10 +104,11 @@ def assert_parity(
     factor: float = 1.0,
     floor: float = 0.0,
     weights: Tensor | None = None,
+    **options: Any,
 ) -> None:
     """Every result within `factor` × TOLERANCE of the float64 reference's norm (or of `floor`, where that is larger)."""
-    found = evaluate(embeddings, case, impl, weights)
-    expected = evaluate([x.double() for x in embeddings], case, "reference", weights)
+    found = evaluate(embeddings, case, impl, weights, **options)
+    expected = evaluate([x.double() for x in embeddings], case, "reference", weights, **options)
     assert found.keys() == expected.keys()
     dtype = embeddings[0].dtype
     for name, value in found.items():

@@ -88,6 +88,17 @@ def make_line(round_index: int, ids: list[str] = CLIENTS, **changes: Any) -> dic
     return line | changes
 
 
+def robust_columns(round_index: int, n: int = 3) -> dict[str, Any]:
+    """What a line has beside make_line's since the robust weights are measured; the lines of older runs lack it."""
+    return {
+        "client_train_losses": [1.5 + 0.1 * i for i in range(n)],
+        "client_losses_se": [0.05 + 0.01 * i for i in range(n)],
+        "clipped_losses": [{"id": "west", "reported": 1e30, "used": 2.7726}] if round_index else [],
+        "skipped_steps": {"north": {"stage1": 0, "stage2": 2}},
+        "robust_gain": {"mixture": 2.3, "mean": 2.2, "best": 2.45, "share": 0.4},
+    }
+
+
 def make_run(run: Path, config: Config, lines: list[dict[str, Any]], progress: dict[str, Any] | None = None) -> Path:
     """Write a run directory without a model."""
     run.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "feddra_ds"
 # A package imports only from those to its left.
 LAYERS = """
     common metrics distributed losses objectives strategies config data model engine checkpoint federation run
-    evaluation report doctor commands cli __main__
+    evaluation report doctor experiments commands cli __main__
 """.split()
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 

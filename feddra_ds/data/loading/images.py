@@ -75,25 +75,13 @@ def evaluation_pixels(data: bytes, size: int) -> np.ndarray:
 
 
 def training_pixels(data: bytes, size: int, augment: AugmentConfig, *seed: object) -> np.ndarray:
-    """(3, S, S) uint8: a random resized crop, mirror image, brightness and contrast, all set by `seed`.
+    """(3, S, S) uint8: a random crop by augment.method, mirror image, brightness and contrast, all set by `seed`.
 
     Raises BadSample.
     """
     draw = np.frombuffer(seeded("augment", *seed), dtype=np.uint64) / 2.0**64  # (8,) uniform in [0, 1)
-    area = augment.crop_scale + (1 - augment.crop_scale) * draw[0]
-    # Within these ratios neither side of the crop exceeds the image's.
-    low, high = math.log(max(3 / 4, area)), math.log(min(4 / 3, 1 / area))
-    ratio = math.exp(low + (high - low) * draw[1])
-    part_w, part_h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-
-    image = open_image(data)
-    if image.format == "JPEG":  # decodes at 1/2, 1/4 or 1/8 where the crop keeps S pixels a side
-        image.draft(None, (math.ceil(size / part_w), math.ceil(size / part_h)))
-    image = to_rgb(image)
-    width, height = image.width * part_w, image.height * part_h
-    left, top = (image.width - width) * draw[2], (image.height - height) * draw[3]
-    box = (left, top, min(left + width, image.width), min(top + height, image.height))
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    crop = _pad_crop if augment.method == "pad_crop" else _resized_crop
+    pixels = crop(open_image(data), size, augment, draw)
     if augment.flip and draw[4] < 0.5:
         pixels = pixels[:, ::-1]
     if augment.brightness:
@@ -102,3 +90,35 @@ def training_pixels(data: bytes, size: int, augment: AugmentConfig, *seed: objec
         table = brightness * (centre + contrast * (np.arange(256) - centre))
         pixels = table.round().clip(0, 255).astype(np.uint8)[pixels]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _pad_crop(image: Image.Image, size: int, augment: AugmentConfig, draw: np.ndarray) -> np.ndarray:
+    """(S, S, 3): the longer side to augment.resize, black borders around it to a square, and a random crop of that."""
+    square = augment.resize
+    scale = square / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if image.format == "JPEG":
+        image.draft(None, (width, height))
+    pixels = np.zeros((square, square, 3), dtype=np.uint8)
+    left, top = (square - width) // 2, (square - height) // 2
+    whole = np.asarray(to_rgb(image).resize((width, height), Image.Resampling.BILINEAR))
+    pixels[top : top + height, left : left + width] = whole
+    x, y = (int(d * (square - size + 1)) for d in draw[2:4])
+    return pixels[y : y + size, x : x + size]
+
+
+def _resized_crop(image: Image.Image, size: int, augment: AugmentConfig, draw: np.ndarray) -> np.ndarray:
+    """(S, S, 3): a random part of at least augment.crop_scale of the area, stretched to the square."""
+    area = augment.crop_scale + (1 - augment.crop_scale) * draw[0]
+    # Within these ratios neither side of the crop exceeds the image's.
+    low, high = math.log(max(3 / 4, area)), math.log(min(4 / 3, 1 / area))
+    ratio = math.exp(low + (high - low) * draw[1])
+    part_w, part_h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+
+    if image.format == "JPEG":  # decodes at 1/2, 1/4 or 1/8 where the crop keeps S pixels a side
+        image.draft(None, (math.ceil(size / part_w), math.ceil(size / part_h)))
+    image = to_rgb(image)
+    width, height = image.width * part_w, image.height * part_h
+    left, top = (image.width - width) * draw[2], (image.height - height) * draw[3]
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))

@@ -34,11 +34,12 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """val_fraction: share of each client's pairs for val. image_size: pixels that larger images are shrunk to on their
-    shorter side; None keeps them. repeated_texts: a text that several groups share may be on both sides of the split.
-    seed: of the split and of the order in the shards."""
+    """val_fraction, test_fraction: shares of each client's pairs for val and test. image_size: pixels that larger images
+    are shrunk to on their shorter side; None keeps them. repeated_texts: a text that several groups share may be on both
+    sides of the split. seed: of the split and of the order in the shards."""
 
     val_fraction: float = 0.1
+    test_fraction: float = 0.0
     image_size: int | None = None
     repeated_texts: bool = False
     seed: int = 0
@@ -70,8 +71,8 @@ def ingest(source: Source, out: Path, options: IngestOptions, track: Track = unt
     with DatasetWriter(out, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite) as writer:
         rows, links = _find_images(source, rows, options, skipped, track)
         groups = components(links)
-        validation = choose_validation([row.client for row in rows], groups, options.val_fraction, options.seed)
-        counts = _write(writer, source, rows, validation, folders, options, skipped, track)
+        splits = _splits([row.client for row in rows], groups, options)
+        counts = _write(writer, source, rows, splits, folders, options, skipped, track)
         if not counts:
             raise DataError([f"{source.option}: no row of {source.path} is usable", *skipped_lines(skipped)])
         skipped.sort(key=lambda skip: skip.line)
@@ -84,6 +85,21 @@ def ingest(source: Source, out: Path, options: IngestOptions, track: Track = unt
         }
         _list_skipped(writer.aside / SKIPPED_NAME, skipped)
     return Ingested(counts, skipped)
+
+
+def _splits(clients: list[str], groups: list[list[int]], options: IngestOptions) -> list[str]:
+    """The split of each row; no group is on two. test is chosen out of what val leaves, which it does not change."""
+    out = ["train"] * len(clients)
+    for row in np.flatnonzero(choose_validation(clients, groups, options.val_fraction, options.seed)):
+        out[row] = "val"
+    if options.test_fraction > 0:
+        left = [i for i, split in enumerate(out) if split == "train"]
+        place = {row: i for i, row in enumerate(left)}
+        inside = [[place[row] for row in group] for group in groups if group[0] in place]
+        share = options.test_fraction / (1 - options.val_fraction)
+        for i in np.flatnonzero(choose_validation([clients[row] for row in left], inside, share, options.seed)):
+            out[left[i]] = "test"
+    return out
 
 
 def _client_folders(rows: Iterable[Row]) -> dict[str, str]:
@@ -134,16 +150,16 @@ def _write(
     writer: DatasetWriter,
     source: Source,
     rows: list[Row],
-    validation: np.ndarray,
+    splits: list[str],
     folders: dict[str, str],
     options: IngestOptions,
     skipped: list[Skip],
     track: Track,
 ) -> dict[str, Counter[str]]:
     """Write the pairs in a seeded order, so that a shard is a fair sample; {client: {split: pairs}}."""
-    order = [(rows[i], bool(validation[i])) for i in permutation(len(rows), "shards", options.seed)]
+    order = [(rows[i], splits[i]) for i in permutation(len(rows), "shards", options.seed)]
 
-    def encode(item: tuple[Row, bool]) -> tuple[bytes, str] | Skip:
+    def encode(item: tuple[Row, str]) -> tuple[bytes, str] | Skip:
         row = item[0]
         try:
             return encode_image(source.read_image(row), options.image_size)
@@ -153,11 +169,11 @@ def _write(
             return _unreadable(row, error)
 
     counts: dict[str, Counter[str]] = {}
-    for (row, is_val), image in track(_in_threads(encode, order), len(order), "writing shards"):
+    for (row, split), image in track(_in_threads(encode, order), len(order), "writing shards"):
         if isinstance(image, Skip):
             skipped.append(image)
             continue
-        client, split = folders[row.client], "val" if is_val else "train"
+        client = folders[row.client]
         info = {
             "labels": row.labels,
             "site": row.site,

@@ -78,6 +78,12 @@ _NORMAL = (
     "no active disease in the chest",
 )
 _CLEAR = ("the lungs are clear", "no focal lung lesion", "clear lungs", "lung fields are unremarkable")
+_VAGUE = (
+    "Compared with the film of {when}: no change.",
+    "Unchanged since {when}.",
+    "Findings as described on {when}.",
+    "See the report of {when}.",
+)
 _HISTORIES = (
     "cough",
     "fever and cough",
@@ -112,6 +118,13 @@ def write_report(study: Study, style: str, rng: np.random.Generator) -> str:
     choose: Choose = lambda options: options[int(rng.integers(len(options)))]
     told, again = ([_phrase(finding, choose) for finding in study.findings] for _ in range(2))
     return _STYLES[style](_Notes(study, told, again, _negations(study, rng), choose))
+
+
+def say_nothing(rng: np.random.Generator) -> str:
+    """A report that no picture can be told by, and that hardly another pair has: its date is nowhere to be seen."""
+    months = "January February March April May June July August September October November December".split()
+    when = f"{rng.integers(1, 29)} {rng.choice(months)} {rng.integers(1990, 2024)}"
+    return str(rng.choice(_VAGUE)).format(when=when)
 
 
 def _phrase(finding: Finding, choose: Choose) -> str:

@@ -41,7 +41,7 @@ class Layout:
         stage = int(zero.get("stage") or 0)
         low = {"bf16.enabled": torch.bfloat16, "fp16.enabled": torch.float16}
         dtype = next((t for key, t in low.items() if get_path(config.deepspeed, key)), torch.float32)
-        groups = parameter_groups(model, config.optimizer.weight_decay)
+        groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.decay_all)
         return Layout(
             device,
             dtype,

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from run_helpers import make_config, make_line, make_run
+from run_helpers import make_config, make_line, make_run, robust_columns
 
 from feddra_ds.cli import main
 from feddra_ds.report.standing import standing
@@ -74,6 +74,27 @@ def test_a_running_run(run_with: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert [cell.strip() for cell in mean] == ["mean", "", "", "2.6000", "2.6000", "0.500", "0.625"]
     assert [cell.strip() for cell in pooled] == ["all, one gallery", "", "", "", "", "0.400", "0.312"]
     assert f"Next:\n  feddra-ds status {run} --watch 5" in text
+
+
+def test_losses_with_their_errors_and_the_robust_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [make_line(0), make_line(1, **robust_columns(1))]
+    run = make_run(tmp_path / "run", make_config(tmp_path / "run", tmp_path / "data"), lines, running())
+    assert main(["status", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "skipped: 2 local steps, whose gradients were not finite" in text
+    assert "not believed in the last round: west, loss 1e+30, taken as 2.773" in text
+    rows = {
+        line.split("│")[0].strip(): [c.strip() for c in line.split("│")] for line in text.splitlines() if "│" in line
+    }
+    assert "train loss" in text
+    assert rows["west"][3:6] == ["2.7000", "2.7000 ± 0.0700", "1.7000"]
+    assert rows["mean"][3:6] == ["2.6000", "2.4000", "1.6000"]
+    assert len(rows["all, one gallery"]) == len(rows["west"]) == 8
+    assert "p attains 40 % of the robust gain." in text
+    assert main(["status", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["robust_gain"]["share"] == 0.4
+    assert (told["client_losses_se"], told["skipped_steps"]) == ([0.05, 0.060000000000000005, 0.07], 2)
 
 
 def test_the_estimate_shrinks_with_the_time_since_it_was_made(run_with: Any) -> None:

@@ -80,6 +80,27 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "throw stage 1 away",
         ),
         ({"model": {"text": {"pretrained": "x", "config": {}}}}, "model.text.config", "contradicts"),
+        ({"model": {"text": {"num_layers": 6}}}, "model.text.num_layers", "num_hidden_layers in model.text.config"),
+        (
+            {"data": {"augment": {"method": "pad_crop", "resize": 200}}},
+            "data.augment.resize",
+            "less than data.image_size",
+        ),
+        (
+            {"dro": {"evaluate_on": "anchors"}, "objective": {"anchor_mode": "train"}},
+            "dro.evaluate_on",
+            "objective.anchor_mode=eval",
+        ),
+        (
+            {"data": {"micro_batch_size": 2}, "model": {"head": {"output_norm": "batchnorm"}}},
+            "data.micro_batch_size",
+            "model.head.output_norm=batchnorm",
+        ),
+        (
+            {"data": {"micro_batch_size": 2}, "model": {"head": {"norm": "batchnorm"}}},
+            "data.micro_batch_size",
+            "model.head.norm=batchnorm",
+        ),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3"),
         (
             {"deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},

@@ -19,7 +19,9 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def test_list_names_every_config_with_a_whole_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    assert names() == sorted(
+        path.stem for path in CONFIGS.glob("*.yaml")
+    )  # those of experiments/ are no configs to train
     assert main(["config", "list"]) == 0
     text = capsys.readouterr().out
     for name in names():

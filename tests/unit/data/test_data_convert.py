@@ -91,6 +91,19 @@ def test_a_table_becomes_a_dataset(folder: Path, tmp_path: Path, capsys: pytest.
     assert [dataset.num_samples(c, "val") for c in dataset.client_ids] == [5, 5, 5]
 
 
+def test_a_test_split_leaves_val_as_it_is_and_shares_no_patient(folder: Path, tmp_path: Path) -> None:
+    assert run(*options(folder, tmp_path / "plain")) == 0
+    assert run(*options(folder, tmp_path / "tested", test_fraction="0.25")) == 0
+    plain, tested = (open_dataset(tmp_path / name) for name in ("plain", "tested"))
+    val = [sorted(text for _, split, text, _ in everything(d) if split == "val") for d in (plain, tested)]
+    assert val[0] == val[1]
+    assert [tested.num_samples(c, "test") for c in tested.client_ids] == [5, 5, 5]
+    sides: dict[str, set[str]] = {}
+    for _, split, _, info in everything(tested):
+        sides.setdefault(info["patient"], set()).add(split)
+    assert all(len(side) == 1 for side in sides.values())
+
+
 def test_the_seed_decides_and_is_all_that_decides(folder: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert run(*options(folder, tmp_path / name, seed=seed)) == 0
@@ -209,6 +222,7 @@ def test_a_long_list_of_bad_rows_is_cut_and_counted(
             {"val_fraction": "1.5", "image_size": "2", "max_shard_bytes": "1"},
             ["--val-fraction: must be at least 0", "--image-size: must be at least 8", "--max-shard-bytes: must be at least"],
         ),
+        ({"val_fraction": "0.5", "test_fraction": "0.5"}, ["--test-fraction: must be at least 0 and leave"]),
     ],
 )  # fmt: skip
 def test_mistakes_have_one_clear_line_each(folder: Path, tmp_path: Path, capsys, changes, lines) -> None:

@@ -76,6 +76,29 @@ def test_crops_have_the_area_asked_for_and_lie_inside(scale: float) -> None:
     assert scale == 1.0 or min(areas) < scale + 0.35 * (1 - scale)
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_pad_crop_stretches_nothing(form: str) -> None:
+    """A picture twice as wide as high, whose red and green are its coordinates: black above and below it, and the scale kept."""
+    x, y = np.meshgrid(np.arange(240), np.arange(120))
+    out = io.BytesIO()
+    Image.fromarray(np.stack([x, y, np.full_like(x, 255)], -1).astype(np.uint8)).save(out, form, quality=95)
+    padded = AugmentConfig(method="pad_crop", resize=60, brightness=0.0)
+    whole = training_pixels(out.getvalue(), 60, padded, 0).astype(float)  # nothing is left to crop
+    blue = whole[2] > 128
+    assert blue[15:45].all()
+    assert not blue[:14].any()
+    assert not blue[46:].any()
+    for channel, axis, step in ((0, 1, 4), (1, 0, 4)):  # 240 pixels to 60, on both axes
+        assert np.abs(np.diff(whole[channel, 18:42], axis=axis).mean() - step) < 0.2
+    found = [training_pixels(out.getvalue(), 40, padded, seed) for seed in range(40)]
+    places = [(y, x) for y in range(21) for x in range(21)]
+    corners = {
+        next((y, x) for y, x in places if np.array_equal(whole[:, y : y + 40, x : x + 40], part)) for part in found
+    }
+    assert len(corners) > 30
+    assert {0, 20} & {y for y, _ in corners}
+
+
 def test_large_jpegs_are_decoded_scaled_and_look_the_same() -> None:
     data = encoded(5, (640, 480))
     image = open_image(data)

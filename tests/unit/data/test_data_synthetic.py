@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from feddra_ds.data.synthetic.scene import (
     draw_study,
     generator,
 )
+from feddra_ds.data.synthetic.sites import Heterogeneity, make_sites
 
 
 def run(*words: str) -> int:
@@ -59,7 +62,8 @@ def test_five_sites_of_different_size_and_a_held_out_sixth(dataset: Dataset) -> 
 
 @pytest.mark.parametrize("num_pairs", [20, 61, 100, 1999])
 def test_the_number_of_pairs_is_what_was_asked_for(num_pairs: int) -> None:
-    sizes = [size for site, size in hospitals._sizes(num_pairs) if site is not HELD_OUT]
+    options = hospitals.SynthOptions(num_pairs=num_pairs)
+    sizes = [size for site, size in hospitals._sizes((*SITES, HELD_OUT), options) if site is not HELD_OUT]
     assert sum(sizes) == num_pairs
     assert min(sizes) >= 1
 
@@ -118,6 +122,114 @@ def test_pictures_have_the_asked_size(dataset: Dataset) -> None:
     part = dataset.samples(dataset.client_ids[0], "train")
     image = Image.open(io.BytesIO(part.read_image(0)))
     assert (image.size, image.mode, image.format) == ((32, 32), "L", "PNG")
+
+
+# --- heterogeneity ---------------------------------------------------------------------------------------------------
+
+
+MOSTLY_HEART = ("--sizes", "1,1,1,16,1")
+
+
+def made(tmp_path: Path, *words: str, pairs: int = 120) -> Dataset:
+    out = tmp_path / f"data{len(list(tmp_path.iterdir()))}"
+    sizes = ["--num-pairs", str(pairs), "--image-size", "16", "--num-workers", "1"]
+    assert run("--out", str(out), *sizes, *words) == 0
+    return open_dataset(out)
+
+
+def part_of(dataset: Dataset, client: str, split: str) -> list[tuple[bytes | None, str, dict]]:
+    samples = dataset.samples(client, split)
+    return [
+        (samples.read_image(i), (samples.read_text(i) or b"").decode(), samples.read_info(i))
+        for i in range(len(samples))
+    ]
+
+
+def test_the_defaults_tell_what_they_always_told(tmp_path: Path) -> None:
+    """Without any option the reports and truths are those of before there were options."""
+    dataset = made(tmp_path, "--seed", "5", pairs=40)
+    parts = [(c, split) for c in (*dataset.client_ids, HELD_OUT.name) for split in dataset.splits(c)]
+    told = [(c, split, text, info) for c, split in parts for _, text, info in part_of(dataset, c, split)]
+    assert hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] == "d64e1921d468c7d9"
+
+
+def test_label_shift_none_is_one_mix_and_a_small_alpha_is_many() -> None:
+    def spread(alpha: float) -> float:
+        """How far the sites' shares of findings lie apart, drawn from 300 studies each."""
+        shares = []
+        for site in make_sites(Heterogeneity(label_shift=alpha), 0):
+            rng = generator(site.name)
+            seen = [draw_study(site, "p", rng).info()["labels"] for _ in range(300)]
+            shares.append([np.mean([labels[kind] for labels in seen]) for kind in KINDS])
+        return float(np.std(shares, axis=0).sum())
+
+    one, some, many = spread(np.inf), spread(1.0), spread(0.1)
+    assert one < 0.3 < some < many
+
+
+def test_sizes_are_those_asked_for(tmp_path: Path) -> None:
+    even = made(tmp_path, "--sizes", "even", pairs=100)
+    assert {len(infos(even, c)) for c in even.client_ids} == {20}
+    given = make_sites(Heterogeneity(sizes=(1, 1, 2, 2, 4)), 0)
+    assert [site.share for site in given] == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.4])
+
+
+def test_shifts_of_style_and_scanner_can_be_turned_off() -> None:
+    alike = make_sites(Heterogeneity(style_shift=False, scanner_shift=0.0), 0)
+    assert {site.style for site in alike} == {HELD_OUT.style}
+    assert {site.scanner for site in alike} == {HELD_OUT.scanner}
+    assert {site.portable for site in alike} == {HELD_OUT.portable}
+    half = make_sites(Heterogeneity(scanner_shift=0.5), 0)[0].scanner
+    assert half.contrast == pytest.approx((SITES[0].scanner.contrast + HELD_OUT.scanner.contrast) / 2)
+    assert make_sites(Heterogeneity(), 7) == SITES
+
+
+def test_test_pairs_come_on_top_and_share_no_patient(tmp_path: Path) -> None:
+    plain, tested = made(tmp_path, pairs=100), made(tmp_path, "--test-pairs", "30", pairs=100)
+    for client in plain.client_ids:
+        for split in ("train", "val"):
+            assert part_of(plain, client, split) == part_of(tested, client, split)
+        assert tested.num_samples(client, "test") == 30
+        patients = {
+            split: {info["patient"] for *_, info in part_of(tested, client, split)} for split in tested.splits(client)
+        }
+        assert not patients["test"] & (patients["train"] | patients["val"])
+    assert tested.num_samples(HELD_OUT.name, "test") == 30
+
+
+def test_label_noise_gives_reports_of_other_studies_but_not_in_test(tmp_path: Path) -> None:
+    clean = made(tmp_path, "--test-pairs", "8", *MOSTLY_HEART)
+    noisy = made(tmp_path, "--test-pairs", "8", *MOSTLY_HEART, "--label-noise", "0.25", "heart_centre")
+    for client in clean.client_ids:
+        for split in ("train", "val", "test"):
+            pairs = list(zip(part_of(clean, client, split), part_of(noisy, client, split), strict=True))
+            assert all(a[0] == b[0] for a, b in pairs), "the pictures stay"
+            said = [b[2].get("report") == "of another study" for _, b in pairs]
+            assert [a[1] != b[1] for a, b in pairs] == said or client == "heart_centre"
+            if client != "heart_centre" or split == "test":
+                assert not any(said)
+    own = [info.get("report") for split in ("train", "val") for *_, info in part_of(noisy, "heart_centre", split)]
+    assert own.count("of another study") == round(0.25 * len(own))
+    reports = sorted(text for split in ("train", "val") for _, text, _ in part_of(noisy, "heart_centre", split))
+    assert reports == sorted(text for split in ("train", "val") for _, text, _ in part_of(clean, "heart_centre", split))
+
+
+def test_a_hard_sites_reports_say_nothing_and_are_nearly_all_different(tmp_path: Path) -> None:
+    hard = made(tmp_path, "--test-pairs", "60", *MOSTLY_HEART, "--hard-site", "heart_centre", "0.6")
+    for split in ("train", "test"):
+        pairs = part_of(hard, "heart_centre", split)
+        vague = [text for _, text, info in pairs if info.get("report") == "vague"]
+        assert 0.35 < len(vague) / len(pairs) < 0.85
+        assert len(set(vague)) > 0.95 * len(vague)
+        assert not any(name in text.lower() for text in vague for names in NAMES.values() for name in names)
+    assert not any("report" in info for info in infos(hard, "community_clinic"))
+
+
+def test_dataset_json_says_what_was_asked_for(tmp_path: Path) -> None:
+    assert "heterogeneity" not in made(tmp_path, pairs=20).info
+    told = made(tmp_path, "--label-shift", "none", "--label-noise", "0.1", pairs=20).info["heterogeneity"]
+    assert told["label_shift"] == "none"
+    assert told["label_noise"] == {site.name: 0.1 for site in SITES}
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -248,6 +360,21 @@ def test_reports_vary_and_styles_differ() -> None:
         (["--num-pairs", "5"], "--num-pairs: must be at least 20, got 5"),
         (["--image-size", "8"], "--image-size: must be from 16 to 2048, got 8"),
         (["--val-fraction", "1"], "--val-fraction: must be above 0 and below 1, got 1.0"),
+        (["--test-pairs", "1"], "--test-pairs: must be at least 2, got 1"),
+        (["--label-shift", "0"], "--label-shift: must be above 0, or none for one mix at all sites, got 0.0"),
+        (["--scanner-shift", "2"], "--scanner-shift: must be on, off, or a strength from 0 to 1, got 2.0"),
+        (["--sizes", "1,2"], "--sizes: must be 5 shares above 0, got 1.0, 2.0"),
+        (["--label-noise", "a"], "--label-noise: must give a share from 0 to 1, got a"),
+        (["--label-noise", "0.1", "a", "b"], "--label-noise: takes a share and at most one site, got 0.1 a b"),
+        (
+            ["--label-noise", "2", "heart_centre"],
+            "--label-noise: the share of heart_centre must be from 0 to 1, got 2.0",
+        ),
+        (
+            ["--hard-site", "mars", "0.5"],
+            "--hard-site: there is no site mars; there are: university_hospital, "
+            "emergency_department, community_clinic, heart_centre, lung_sanatorium",
+        ),
     ],
 )
 def test_mistakes_have_one_clear_line(tmp_path: Path, capsys, words: list[str], message: str) -> None:

@@ -56,6 +56,11 @@ def planned(ranks: int = 1, clients: int = 1, device: str = "cpu", **changes: An
     return plan_memory(c, meta_model(c), ranks_per_slot=ranks, clients_per_slot=clients, device=device, baseline=0)
 
 
+def test_a_batchnorm_at_the_heads_output_is_planned_like_any_model() -> None:
+    plain, normed = (planned(model__head__output_norm=norm) for norm in ("none", "batchnorm"))
+    assert normed.trained == plain.trained  # it has no parameters
+
+
 @pytest.mark.parametrize("adapter", [None, {"type": "lora", "r": 4}])
 def test_counts_are_those_of_a_built_model(adapter: dict[str, Any] | None) -> None:
     c = config(model__adapter=adapter)

@@ -114,6 +114,7 @@ def gallery(client: str, split: str, targets: np.ndarray, rng: np.random.Generat
         keys=[str(i) for i in range(len(targets))],
         infos=infos("sick", [int(t) for t in targets]),
         skipped={},
+        temperature=0.07,
     )
 
 

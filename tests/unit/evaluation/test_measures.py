@@ -29,6 +29,7 @@ def gallery(client: str, n: int, seed: int, noise: float) -> Gallery:
         keys=[f"{i}" for i in range(n)],
         infos=[{"patient": f"p{i // 2}"} for i in range(n)],
         skipped={},
+        temperature=0.07,
     )
 
 

@@ -20,15 +20,17 @@ from losses_parity import (
     check_extreme,
     check_nan,
     draw,
+    draw_ids,
     evaluate,
     some_cases,
     train,
 )
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from feddra_ds.losses import chunked, dispatch, ops
 from feddra_ds.losses.fused import fused_dro_loss
-from feddra_ds.losses.reference import alignment_with_positives, normalize, reference_loss
+from feddra_ds.losses.reference import alignment_per_pair, normalize, reference_loss
 
 SHAPES = [(8, 16), (41, 33), (257, 130)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -200,24 +202,72 @@ def test_training_ends_where_reference_ends() -> None:
     assert (expected - train(0, "reference")).norm() > 0.1  # something was learned
 
 
-# Positives of equal texts.
+# Pairs with the same report.
+IDS = torch.tensor([0, 1, 0, 2, 2, 0])
 
 
-def test_alignment_with_positives() -> None:
+def by_hand(logits: Tensor, ids: Tensor, duplicates: str) -> Tensor:
+    """Image → text of equation (1), pair by pair."""
+    out = []
+    for j in range(len(ids)):
+        equal = [k for k in range(len(ids)) if ids[k] == ids[j]]
+        positives = equal if duplicates == "positive" else [j]
+        left_out = [k for k in equal if k != j] if duplicates == "ignore" else []
+        summed = [k for k in range(len(ids)) if k not in left_out]
+        out.append(-(logits[j, positives].exp().sum() / logits[j, summed].exp().sum()).log())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("duplicates", ["negative", "positive", "ignore"])
+def test_the_same_report_is_what_the_formulas_say(duplicates: str, impl: str) -> None:
+    image, text, *_ = (x.requires_grad_() for x in draw((6, 5), torch.float64))
+    logits = normalize(image) @ normalize(text).T / 0.07
+    expected = by_hand(logits, IDS, duplicates) + by_hand(logits.T, IDS, duplicates)
+    wanted = torch.autograd.grad(expected.mean(), (image, text))
+    options = {"text_ids": IDS, "duplicates": duplicates, "impl": impl}
+    loss = fused_dro_loss(image, text, temperature=0.07, **options)
+    torch.testing.assert_close(loss.alignment, expected.detach())
+    torch.testing.assert_close(torch.autograd.grad(loss.total, (image, text)), wanted)
+    found = alignment_per_pair(image, text, IDS, 0.07, duplicates=duplicates)
+    torch.testing.assert_close(found, expected.detach())  # L_i counts them as training does
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("duplicates", ["positive", "ignore"])
+def test_chunked_knows_the_same_report_across_its_tiles(
+    duplicates: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_tiles(monkeypatch)
+    embeddings = draw((41, 33), dtype)
+    for temperature, factor in ((0.07, 1), (0.01, 10)):
+        case = Case(anchors=True, weights=True, learnable=True, temperature=temperature, duplicates=duplicates)
+        assert_parity(embeddings, case, "chunked", factor, text_ids=draw_ids(41))
+
+
+@pytest.mark.parametrize("duplicates", ["positive", "ignore"])
+def test_a_batch_of_one_report_teaches_nothing(duplicates: str) -> None:
+    image, text, *_ = (x.requires_grad_() for x in draw((7, 5), torch.float32))
+    loss = fused_dro_loss(image, text, temperature=0.07, text_ids=torch.zeros(7).long(), duplicates=duplicates)
+    loss.total.backward()
+    assert float(loss.total.detach()) == 0
+    assert torch.equal(image.grad, torch.zeros(7, 5))
+    assert torch.equal(text.grad, torch.zeros(7, 5))
+
+
+def test_alignment_per_pair() -> None:
     image, text, *_ = draw((12, 6), torch.float64)
-    distinct = alignment_with_positives(image, text, torch.arange(12), 0.07)
+    distinct = alignment_per_pair(image, text, torch.arange(12), 0.07)
     torch.testing.assert_close(distinct, fused_dro_loss(image, text, temperature=0.07).alignment)
-    mean = alignment_with_positives(image, text, torch.arange(12), 0.07, "mean")
+    mean = alignment_per_pair(image, text, torch.arange(12), 0.07, "mean")
     torch.testing.assert_close(mean, distinct / 2)
     ids = torch.arange(12) // 3
     perfect = torch.eye(4, dtype=torch.float64)[ids]
-    assert alignment_with_positives(perfect, perfect, ids, 0.01).abs().max() < 1e-12
-    assert alignment_with_positives(perfect, perfect, torch.arange(12), 0.01).min() > 2  # 2 log 3 without the ids
-    logits = normalize(image) @ normalize(text).T / 0.07
-    by_hand = -torch.log(logits.softmax(1)[4, 3:6].sum()) - torch.log(logits.softmax(0)[3:6, 4].sum())
-    torch.testing.assert_close(alignment_with_positives(image, text, ids, 0.07)[4], by_hand)
+    for duplicates in ("positive", "ignore"):
+        assert alignment_per_pair(perfect, perfect, ids, 0.01, duplicates=duplicates).abs().max() < 1e-12
+    assert alignment_per_pair(perfect, perfect, ids, 0.01).min() > 2  # 2 log 3
     with pytest.raises(ValueError, match="one id for each of the 12 pairs"):
-        alignment_with_positives(image, text, ids[:-1], 0.07)
+        alignment_per_pair(image, text, ids[:-1], 0.07)
 
 
 # Refusals.
@@ -249,6 +299,19 @@ U = torch.ones(4, 3)
         ((U, U), {"impl": "cuda"}, "impl must be one of"),
         ((U, U), {"direction_reduction": "max"}, "direction_reduction must be one of sum, mean"),
         ((U, U), {"exchange": "mesh"}, "exchange must be one of"),
+        ((U, U), {"duplicates": "twice", "text_ids": torch.arange(4)}, "duplicates must be one of"),
+        ((U, U), {"duplicates": "positive"}, "duplicates='positive' needs text_ids"),
+        ((U, U), {"duplicates": "ignore", "text_ids": torch.arange(3)}, "one id for each of the 4 pairs"),
+        (
+            (U, U),
+            {"duplicates": "ignore", "text_ids": torch.arange(4), "kind": "siglip"},
+            "duplicates='ignore' is for kind='ita'",
+        ),
+        (
+            (U, U),
+            {"duplicates": "ignore", "text_ids": torch.arange(4), "impl": "triton"},
+            "impl='triton' knows duplicates='negative' only",
+        ),
         ((U.double(), U.double()), {"impl": "triton"}, "takes float32, bfloat16 and float16, not torch.float64"),
         ((torch.ones(4, 2049), torch.ones(4, 2049)), {"impl": "triton"}, "at most 2048 dimensions"),
     ],

@@ -71,7 +71,8 @@ def test_random_image_encoders(kind: str) -> None:
     values = VISION | {"model_type": kind}
     if kind == "dinov2":
         del values["intermediate_size"]
-    check(builder(vision={"config": values}, num_extra_blocks=1, head={"norm": "batchnorm"}))
+    head = {"norm": "batchnorm", "output_norm": "batchnorm"}
+    check(builder(vision={"config": values}, num_extra_blocks=1, head=head))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_helpers import BODY, TEXT, VISION, build, config, save, scramble, tokenizer
+from model_helpers import BODY, TEXT, VISION, batch, build, config, save, scramble, tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, VisionTextDualEncoderModel
@@ -50,8 +50,11 @@ def processor() -> DualEncoderProcessor:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[DualEncoder, Path]:
-    model = build(num_extra_blocks=1, head={"norm": "batchnorm"}, objective={"learnable_temperature": True}).eval()
+    head = {"norm": "batchnorm", "output_norm": "batchnorm"}
+    model = build(num_extra_blocks=1, head=head, objective={"learnable_temperature": True})
     scramble(model)
+    model(**batch())  # running statistics that matter
+    model.eval()
     save_model(model.state_dict(), model.config, processor(), tmp_path / "run" / "model")
     return model, tmp_path / "run"
 
@@ -214,6 +217,8 @@ def test_statistics_come_from_the_pretrained_vision_model(tmp_path: Path) -> Non
     (folder / "preprocessor_config.json").write_text(json.dumps(values | {"image_mean": [0.0, 0.0, 0.0]}))
     proc = build_processor(config(vision={"pretrained": str(folder)}), tokenizer(), 32, 12)
     assert (proc.image_mean, proc.image_std) == ((0.0, 0.0, 0.0), (0.4, 0.5, 0.6))
+    given = build_processor(config(vision={"pretrained": str(folder)}), tokenizer(), 32, 12, image_std=(0.3, 0.2, 0.1))
+    assert (given.image_mean, given.image_std) == ((0.0, 0.0, 0.0), (0.3, 0.2, 0.1))
     whole = build_processor(config(pretrained=str(folder)), tokenizer(), 32, 12)
     assert whole.image_mean == (0.0, 0.0, 0.0)
     (folder / "preprocessor_config.json").write_text(json.dumps(values | {"image_std": [0.5, 0.0, 0.5]}))
@@ -235,9 +240,10 @@ CLIP_TEXT = {"model_type": "clip_text_model", **BODY, "bos_token_id": 2, "eos_to
     [("vit", TEXT), ("clip_vision_model", CLIP_TEXT), ("vit", TEXT | {"model_type": "roberta"})],
     ids=["vit-bert", "clip", "vit-roberta"],
 )
-def test_transformers_form_gives_the_same_embeddings(vision: str, text: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output_norm", ["none", "layernorm"])
+def test_transformers_form_gives_the_same_embeddings(vision: str, text: dict, output_norm: str, tmp_path: Path) -> None:
     model = build(
-        head={"kind": "linear"},
+        head={"kind": "linear", "output_norm": output_norm},
         num_top_blocks=2,
         objective={"temperature": 0.05},
         vision={"config": VISION | {"model_type": vision}},
@@ -257,6 +263,7 @@ DISTIL = {"model_type": "distilbert", "dim": 32, "n_layers": 3, "n_heads": 2, "h
 UNFIT = [
     ({}, "needs model.head.kind = linear"),
     ({"head": {"kind": "linear"}, "num_extra_blocks": 1}, "needs model.num_extra_blocks = 0"),
+    ({"head": {"kind": "linear", "output_norm": "batchnorm"}}, "needs model.head.output_norm = none or layernorm"),
     (
         {"head": {"kind": "linear"}, "text": {"config": DISTIL}},
         r"the text encoder \(distilbert, cls pooling\) has no pooled",
@@ -264,7 +271,7 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), UNFIT, ids=["mlp", "extra", "no-pooler"])
+@pytest.mark.parametrize(("values", "message"), UNFIT, ids=["mlp", "extra", "batchnorm", "no-pooler"])
 def test_what_transformers_cannot_hold_is_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"--format transformers: {message}"):
         to_transformers(build(**values), processor())

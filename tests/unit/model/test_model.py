@@ -10,13 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import BODY, TEXT, VISION, batch, build, save, scramble
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from feddra_ds.model.build import checkpoint_activations
 from feddra_ds.model.dual_encoder import DualEncoder
-from feddra_ds.model.heads import MIN_TEMPERATURE, Head, Temperature, pool
+from feddra_ds.model.heads import (
+    MIN_TEMPERATURE,
+    BatchNorm,
+    Head,
+    SyncBatchNorm,
+    Temperature,
+    pool,
+    synchronise_batchnorms,
+)
+from feddra_ds.model.weights.deferred import make_room
 
 
 def test_parts_are_disjoint_and_named() -> None:
@@ -230,15 +240,66 @@ def test_temperature_stops_at_its_least_value_and_can_come_back() -> None:
 def test_heads(norm: str) -> None:
     head = Head(8, 4, "mlp", 16, norm)
     kinds = [type(layer).__name__ for layer in head.layers]
-    middle = {"layernorm": ["LayerNorm"], "batchnorm": ["BatchNorm1d"], "none": []}[norm]
+    middle = {"layernorm": ["LayerNorm"], "batchnorm": ["BatchNorm"], "none": []}[norm]
     assert kinds == ["Linear", *middle, "ReLU", "Linear"]
     assert head(torch.randn(3, 8)).shape == (3, 4)
     linear = Head(8, 4, "linear", 16, norm)
     assert [tuple(p.shape) for p in linear.parameters()] == [(4, 8)]
 
 
-def test_batchnorm_statistics_are_buffers_with_a_rule() -> None:
-    model = build(head={"norm": "batchnorm"})
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_output_norms_have_no_parameters_and_say_what_they_do(kind: str) -> None:
+    pooled = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) + 5
+    plain = Head(8, 4, kind, 16, "none")
+    weights = plain.state_dict()
+    layer, batchnorm = (Head(8, 4, kind, 16, "none", norm) for norm in ("layernorm", "batchnorm"))
+    for head in (layer, batchnorm):
+        head.load_state_dict(weights, strict=False)
+        assert [tuple(p.shape) for p in head.parameters()] == [tuple(p.shape) for p in plain.parameters()]
+    found = plain(pooled)
+    centred = F.normalize(found - found.mean(1, keepdim=True), dim=1)
+    assert torch.allclose(F.normalize(layer(pooled), dim=1), centred, atol=1e-4)
+    whitened = (found - found.mean(0)) / (found.var(0, correction=0) + 1e-5).sqrt()
+    assert torch.allclose(batchnorm(pooled), whitened, atol=1e-5)
+    for _ in range(200):
+        batchnorm(pooled)
+    running = (found - found.mean(0)) / (found.var(0) + 1e-5).sqrt()
+    assert torch.allclose(batchnorm.eval()(pooled), running, atol=1e-4)  # alone: eval does not look at the batch
+    assert torch.allclose(batchnorm(pooled[:1]), running[:1], atol=1e-4)
+
+
+def test_a_batchnorm_counts_in_float32_in_any_dtype() -> None:
+    plain = BatchNorm(4)
+    exact, low = nn.BatchNorm1d(4), BatchNorm(4).to(torch.bfloat16)
+    room = make_room(copy.deepcopy(plain).to("meta"), torch.device("cpu"), torch.bfloat16)
+    for module in (low, room):
+        assert [p.dtype for p in module.parameters()] == [torch.bfloat16] * 2
+        assert [b.dtype for b in module.buffers()] == [torch.float32, torch.float32, torch.int64]
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        x = (20 + 0.1 * torch.randn(8, 4, generator=draws)).bfloat16()
+        assert torch.equal(plain(x.float()), exact(x.float()))
+        low(x)
+    for module in (plain, low):
+        assert all(torch.equal(a, b) for a, b in zip(module.buffers(), exact.buffers(), strict=True))
+
+
+def test_batchnorms_over_ranks_keep_weights_and_statistics() -> None:
+    model = build(head={"norm": "batchnorm", "output_norm": "batchnorm"})
+    model(**batch())
+    found = model.eval()(**batch()).image_embeds
+    state = model.state_dict()
+    synchronise_batchnorms(model)
+    assert sum(isinstance(m, SyncBatchNorm) for m in model.modules()) == 4
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.allclose(model(**batch()).image_embeds, found, atol=1e-6)
+    assert all(b.dtype != torch.bfloat16 for n, b in model.to(torch.bfloat16).named_buffers() if "running" in n)
+
+
+@pytest.mark.parametrize("head", [{"norm": "batchnorm"}, {"norm": "none", "output_norm": "batchnorm"}])
+def test_batchnorm_statistics_are_buffers_with_a_rule(head: dict[str, str]) -> None:
+    model = build(head=head)
     buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     floating = [n for n, b in buffers.items() if b.is_floating_point()]
     assert sorted(n.rsplit(".", 1)[1] for n in floating) == ["running_mean"] * 2 + ["running_var"] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    PreTrainedModel,
     RobertaConfig,
     RobertaModel,
     SiglipConfig,
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from feddra_ds.model import encoders
+from feddra_ds.model.weights.deferred import defer
 
 CLIP_VISION = {**BODY, "image_size": 32, "patch_size": 8}
 CLIP_TEXT = {**BODY, "vocab_size": 60, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 59}
@@ -110,6 +113,31 @@ def test_position_embeddings_are_interpolated(folders: dict[str, str], size: int
     plain = ViTModel.from_pretrained(folders["vit"]).eval()(images, interpolate_pos_encoding=True).last_hidden_state
     assert torch.allclose(model.whole_encoder("vision")(images).last_hidden_state, plain, atol=1e-5)
     assert model.config.vision_config.image_size == size
+
+
+@pytest.mark.parametrize("name", ["bert", "clip"])
+def test_the_first_blocks_of_a_pretrained_encoder(folders: dict[str, str], name: str) -> None:
+    def load(num_layers: int | None) -> PreTrainedModel:
+        section = encoders.EncoderConfig(pretrained=folders[name], num_layers=num_layers)
+        return encoders.text_encoder(section, 60, 0, 12)
+
+    cut, whole = load(2), load(None)
+    assert (cut.config.num_hidden_layers, whole.config.num_hidden_layers) == (2, 3)
+    third = re.compile(r"\.layers?\.2\.")
+    expected = {key: tensor for key, tensor in whole.state_dict().items() if not third.search(key)}
+    assert cut.state_dict().keys() == expected.keys()
+    for key, tensor in cut.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+    deferred, weights = defer(lambda: load(2))
+    assert weights is not None
+    for key, _ in deferred.named_parameters():
+        assert torch.equal(weights.read(key), expected[key]), key
+
+
+def test_more_blocks_than_there_are(folders: dict[str, str]) -> None:
+    section = encoders.EncoderConfig(pretrained=folders["vit"], num_layers=4)
+    with pytest.raises(ValueError, match=r"model\.vision\.num_layers: 4 is more than the 3 blocks of"):
+        encoders.vision_encoder(section, 48)
 
 
 def test_interpolation_of_an_embedding_table(folders: dict[str, str]) -> None:

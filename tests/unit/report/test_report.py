@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import CLIENTS, HELD_OUT, add_model, make_config, make_data, make_line, make_run
+import yaml
+from run_helpers import CLIENTS, HELD_OUT, add_model, make_config, make_data, make_line, make_run, robust_columns
 
 from feddra_ds.cli import main
 from feddra_ds.common.text import number, percent, size
@@ -119,6 +120,49 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(pictures) == 3 + 3 * NUM_IMAGES
     assert all(value.startswith("data:image/jpeg;base64,") for value in pictures)
     assert "<b>report</b>" in text, "reports are shown as they are, not as markup"
+
+
+def test_the_robust_gain_and_what_moved_the_weights(data: Path, tmp_path: Path) -> None:
+    lines = [make_line(0), *(make_line(r, **robust_columns(r)) for r in (1, 2))]  # the first is of an older version
+    run = make_run(tmp_path / "run", make_config(tmp_path / "run", data), lines)
+    text = write(run, "--examples", "0").text
+    for expected in (
+        "40 % of the robust gain attained Σ p L 2.300; mean 2.200, at most 2.450",
+        "The mixture's loss Σ p L is 2.300, the mean 2.200, and the most that p could reach 2.450: "
+        "p attains 40 % of the robust gain.",
+        "The robust gain The loss of the mixture p",
+        "client train pairs p first p next loss train loss val pairs",
+        "west 12 0.333 0.433 2.700 ± 0.070 1.700 no val pairs of its own",
+        "mean 2.200 1.600",
+        "west 2 2 loss 1e+30, taken as 2.773",
+        "north stage2 4",
+    ):
+        assert expected in text, expected
+    assert "north stage1" not in text
+    older = write(
+        make_run(tmp_path / "old", make_config(tmp_path / "old", data), [make_line(0)]), "--examples", "0"
+    ).text
+    for new in ("robust gain", "train loss", "±", "not believed", "steps skipped"):
+        assert new not in older
+    level = make_line(
+        1, **robust_columns(1) | {"robust_gain": {"mixture": 2.0, "mean": 2.0, "best": 2.0, "share": None}}
+    )
+    run = make_run(tmp_path / "level", make_config(tmp_path / "level", data), [level])
+    assert "of the robust gain" not in write(run, "--examples", "0").text
+
+
+def test_the_distance_of_the_weights_has_the_bound_of_its_ball_alone(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_config(tmp_path / "run", data), [make_line(2)])
+    assert ", of at most ρ = 1." in write(run, "--examples", "0").text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["dro"] |= {"radius": "0.25x"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert ", of at most ρ = 0.25." in write(run, "--examples", "0").text
+    config["dro"] |= {"set": "kl"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = write(run, "--examples", "0").text
+    assert "their distance from uniform is 0.0" in text
+    assert "of at most ρ" not in text
 
 
 def test_the_evaluation_section(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,13 +11,16 @@ import torch
 from run_helpers import make_config
 
 from feddra_ds.distributed.plan import plan
+from feddra_ds.model.build import model_of, tokenizer_of
 from feddra_ds.run.build import _say_what_starts
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING, **sections: Any) -> list[str]:
     config = make_config(Path("run"), Path("data"), **sections)
+    config.model.head.output_norm = "batchnorm"  # without it, random encoders are warned of
+    model = model_of(config, tokenizer_of(config))
     with caplog.at_level(logging.INFO, logger="feddra_ds"):
-        _say_what_starts(config, plan(1, 3), torch.device("cpu"))
+        _say_what_starts(config, plan(1, 3), torch.device("cpu"), model)
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 

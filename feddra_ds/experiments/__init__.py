@@ -1,0 +1,1 @@
+"""Experiments: a spec becomes a grid of runs over seeds, the runs become rows, the rows become tables and pictures."""

@@ -1,0 +1,160 @@
+"""Rows → tables: the mean of each arm over its seeds, and how it differs from a baseline, seed by seed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from feddra_ds.experiments.rows import Row, latest
+from feddra_ds.metrics.intervals import Mean, holm, t_interval
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm and a metric. values: by seed. difference: to the baseline over the seeds that both have; adjusted_p: its
+    p-value, Holm-corrected over the arms of the table."""
+
+    values: dict[int, float]
+    mean: Mean
+    difference: Mean | None = None
+    adjusted_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """cells: (arm, metric) → Cell, for every pair that has a value. crashed: arm → seeds without a result."""
+
+    arms: tuple[str, ...]
+    metrics: tuple[str, ...]
+    baseline: str | None
+    kind: str
+    cells: dict[tuple[str, str], Cell]
+    crashed: dict[str, list[int]]
+
+
+def choose_rows(rows: Sequence[Row], kind: str | None, fingerprints: dict[str, str] | None = None) -> list[Row]:
+    """The latest row of each run of one kind of seeds, which are never mixed: `kind`, or test where there are test rows.
+
+    fingerprints: run id → fingerprint; runs that are not in it, or that it has with another fingerprint, are left out.
+    """
+    kept = latest(list(rows))
+    if fingerprints is not None:
+        kept = [row for row in kept if fingerprints.get(row["id"]) == row["fingerprint"]]
+    kind = kind or ("test" if any(row["kind"] == "test" for row in kept) else "dev")
+    return [row for row in kept if row["kind"] == kind]
+
+
+def compare(rows: Sequence[Row], metrics: Sequence[str], baseline: str | None, order: Sequence[str] = ()) -> Comparison:
+    """Compare the arms of rows of one kind, in `order`, others as their first rows come. Raises ValueError for a baseline or
+    a metric that no row has."""
+    there = dict.fromkeys(row["arm"] for row in rows)
+    arms = tuple(dict.fromkeys([*(arm for arm in order if arm in there), *there]))
+    good = [row for row in rows if row["status"] == "ok"]
+    known = sorted({name for row in good for name in row["metrics"]})
+    if unknown := [name for name in metrics if name not in known]:
+        raise ValueError(f"metrics: no row has {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
+    if baseline is not None and baseline not in arms:
+        raise ValueError(f"baseline: no row is of arm {baseline}; there are: {', '.join(arms) or 'none'}")
+    cells: dict[tuple[str, str], Cell] = {}
+    for metric in metrics:
+        values = {arm: {row["seed"]: float(row["metrics"][metric]) for row in good if row["arm"] == arm
+                        and metric in row["metrics"]} for arm in arms}  # fmt: skip
+        cells |= {(arm, metric): cell for arm, cell in _column(values, baseline).items()}
+    crashed = {arm: [row["seed"] for row in rows if row["arm"] == arm and row["status"] != "ok"] for arm in arms}
+    kind = str(rows[0]["kind"]) if rows else ""
+    return Comparison(arms, tuple(metrics), baseline, kind, cells, {arm: s for arm, s in crashed.items() if s})
+
+
+def _column(values: dict[str, dict[int, float]], baseline: str | None) -> dict[str, Cell]:
+    """The cells of one metric; arms without a value have none."""
+    differences: dict[str, Mean] = {}
+    if baseline is not None:
+        base = values[baseline]
+        for arm, own in values.items():
+            paired = [own[seed] - base[seed] for seed in own if seed in base]
+            if arm != baseline and paired:
+                differences[arm] = t_interval(paired)
+    tested = {arm: found.p_value for arm, found in differences.items() if found.p_value is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {
+        arm: Cell(own, t_interval(list(own.values())), differences.get(arm), adjusted.get(arm))
+        for arm, own in values.items()
+        if own
+    }
+
+
+def markdown(found: Comparison) -> str:
+    """Two tables: means, and differences to the baseline; below them which runs crashed."""
+    seeds = sorted({seed for cell in found.cells.values() for seed in cell.values})
+    out = [f"Mean ± half of its 95 % interval over {len(seeds)} {found.kind} seeds ({_listed(seeds)}).", ""]
+    cell = lambda arm, metric: found.cells.get((arm, metric))
+    lines = [(arm, [_mean(m, cell(arm, m), len(seeds)) for m in found.metrics]) for arm in found.arms]
+    out += _table("arm", found, lines)
+    if found.baseline is not None and len(found.arms) > 1:
+        others = [arm for arm in found.arms if arm != found.baseline]
+        lines = [(arm, [_difference(m, cell(arm, m)) for m in found.metrics]) for arm in others]
+        out += ["", f"Difference to {found.baseline}, seed by seed, with its 95 % interval; p by Holm over the "
+                f"{len(others)} comparisons of a column. Bold: the interval is off 0.", ""]  # fmt: skip
+        out += _table("arm", found, lines)
+    if found.crashed:
+        out += ["", "Crashed: " + "; ".join(f"{arm} (seeds {_listed(s)})" for arm, s in found.crashed.items()) + "."]
+    return "\n".join(out) + "\n"
+
+
+def as_csv(found: Comparison) -> str:
+    """A line for every arm and metric, with the number of each seed."""
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n").writerow
+    write(["arm", "metric", "kind", "n", "mean", "low", "high", "baseline", "difference", "difference_low",
+           "difference_high", "p", "p_holm", "values"])  # fmt: skip
+    for (arm, metric), cell in found.cells.items():
+        m, d = cell.mean, cell.difference
+        told = [d.mean, d.low, d.high, d.p_value, cell.adjusted_p] if d else [None] * 5
+        values = " ".join(f"{seed}:{value:.6g}" for seed, value in sorted(cell.values.items()))
+        write([arm, metric, found.kind, m.n, m.mean, m.low, m.high, found.baseline if d else None, *told, values])
+    return out.getvalue()
+
+
+def shown(metric: str, value: float, sign: bool = False) -> str:
+    """Recalls and shares in %, losses and others as they are."""
+    if "recall" in metric or "share" in metric:
+        return f"{100 * value:{'+' if sign else ''}.1f}"
+    return f"{value:{'+' if sign else ''}.3f}"
+
+
+def unit(metric: str) -> str:
+    """The metric's name with its unit."""
+    return f"{metric}, %" if "recall" in metric or "share" in metric else metric
+
+
+def _table(first: str, found: Comparison, lines: Sequence[tuple[str, list[str]]]) -> list[str]:
+    head = [first, *(unit(metric) for metric in found.metrics)]
+    body = [[arm, *cells] for arm, cells in lines]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * len(found.metrics), *body)]
+
+
+def _mean(metric: str, cell: Cell | None, num_seeds: int) -> str:
+    if cell is None:
+        return "–"
+    of = cell.mean
+    text = shown(metric, of.mean) + ("" if of.high is None else f" ± {shown(metric, of.high - of.mean)}")
+    return text if of.n == num_seeds else f"{text} (n = {of.n})"
+
+
+def _difference(metric: str, cell: Cell | None) -> str:
+    of = cell.difference if cell is not None else None
+    if cell is None or of is None:
+        return "–"
+    mean = shown(metric, of.mean, sign=True)
+    if of.low is None or of.high is None:
+        return f"{mean} (n = 1)"
+    mean = f"**{mean}**" if of.low > 0 or of.high < 0 else mean
+    p = cell.adjusted_p
+    told = "" if p is None else f", p {p:.2g}" if p >= 0.001 else ", p < 0.001"
+    return f"{mean} [{shown(metric, of.low, sign=True)}, {shown(metric, of.high, sign=True)}]{told}"
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
