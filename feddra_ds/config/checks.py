@@ -52,6 +52,10 @@ def contradictions(config: Config) -> list[str]:
             out.append(f"dro.fixed_weights: must be ≥ 0 and sum to 1, got {weights}")
         if c.clients.ids is not None and len(weights) != len(c.clients.ids):
             out.append(f"dro.fixed_weights: {len(weights)} weights for {len(c.clients.ids)} clients")
+    if c.data.batch_size < 2:
+        out.append(
+            f"data.batch_size: must be 2 or more, as the other pairs of a batch are the negatives (got {c.data.batch_size})"
+        )
     if c.dro.evaluation_pairs < c.dro.evaluation_batch_size:
         out.append(
             f"dro.evaluation_pairs: {c.dro.evaluation_pairs} does not fill one batch of dro.evaluation_batch_size = "

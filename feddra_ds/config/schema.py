@@ -113,7 +113,7 @@ class StreamingConfig(Section):
 class DataConfig(Section):
     root: str | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it), or its address."""
-    batch_size: int = Field(72, ge=2)
+    batch_size: int = Field(72, ge=1)
     """Pairs in one optimizer step of one client, over all its ranks; the other pairs of a batch are a pair's negatives."""
     micro_batch_size: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
     """Pairs per rank held with their graph at a time (two-pass gradient caching); null: the rank's whole part."""

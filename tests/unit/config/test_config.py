@@ -72,7 +72,7 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
         ({"dro": {"fixed_weights": [1.0]}, "clients": {"ids": ["a", "b"]}}, "dro.fixed_weights", "1 weights for 2"),
         ({"dro": {"evaluate_on": "anchors"}, "objective": {"anchor_weight": 0}}, "dro.evaluate_on", "anchor_weight"),
         ({"dro": {"evaluate_on": "anchors", "apply": "loss"}}, "dro.evaluate_on", "too late"),
-        ({"data": {"batch_size": 1}}, "data.batch_size", "greater than or equal to 2"),
+        ({"data": {"batch_size": 1}}, "data.batch_size", "2 or more"),
         ({"dro": {"evaluation_pairs": 31}}, "dro.evaluation_pairs", "does not fill one batch"),
         (
             {"schedule": {"stage2_start": "global"}, "aggregate": {"after_stage1": False}},
