@@ -128,11 +128,11 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
         steps_left[0] = stage.num_steps * run.engine.num_micro_batches if stage.trains_backbone else 0
         return run_stage(client, stage, *rest, **options)
 
-    def step_after_a_look() -> None:
+    def step_after_a_look() -> bool:
         steps_left[0] -= 1
         if steps_left[0] == 0 and not found:  # gradients are there, and moments of the step before
             found.update(account(run))
-        step()
+        return step()
 
     run.trainer.run_stage, run.engine.step = watched, step_after_a_look  # type: ignore[method-assign]
     Path("/proc/self/clear_refs").write_text("5")  # building may have peaked: that is `doctor`'s business

@@ -9,7 +9,7 @@ from typing import Any
 from feddra_ds.checkpoint.format import check, folder_of, read_coordinator
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.logs import logger
-from feddra_ds.common.section import may_change
+from feddra_ds.common.section import may_change, may_change_partly
 from feddra_ds.config.load import known_keys
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
@@ -60,15 +60,40 @@ def choose_checkpoint(config: Config) -> Path | None:
 def differences(saved: dict[str, Any], now: dict[str, Any], config: type[Config]) -> list[str]:
     """A line per key whose value in a checkpoint's config differs and matters, the key first.
 
-    What a key says of itself decides (MAY_CHANGE); a key that the config of now does not know matters.
+    What a key says of itself decides (MAY_CHANGE); a key that the config of now does not know matters, and so do the
+    rounds that a learning rate decays over.
     """
     keys = known_keys(config)
-    free = {key for key, info in keys.items() if may_change(info)}
-    return [
-        f"{key}: is {b!r}, but the checkpoint was trained with {a!r}"
-        for key, a, b in _leaves(saved, now, set(keys))
-        if key not in free and a != b
-    ]
+    lines = []
+    for key, a, b in _leaves(saved, now, set(keys)):
+        info = keys.get(key)
+        if a == b:
+            continue
+        if info is not None and may_change_partly(info):
+            before, after = _flat(a or {}), _flat(b or {})
+            for path in sorted(before.keys() | after.keys()):
+                x, y = before.get(path), after.get(path)
+                if x != y and (x or y) and not may_change(info, path):  # null, false and 0 are as if left out
+                    lines.append(_changed(f"{key}.{path}", x, y))
+        elif key == "schedule.rounds" and now["schedule"]["decay"] != "constant":
+            lines.append(
+                f"{_changed(key, a, b)}, over which schedule.decay={now['schedule']['decay']} takes the learning rate"
+            )
+        elif info is None or not may_change(info):
+            lines.append(_changed(key, a, b))
+    return lines
+
+
+def _changed(key: str, before: Any, now: Any) -> str:
+    return f"{key}: is {now!r}, but the checkpoint was trained with {before!r}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested dict that are no dicts, by dotted key."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
 
 
 def _leaves(a: Any, b: Any, keys: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,17 +1,21 @@
-"""`feddra-ds data convert`: a CSV with a folder of images becomes a dataset of one folder of shards per client."""
+"""`feddra-ds data convert`: a CSV with a folder of images, or a source of the user's own, becomes shards per client."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
+from feddra_ds.common.section import Section
 from feddra_ds.common.text import listed
 from feddra_ds.data.format.writer import MAX_SHARD_BYTES
 from feddra_ds.data.sources import source_class
-from feddra_ds.data.sources.base import Columns
+from feddra_ds.data.sources.base import Columns, Source
 from feddra_ds.data.sources.ingest import SKIPPED_NAME, Ingested, IngestOptions, ingest, skipped_lines
 
 
@@ -20,13 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--csv",
-        required=True,
         type=Path,
         metavar="FILE",
         help="table with a header line, UTF-8; comma, ; or tab separated",
     )
-    add("--image-column", required=True, metavar="C", help="column of image paths, relative to the CSV's folder")
-    add("--text-column", required=True, metavar="C", help="column of reports or captions")
+    add(
+        "--from",
+        dest="kind",
+        metavar="CLASS",
+        help="instead of --csv: package.module:Class, a Source of your own (docs/data.md)",
+    )
+    add("--path", type=Path, metavar="PATH", help="where that source's data lie")
+    add(
+        "--source-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of that source (repeatable)",
+    )
+    add("--image-column", metavar="C", help="column of image paths, relative to the CSV's folder (needed with --csv)")
+    add("--text-column", metavar="C", help="column of reports or captions (needed with --csv)")
     add("--client-column", metavar="C", help="column that says whose pair it is (default: all in one client, `all`)")
     add("--group-column", metavar="C", help="column, such as the patient, whose rows stay on one side of train and val")
     add("--site-column", metavar="C", help="column kept as the pair's site (default: the client column)")
@@ -66,7 +83,12 @@ def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     labels = tuple(name.strip() for name in args.label_columns.split(",") if name.strip())
     columns = Columns(
-        args.image_column, args.text_column, args.client_column, args.group_column, args.site_column, labels
+        args.image_column or "",
+        args.text_column or "",
+        args.client_column,
+        args.group_column,
+        args.site_column,
+        labels,
     )
     options = IngestOptions(
         val_fraction=args.val_fraction,
@@ -77,8 +99,43 @@ def run(args: argparse.Namespace) -> int:
         max_shard_bytes=args.max_shard_bytes,
         overwrite=args.overwrite,
     )
-    _report(args, ingest(source_class("csv")(args.csv, columns), args.out, options, track))
+    _report(args, ingest(_source(args, columns), args.out, options, track))
     return 0
+
+
+def _source(args: argparse.Namespace, columns: Columns) -> Source:
+    """What --csv or --from and its options name. Raises ConfigError and DataError."""
+    needed = ["kind", "path"] if args.csv is None else ["csv", "image_column", "text_column"]
+    stray = [] if args.csv is None else [name for name in ("kind", "path", "source_option") if getattr(args, name)]
+    option = lambda name: "--from" if name == "kind" else f"--{name.replace('_', '-')}"
+    if args.csv is None and args.kind is None:
+        raise DataError("--csv: is needed, or --from and --path for a source of your own")
+    problems = [f"{option(name)}: is needed with {option(needed[0])}" for name in needed if getattr(args, name) is None]
+    problems += [f"{option(name)}: does not go with --csv" for name in stray]
+    if problems:
+        raise DataError(problems)
+    if args.csv is not None:
+        return source_class("csv")(args.csv, columns)
+    kind = source_class(args.kind)
+    return kind(args.path, columns, _source_options(kind, args.source_option))
+
+
+def _source_options(kind: type[Source], given: Sequence[str]) -> Section:
+    """The options of a source from KEY=VALUE words. Raises DataError with a line per problem."""
+    problems = [f"--source-option: {word} is not KEY=VALUE" for word in given if "=" not in word]
+    values = {key: value for key, _, value in (word.partition("=") for word in given if "=" in word)}
+    try:
+        options = kind.Options.model_validate(values)
+    except ValidationError as error:
+        there = ", ".join(kind.Options.model_fields) or "none"
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            unknown = item["type"] == "extra_forbidden"
+            text = f"unknown; there are: {there}" if unknown else f"{item['msg']} (got {item['input']!r})"
+            problems.append(f"--source-option {key}: {text.replace('Input should be', 'must be', 1)}")
+    if problems:
+        raise DataError(problems)
+    return options
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

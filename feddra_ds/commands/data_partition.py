@@ -8,6 +8,9 @@ from pathlib import Path
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.sources.partition import PartitionOptions, partition
+from feddra_ds.data.sources.shift import Shift
+
+_SHOWN = 15  # labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
 
 
+def _print_shift(shift: Shift, args: argparse.Namespace) -> None:
+    """A table of the labels' shares over the clients, and one line for how different the clients have become."""
+    rows = [(one.label, one.pooled, one.lowest, one.highest) for one in shift.prevalences]
+    print_table("shares of the train pairs", ["label", "all", "lowest client", "highest client"], rows[:_SHOWN])
+    if len(rows) > _SHOWN:
+        print(f"… and {len(rows) - _SHOWN} more, which differ less")
+    print(
+        f"shift at --alpha {args.alpha:g}: clients' {args.label or 'labels together'} differ from the pooled by "
+        f"{shift.distance:.2f} in the mean (total variation, 0 to 1; at random {shift.by_chance:.2f}), most "
+        f"{shift.client} by {shift.largest:.2f}"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    """Deal out; prints a table of clients. Raises DataError."""
+    """Deal out; prints tables of clients and of their labels. Raises DataError."""
     problems = []
     if args.num_clients < 1:
         problems.append(f"--num-clients: must be at least 1, got {args.num_clients}")
@@ -56,9 +72,12 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         overwrite=args.overwrite,
     )
-    counts = partition(args.root, args.out, options, track)
+    dealt = partition(args.root, args.out, options, track)
+    counts = dealt.counts
     splits = sorted({split for count in counts.values() for split in count}, key=["train", "val", "test"].index)
     print_table(f"{args.out}", ["client", *splits], [(c, *(n[s] for s in splits)) for c, n in sorted(counts.items())])
+    if dealt.shift is not None:
+        _print_shift(dealt.shift, args)
     next_step(f"feddra-ds data inspect {args.out}",
               f"feddra-ds train --config cxr_regions --data.root {args.out} "
               f"--run.output_dir runs/{Path(args.out).name}")  # fmt: skip

@@ -19,6 +19,9 @@ REFUSED_DEEPSPEED_KEYS: dict[str, str] = {
     "gradient_accumulation_steps": "set data.micro_batch_size",
 }
 
+# Keys with which DeepSpeed would let a gradient that is not finite into the weights.
+NEEDED_DEEPSPEED_KEYS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
+
 
 def contradictions(config: Config) -> list[str]:
     """Problems between keys, each valid on its own. One line each, the key first."""
@@ -49,6 +52,15 @@ def contradictions(config: Config) -> list[str]:
             out.append(f"dro.fixed_weights: must be ≥ 0 and sum to 1, got {weights}")
         if c.clients.ids is not None and len(weights) != len(c.clients.ids):
             out.append(f"dro.fixed_weights: {len(weights)} weights for {len(c.clients.ids)} clients")
+    if c.data.batch_size < 2:
+        out.append(
+            f"data.batch_size: must be 2 or more, as the other pairs of a batch are the negatives (got {c.data.batch_size})"
+        )
+    if c.dro.evaluation_pairs < c.dro.evaluation_batch_size:
+        out.append(
+            f"dro.evaluation_pairs: {c.dro.evaluation_pairs} does not fill one batch of dro.evaluation_batch_size = "
+            f"{c.dro.evaluation_batch_size}; raise the one, or lower the other"
+        )
     if c.dro.evaluate_on == "anchors":
         if c.objective.anchor_weight == 0 or c.schedule.stage1_steps == 0:
             out.append("dro.evaluate_on: anchors needs objective.anchor_weight > 0 and schedule.stage1_steps > 0")
@@ -67,6 +79,12 @@ def contradictions(config: Config) -> list[str]:
             )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use sample")
+    both_stages = c.schedule.stage1_steps > 0 and c.schedule.stage2_steps > 0
+    if both_stages and c.schedule.stage2_start == "global" and not c.aggregate.after_stage1:
+        out.append(
+            "schedule.stage2_start: global with aggregate.after_stage1=false would throw stage 1 away, as no average is there "
+            "to start from; set one of them back, or schedule.stage1_steps to 0"
+        )
     for name, encoder in (("vision", c.model.vision), ("text", c.model.text)):
         if encoder.pretrained is not None and encoder.config is not None:
             out.append(f"model.{name}.config: contradicts model.{name}.pretrained; give one of them")
@@ -81,6 +99,9 @@ def contradictions(config: Config) -> list[str]:
     for path, advice in REFUSED_DEEPSPEED_KEYS.items():
         if get_path(c.deepspeed, path) not in (None, False):
             out.append(f"deepspeed.{path}: {advice}")
+    for path in NEEDED_DEEPSPEED_KEYS:
+        if get_path(c.deepspeed, path) is False:
+            out.append(f"deepspeed.{path}: false would let a gradient that is not finite into the weights; remove it")
     stage = get_path(c.deepspeed, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         out.append(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")

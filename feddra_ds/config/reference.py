@@ -27,20 +27,13 @@ def reference(config: type[Config]) -> str:
         "the resolved tree. Every problem of a config is reported at once, each with its key, before any process starts.",
     ]
     section = None
-    for key, info in known_keys(config).items():
+    keys = known_keys(config)
+    for key, info in keys.items():
         head = key.split(".")[0]
         if head != section:
             section = head
             out += ["", f"## {section}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        default = info.get_default(call_default_factory=True)
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        cells = (
-            f"`{key}`",
-            _type(info.annotation) + _bounds(info),
-            f"`{shown}`",
-            " ".join((info.description or "").split()),
-        )
-        out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        out.append(_row(*_cells(key, info)))
     out += [
         "",
         "## What a strategy presets",
@@ -54,9 +47,32 @@ def reference(config: type[Config]) -> str:
         tree = strategies.find(name).presets
         presets = ", ".join(f"`{s}.{k} = {v}`" for s, keys in tree.items() for k, v in keys.items())
         out.append(f"| {name} | {presets or 'the defaults above'} |")
+    out += [
+        "",
+        "## Keys of one strategy alone",
+        "",
+        "| strategy | key | type | default | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for name in strategies.STRATEGIES:
+        own = strategies.find(name).Options
+        for key, info in known_keys(own, "strategy.").items():
+            if key not in keys:
+                out.append(_row(name, *_cells(key, info)))
     out += ["", "## DeepSpeed keys that are refused", "", "| key | why, and what to do |", "|---|---|"]
     out += [f"| `deepspeed.{key}` | {advice} |" for key, advice in REFUSED_DEEPSPEED_KEYS.items()]
     return "\n".join(out) + "\n"
+
+
+def _cells(key: str, info: Any) -> tuple[str, str, str, str]:
+    default = info.get_default(call_default_factory=True)
+    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    meaning = " ".join((info.description or "").split())
+    return f"`{key}`", _type(info.annotation) + _bounds(info), f"`{shown}`", meaning
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _type(annotation: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, SerializeAsAny
 
-from feddra_ds.common.section import MAY_CHANGE, Section
+from feddra_ds.common.section import MAY_CHANGE, Section, may_change_in
 from feddra_ds.objectives.options import ObjectiveOptions
 from feddra_ds.strategies.options import DroOptions, StrategyOptions
 
@@ -114,7 +114,7 @@ class DataConfig(Section):
     root: str | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it), or its address."""
     batch_size: int = Field(72, ge=1)
-    """Pairs in one optimizer step of one client, over all its ranks."""
+    """Pairs in one optimizer step of one client, over all its ranks; the other pairs of a batch are a pair's negatives."""
     micro_batch_size: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
     """Pairs per rank held with their graph at a time (two-pass gradient caching); null: the rank's whole part."""
     image_size: int = Field(224, ge=8)
@@ -183,7 +183,8 @@ class OptimizerConfig(Section):
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
     max_skipped_steps: int = Field(5, ge=1)
-    """Steps in a row with a non-finite loss or gradient after which a client's update is excluded."""
+    """Steps in a row with a non-finite loss or gradient, which are skipped, after which a client's update is excluded. The
+    steps in which fp16's loss scaler looks for its scale count too."""
 
 
 class TopologyConfig(Section):
@@ -229,6 +230,28 @@ class DebugConfig(Section):
     """Local steps of each process, counted from 0, that torch's profiler writes to debug/trace-rankK-stepN.json."""
 
 
+# What of DeepSpeed's config may change on resume: how it lays out, moves and reports, not what it computes.
+_FREE_OF_DEEPSPEED = may_change_in(
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+    but=[
+        "zero_optimization.zenflow",
+        "zero_optimization.zero_quantized_gradients",
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        "zero_optimization.zero_quantized_weights",
+    ],
+)
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -239,7 +262,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     strategy: SerializeAsAny[StrategyOptions] = StrategyOptions()
     optimizer: OptimizerConfig = OptimizerConfig()
-    deepspeed: dict[str, Any] = Field({}, json_schema_extra=MAY_CHANGE)
+    deepspeed: dict[str, Any] = Field({}, json_schema_extra=_FREE_OF_DEEPSPEED)
     """Keys of DeepSpeed's own config, passed through (zero_optimization, bf16, fp16, …)."""
     topology: TopologyConfig = TopologyConfig()
     aggregate: AggregateConfig = AggregateConfig()

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+from feddra_ds import strategies
 from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.common.text import listed, size
 from feddra_ds.config.load import load
@@ -68,13 +69,16 @@ def _sharing(layout: Plan, num_ranks: int) -> Iterator[Finding]:
 
 def _data(config: Config, dataset: Dataset, ids: Sequence[str]) -> Iterator[Finding]:
     pairs = {client: dataset.num_samples(client, "train") for client in ids}
-    step = steps_per_round(config) * config.data.batch_size
+    strategy = strategies.build(config.strategy, config.dro)
+    shown = steps_per_round(config, strategy.step_factor(len(ids))) * config.data.batch_size
     each = listed([f"{client} {count:,}" for client, count in pairs.items()], 20)
     yield Finding("ok", "data", f"{sum(pairs.values()):,} train pairs: {each}")
     small = min(pairs, key=lambda client: pairs[client])
-    text = f"a round shows every client {step:,} pairs, {step / pairs[small]:.1f} × all of {small}'s"
+    text = f"a round shows every client {shown:,} pairs, {shown / pairs[small]:.1f} × all of {small}'s"
+    if strategy.pools_data:
+        text = f"a round shows {shown:,} pairs, {shown / sum(pairs.values()):.1f} × all of them"
     yield Finding("ok", "round", text)
-    if config.dro.evaluation_pairs > pairs[small] and config.strategy.name != "centralized":
+    if config.dro.evaluation_pairs > pairs[small] and not strategy.pools_data:
         used = pairs[small] // config.dro.evaluation_batch_size * config.dro.evaluation_batch_size
         todo = "nothing, unless that is too few for a steady p: then leave the client out, or lower dro.evaluation_batch_size"
         yield Finding(

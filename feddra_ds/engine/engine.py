@@ -24,6 +24,7 @@ from feddra_ds.engine.optimizer import (
     parameter_groups,
     pass_over_frozen_groups,
     reset_state,
+    skip_bad_steps,
 )
 from feddra_ds.engine.parts import BUFFERS, PARTS, PartState
 from feddra_ds.model.weights.deferred import Weights, lay_out
@@ -83,9 +84,14 @@ class Engine:
                 initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
             groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.decay_all)
             self._group_parts = [group["part"] for group in groups]
+            optimizer = pass_over_frozen_groups(build_optimizer(groups, config, ds_config))
+            if (
+                self.zero_stage == 0 and self.dtype == torch.float32
+            ):  # every other optimizer of DeepSpeed's looks itself
+                skip_bad_steps(optimizer)
             self._ds, _, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=pass_over_frozen_groups(build_optimizer(groups, config, ds_config)),
+                optimizer=optimizer,
                 config=ds_config,
                 dist_init_required=False,
             )
@@ -155,8 +161,13 @@ class Engine:
         # DeepSpeed averages over ranks and micro-batches; the shares must be summed
         self._ds.backward(loss * (self.ranks_per_slot * self.num_micro_batches))
 
-    def step(self) -> None:
+    def step(self) -> bool:
+        """After the last micro-batch, the optimizer's step; whether it was taken.
+
+        Where a gradient is not finite it is not: no weight and no moment changes, on any rank of the slot.
+        """
         self._ds.step()
+        return bool(self._ds.was_step_applied())
 
     def train(self, mode: bool = True) -> None:
         self._ds.train(mode)

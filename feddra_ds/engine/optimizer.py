@@ -33,6 +33,24 @@ def pass_over_frozen_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Opt
     return optimizer
 
 
+def skip_bad_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's step change nothing where a gradient is not finite, and say so in `overflow`.
+
+    DeepSpeed reads that name off its own optimizers, which do the same. The gradients are reduced by then, so that all
+    ranks decide alike.
+    """
+    step_taken = optimizer.step
+
+    @torch.no_grad()
+    def step(*args: Any, **kwargs: Any) -> Any:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        optimizer.overflow = not bool(norms.isfinite().all())  # type: ignore[attr-defined]
+        return None if optimizer.overflow else step_taken(*args, **kwargs)  # type: ignore[attr-defined]
+
+    optimizer.step = step  # type: ignore[method-assign]
+
+
 def reset_state(engine: Any) -> None:
     """Make the optimizer as new: every state tensor and step count to zero, in place (DeepSpeed linked them once)."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)

@@ -50,7 +50,7 @@ class LocalResult:
 
     mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
     the model that the stage started from, where dro.evaluate_on = anchors reads it off; anchor_gradient_ratio: of its
-    last step (step.anchor_gradient_ratio), or None where there are no anchors.
+    last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing.
     """
 
     mean_loss: float
@@ -58,6 +58,7 @@ class LocalResult:
     problem: str | None
     anchor_loss: float | None = None
     anchor_gradient_ratio: float | None = None
+    num_skipped: int = 0
 
     def report(self) -> ClientReport:
         """What the coordinator is told: a number that is not finite is None."""
@@ -70,15 +71,15 @@ class LocalResult:
 
 @dataclass
 class _Tally:
-    """The losses of a stage's steps, and the steps that were skipped because theirs was not finite."""
+    """The losses of a stage's steps, and the steps that were skipped because a loss or gradient was not finite."""
 
     good: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     in_a_row: int = 0
     longest: int = 0
 
-    def add(self, step: int, value: float) -> None:
-        if math.isfinite(value):
+    def add(self, step: int, value: float, *, was_taken: bool) -> None:
+        if was_taken:
             self.good.append(value)
             self.in_a_row = 0
             return
@@ -146,31 +147,36 @@ class LocalTrainer:
             value = self.step(batch, source, train_backbone=stage.trains_backbone, weight=loss_weight)
             if stage.moves_mixture:
                 anchor_losses.append(self._anchor_losses(batch))
-            if correction is not None and math.isfinite(value):
+            if correction is not None and self.step.was_taken:
                 correction.apply()
             self.observer.end_step(value)
-            tally.add(step, value)
+            tally.add(step, value, was_taken=self.step.was_taken)
             if on_step is not None:
                 on_step(step, value)
         if correction is not None:
             correction.keep()
         client.position = client.data.advance(client.position, stage.num_steps)
         problem = self._problem(client, stage, tally)
-        if stage.hands_on_aligner and problem is None:
+        if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
         anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
-        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, self._anchor_gradient_ratio())
+        ratio = self._anchor_gradient_ratio()
+        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped))
 
     def _problem(self, client: Client, stage: Stage, tally: _Tally) -> str | None:
         """Why the client's weights cannot be averaged, or None; skipped steps are said in the log."""
         if tally.skipped:
             steps = listed([str(step) for step in tally.skipped])
-            logger.warning("client %s: %s skipped %d of %d steps, whose loss was not finite: %s",
+            logger.warning("client %s: %s skipped %d of %d steps, whose loss or gradient was not finite: %s",
                            client.id, stage.name, len(tally.skipped), stage.num_steps, steps)  # fmt: skip
         problem = validate_update(self.engine, self.topology, stage.parts)
-        if tally.longest >= self.config.optimizer.max_skipped_steps:
-            problem = f"{tally.longest} steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+        if not tally.good:
+            problem = (
+                f"all {len(tally.skipped)} steps of {stage.name} were skipped, as their loss or gradient was not finite"
+            )
+        elif tally.longest >= self.config.optimizer.max_skipped_steps:
+            problem = f"{tally.longest} steps in a row had a non-finite loss or gradient (optimizer.max_skipped_steps)"
         return problem
 
     def _anchors(self, client: Client, stage: Stage) -> NoAnchors:

@@ -153,6 +153,7 @@ class Coordinator:
             "excluded_clients": excluded,
             "anchor_gradient_ratio": {client: told.anchor_gradient_ratio for client, told in self.heard.items()},
             "skipped_samples": self._skipped(reports),
+            "skipped_steps": {client: steps for report in reports for client, steps in report.skipped_steps.items()},
             "samples": sum(report.samples for report in reports),
             "bytes_sent_per_rank": max(report.bytes for report in reports),
             "peak_memory_bytes": [report.memory for report in reports],

@@ -57,6 +57,7 @@ class RankReport:
     positions: dict[str, dict[str, int]] = field(default_factory=dict)  # of each client in its data; at the leader
     val: dict[str, dict[str, float]] = field(default_factory=dict)  # retrieval by gallery
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)  # unreadable samples by client and reason
+    skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)  # by client and stage; at the leader
     samples: int = 0  # pairs trained on; at the leader
     bytes: int = 0  # handed to collectives over the peers
     memory: int = 0  # peak bytes

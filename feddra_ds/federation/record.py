@@ -26,6 +26,8 @@ class RoundRecord(TypedDict, total=False):
     """{id, reason} of every client that was left out of an average."""
     skipped_samples: dict[str, dict[str, int]]
     """Unreadable samples: {client: {reason: count}}."""
+    skipped_steps: dict[str, dict[str, int]]
+    """Local steps that changed nothing, as their loss or gradient was not finite: {client: {stage: count}}, of those with any."""
     samples: int
     """Pairs trained on."""
     bytes_sent_per_rank: int

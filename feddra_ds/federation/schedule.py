@@ -20,9 +20,14 @@ class Stage:
     averages: bool
     """Whether the clients' models are averaged after it; else they go on, each with its own aligner."""
     hands_on_aligner: bool
-    """Whether a client's aligner is kept after it: the next stage starts from it, or it waits there to be averaged."""
+    """Whether the next stage starts from the client's own aligner."""
     moves_mixture: bool
     """Whether the weights p move before its average, by losses read off its anchors (dro.evaluate_on = anchors)."""
+
+    @property
+    def keeps_aligner(self) -> bool:
+        """Whether a client's aligner is kept after it: for the next stage, or to be averaged once p has moved."""
+        return self.hands_on_aligner or self.moves_mixture
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -46,24 +51,26 @@ def learning_rate(peak: float, schedule: ScheduleConfig, round_index: int) -> fl
     return peak * (schedule.min_lr_fraction + (1 - schedule.min_lr_fraction) * remaining)
 
 
-def stages_of_round(config: Config, round_index: int) -> list[Stage]:
-    """The stages of one round, in order; a stage of 0 steps is left out."""
+def stages_of_round(config: Config, round_index: int, step_factor: int = 1) -> list[Stage]:
+    """The stages of one round, in order; a stage of 0 steps is left out.
+
+    step_factor: how many times the schedule's steps each stage has (Strategy.step_factor).
+    """
     schedule = config.schedule
     lr = learning_rate(config.optimizer.lr, schedule, round_index)
     reads_losses = config.dro.evaluate_on == "anchors"
-    goes_on = schedule.stage2_start == "client" and schedule.stage2_steps > 0
     stage1 = Stage(
         "stage1",
-        schedule.stage1_steps,
+        step_factor * schedule.stage1_steps,
         lr,
         trains_backbone=False,
         averages=config.aggregate.after_stage1 or schedule.stage2_steps == 0,
-        hands_on_aligner=goes_on or reads_losses,
+        hands_on_aligner=schedule.stage2_start == "client" and schedule.stage2_steps > 0,
         moves_mixture=reads_losses,
     )
     stage2 = Stage(
         "stage2",
-        schedule.stage2_steps,
+        step_factor * schedule.stage2_steps,
         lr,
         trains_backbone=True,
         averages=True,
@@ -73,6 +80,6 @@ def stages_of_round(config: Config, round_index: int) -> list[Stage]:
     return [stage for stage in (stage1, stage2) if stage.num_steps > 0]
 
 
-def steps_per_round(config: Config) -> int:
+def steps_per_round(config: Config, step_factor: int = 1) -> int:
     """Local steps of every client in a round."""
-    return config.schedule.stage1_steps + config.schedule.stage2_steps
+    return step_factor * (config.schedule.stage1_steps + config.schedule.stage2_steps)

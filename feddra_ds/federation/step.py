@@ -57,6 +57,7 @@ class LocalStep:
     ):
         self.engine, self.objective, self.group, self.micro_batch_size = engine, objective, group, micro_batch_size
         self.observer = observer
+        self.was_taken = True  # whether the newest step changed the weights
         # of the newest batch, whole and without gradient: for dro.evaluate_on = anchors and anchor_gradient_ratio
         self.last_features: Features | None = None
         self.last_anchors: Features | None = None
@@ -64,8 +65,10 @@ class LocalStep:
     def __call__(self, batch: Batch, anchors: AnchorsOf, *, train_backbone: bool, weight: float) -> float:
         """Step on this rank's part of a batch; `weight` scales the whole loss.
 
-        A loss that is not finite skips backward and step, on every rank alike. Collective over the group.
+        A loss or a gradient that is not finite changes nothing, on every rank alike: see `was_taken`. Collective over the
+        group.
         """
+        self.was_taken = False
         parts = list(self._parts(batch))
         run = self._whole if len(parts) == 1 else self._cached
         return run(parts, anchors, train_backbone, weight)
@@ -96,7 +99,7 @@ class LocalStep:
         if math.isfinite(value):
             self.engine.backward(weight * total)
             self.observer.before_update()
-            self.engine.step()
+            self.was_taken = self.engine.step()
         return value
 
     def _cached(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
@@ -123,7 +126,7 @@ class LocalStep:
             self.engine.backward(_carrier(features, gradients, rows, len(parts)))
             if rows == parts[-1][0]:
                 self.observer.before_update()
-            self.engine.step()  # DeepSpeed steps at the last micro-batch
+            self.was_taken = self.engine.step()  # at the last micro-batch
         return value
 
 

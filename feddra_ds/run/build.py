@@ -34,6 +34,7 @@ from feddra_ds.federation.anchors import frozen_twin
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
 from feddra_ds.federation.saving import read_kept, read_residuals
+from feddra_ds.federation.schedule import steps_per_round
 from feddra_ds.federation.server import OwnModels, Server
 from feddra_ds.model import SIDES
 from feddra_ds.model.build import model_of, processor_of, tokenizer_of
@@ -69,8 +70,9 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     model, initial = defer(lambda: model_of(config, tokenizer))
 
     topology = Topology(layout, launch, device, config.clients.timeout_s)
+    step_factor = strategy.step_factor(len(dataset_ids))
     if topology.is_coordinator:
-        _say_what_starts(config, layout, device, model)
+        _say_what_starts(config, layout, device, model, step_factor)
     resumed = agree_on_checkpoint(config, topology)
     trainer = build_trainer(config, model, initial, objective, strategy, topology)
     engine = trainer.engine
@@ -91,6 +93,7 @@ def build(config: Config, checked: Checked | None = None) -> Run:
         clients=clients,
         validation=validation,
         num_samples=num_samples,
+        step_factor=step_factor,
         mixture=strategy.first_mixture(center),
     )
     state = None if resumed is None else _resume(run, resumed)
@@ -99,12 +102,20 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     return run
 
 
-def _say_what_starts(config: Config, layout: Plan, device: torch.device, model: DualEncoder) -> None:
-    logger.info("%s on %s, %s", layout.describe(), device, config.strategy.name)
+def _say_what_starts(
+    config: Config, layout: Plan, device: torch.device, model: DualEncoder, step_factor: int = 1
+) -> None:
+    pairs = layout.num_clients * steps_per_round(config, step_factor) * config.data.batch_size
+    logger.info("%s on %s, %s, %s pairs a round", layout.describe(), device, config.strategy.name, f"{pairs:,}")
     if config.dro.apply == "loss" and config.optimizer.name == "adamw":
         logger.warning(
             "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "
             "scale; dro.apply=aggregate lets p act"
+        )
+    if config.dro.apply == "both":
+        logger.warning(
+            "dro.apply=both optimises Σ N p² L, as p acts in the loss and again in the average (under adamw the loss's "
+            "factor does almost nothing); dro.apply=aggregate optimises Σ p L"
         )
     if sides := sides_at_chance(config.model, model.config):
         logger.warning(

@@ -59,6 +59,7 @@ class Run:
     clients: list[Client]
     validation: dict[str, ClientData]  # of evaluation.split, by client id
     num_samples: list[int]  # training pairs of every client
+    step_factor: int  # how many times the schedule's steps every client takes
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
@@ -69,6 +70,8 @@ class Run:
     # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     anchor_losses: dict[str, float | None] = field(default_factory=dict)
+    # and the local steps that were skipped, by client and stage
+    skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.config.run.output_dir)
@@ -78,7 +81,7 @@ class Run:
             strategy=self.config.strategy.name,
             clients=[client.id for client in self.clients],
             num_rounds=self.config.schedule.rounds,
-            steps_per_round=steps_per_round(self.config),
+            steps_per_round=steps_per_round(self.config, self.step_factor),
             batch_size=self.config.data.batch_size,
             num_slots=self.topology.plan.num_slots,
             enabled=self.topology.is_coordinator,
@@ -91,8 +94,8 @@ class Run:
                 self.progress.begin_round(round_index)
                 self.trainer.observer.round_index = round_index
                 began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
-                samples = 0
-                for stage in stages_of_round(self.config, round_index):
+                samples, self.skipped_steps = 0, {}
+                for stage in stages_of_round(self.config, round_index, self.step_factor):
                     samples += self.run_stage(round_index, stage)
                 report = replace(
                     self.evaluate(round_index),
@@ -125,6 +128,8 @@ class Run:
                 )
                 self.prefetch_after(client)
                 reports[client.index] = result.report()
+                if result.num_skipped:
+                    self.skipped_steps.setdefault(client.id, {})[stage.name] = result.num_skipped
                 if stage.averages and result.problem is None and not stage.moves_mixture:
                     self.server.add(client, self.average_weight(client), self.server.live(stage))
         if stage.averages:
@@ -142,6 +147,8 @@ class Run:
             for client in self.clients:
                 if client.index in decision.included and client.aligner is not None:
                     self.server.add(client, self.average_weight(client), client.aligner)
+                if not stage.hands_on_aligner:
+                    client.aligner = None
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
             self.server.finish(self.topology, decision.total_weight)
 
@@ -191,7 +198,9 @@ class Run:
         if not self.topology.is_slot_leader:
             return RankReport(val=val, skipped=skipped)
         positions = {client.id: client.position.to_dict() for client in self.clients}
-        return RankReport(losses=losses, positions=positions, val=val, skipped=skipped)
+        return RankReport(
+            losses=losses, positions=positions, val=val, skipped=skipped, skipped_steps=self.skipped_steps
+        )
 
     def evaluate_losses(self) -> dict[str, float | None]:
         """L_i of this slot's clients by index, on their fixed samples."""

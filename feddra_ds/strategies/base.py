@@ -41,6 +41,10 @@ class Strategy:
         """options: an instance of `Options`; dro: the config's section of that name."""
         self.options, self.dro = options, dro
 
+    def step_factor(self, num_owners: int) -> int:
+        """How many times the schedule's local steps each client takes, from the number of data owners."""
+        return 1
+
     # ---- the weights p: pure, float64
     def center(self, num_samples: Sequence[int]) -> Vector:
         """c of equation (4), (N,), from every client's number of training pairs."""

@@ -1,4 +1,4 @@
-"""FedAvg (McMahan et al. 2017): FedDRA with radius 0, no anchors and one stage, all of it presets."""
+"""FedAvg (McMahan et al. 2017): FedDRA at radius 0 around the clients' shares of the pairs, no anchors, one stage."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ ONE_PLAIN_STAGE: dict[str, dict[str, Any]] = {
 
 
 class FedAvg(Strategy):
-    """The same path as FedDRA: at radius 0 the weights stay at the centre to the bit."""
+    """The same path as FedDRA: at radius 0 the weights stay at the centre to the bit. `dro.center: uniform` is the plain mean."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = ONE_PLAIN_STAGE
+    presets: ClassVar[dict[str, dict[str, Any]]] = {**ONE_PLAIN_STAGE, "dro": {"radius": 0.0, "center": "samples"}}

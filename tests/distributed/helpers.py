@@ -8,6 +8,7 @@ processes are kept, so that importing torch and deepspeed is paid once; between 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -237,7 +238,8 @@ def watched(config_tree: dict[str, Any], faults: Sequence[Fault] = ()) -> dict[s
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong for one client in one stage: `weights` or `buffers` get a NaN at its end, `batch` at `steps`.
+    """What goes wrong for one client in one stage: `weights` or `buffers` get a NaN at its end, `batch` or `gradient` at
+    `steps`.
 
     Only the rank of index `slot_rank` in the client's slot meets it.
     """
@@ -273,8 +275,34 @@ def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
         for step, batch in enumerate(batches(*args)):
             yield replace(batch, mean=torch.full_like(batch.mean, float("nan"))) if step in bad else batch
 
-    with patch.object(client_module, "validate_update", poison), patch.object(client.data, "batches", spoil):
+    losses, backward = itertools.count(), run.engine.backward
+    bad_gradients = {step for fault in mine if fault.kind == "gradient" for step in fault.steps}
+
+    def blow_up(loss: Any) -> None:
+        backward(with_bad_gradient(loss) if next(losses) in bad_gradients else loss)
+
+    with (
+        patch.object(client_module, "validate_update", poison),
+        patch.object(client.data, "batches", spoil),
+        patch.object(run.engine, "backward", blow_up),
+    ):
         yield
+
+
+def with_bad_gradient(loss: Any) -> Any:
+    """A loss of the same value whose gradient is infinite or NaN."""
+    import torch
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Any) -> Any:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return gradient * float("inf")
+
+    return Spoilt.apply(loss)
 
 
 def finish(run: Any) -> None:

@@ -63,6 +63,25 @@ def test_the_new_model_is_the_weighted_mean_of_the_clients(
         assert largest_difference(stage_1, starts["north"]) > 1e-3  # its own aligner, not the mean
 
 
+def test_fedavg_averages_by_training_pairs(dataset: Path, tmp_path: Path) -> None:
+    config = tree(dataset, tmp_path, strategy__name="fedavg", **FASTER)
+    (by_rank,) = on_each(watched, [(config,)])
+    for line in metrics_of(tmp_path):
+        expected = _mean(_results(by_rank, 1, line["round"], "stage2"), {"north": 24, "south": 20, "west": 28})
+        assert largest_difference(expected, weights_of(tmp_path, line["round"])) <= 1e-6
+
+
+def test_stage_2_starts_from_the_average_where_it_is_asked_to_whatever_moves_p(dataset: Path, tmp_path: Path) -> None:
+    more = {"schedule__stage2_start": "global", "dro__evaluate_on": "anchors", **FASTER}
+    (by_rank,) = on_each(watched, [(tree(dataset, tmp_path, **more),)])
+    second = metrics_of(tmp_path)[1]
+    mean = _mean(_results(by_rank, 1, 1, "stage1"), dict(zip(IDS, second["client_weights"], strict=True)))
+    starts = [assemble([s["before"]]) for s in by_rank[0]["stages"] if (s["round"], s["stage"]) == (1, "stage2")]
+    assert len(starts) == len(IDS)
+    for start in starts:
+        assert largest_difference(mean, start) <= 1e-6
+
+
 @pytest.mark.parametrize(("world_size", "per_slot"), [(1, 1), (4, 2)])
 def test_a_client_with_nan_weights_is_left_out_with_a_reason(
     dataset: Path, tmp_path: Path, world_size: int, per_slot: int
@@ -152,14 +171,52 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(dataset: Path, tmp_path: Path) 
     ]
     by_rank = on_ranks(watched, 4, config, faults)
     first, second = metrics_of(tmp_path)
-    reason = "2 steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+    reason = "2 steps in a row had a non-finite loss or gradient (optimizer.max_skipped_steps)"
     assert first["excluded_clients"] == [{"id": "south", "reason": reason}]
     assert second["excluded_clients"] == []
     results = _results(by_rank, 2, 0, "stage2")
     assert {c: r["pairs"] for c, r in results.items()} == {"north": 24, "south": 8, "west": 8}
     assert first["samples"] == (8 + 16 + 16) + (24 + 8 + 8)  # of good steps, in both stages
+    assert first["skipped_steps"] == {"north": {"stage1": 1}, "south": {"stage2": 2}, "west": {"stage2": 2}}
+    assert second["skipped_steps"] == {}
     assert all(np.isfinite(r["loss"]) for r in results.values())
     assert all(np.isfinite(v).all() for v in weights_of(tmp_path, 1).values())
+    p = dict(zip(IDS, first["client_weights"], strict=True))
+    del p["south"]
+    assert largest_difference(_mean(results, p), weights_of(tmp_path, 0)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "changes", "backward"),
+    [(2, 0, {}, 1), (2, 3, {}, 1), (1, 0, {"data__micro_batch_size": 4}, 3)],  # the second micro-batch of step 1
+)
+def test_a_gradient_that_is_not_finite_skips_the_step_at_every_zero_stage(
+    dataset: Path, tmp_path: Path, world_size: int, stage: int, changes: dict[str, Any], backward: int
+) -> None:
+    changes = {"deepspeed": zero(stage), "topology__ranks_per_slot": world_size, "schedule__rounds": 1} | changes
+    fault = Fault("south", "gradient", steps=(backward,), slot_rank=world_size - 1)
+    by_rank = on_ranks(watched, world_size, tree(dataset, tmp_path, **changes), [fault])
+    (line,) = metrics_of(tmp_path)
+    assert (line["excluded_clients"], line["skipped_steps"]) == ([], {"south": {"stage2": 1}})
+    assert line["samples"] == 3 * (16 + 24) - 8
+    results = _results(by_rank, world_size, 0, "stage2")
+    assert np.isfinite(results["south"]["loss"])
+    expected = _mean(results, dict(zip(IDS, line["client_weights"], strict=True)))
+    assert largest_difference(expected, weights_of(tmp_path, 0)) <= 1e-6
+
+
+def test_a_client_that_never_stepped_is_left_out_however_short_its_stage(dataset: Path, tmp_path: Path) -> None:
+    config = tree(
+        dataset, tmp_path, aggregate__after_stage1=False, **FASTER
+    )  # max_skipped_steps is 5, beyond both stages
+    faults = [Fault("south", "batch", steps=(0, 1, 2)), Fault("west", "batch", stage="stage1", steps=(0, 1))]
+    (by_rank,) = on_each(watched, [(config, faults)])
+    first, second = metrics_of(tmp_path)
+    reason = "all 3 steps of stage2 were skipped, as their loss or gradient was not finite"
+    assert first["excluded_clients"] == [{"id": "south", "reason": reason}]
+    assert first["skipped_steps"] == {"south": {"stage2": 3}, "west": {"stage1": 2}}  # stage 1 is not averaged
+    assert (second["excluded_clients"], second["skipped_steps"]) == ([], {})
+    results = _results(by_rank, 1, 0, "stage2")
     p = dict(zip(IDS, first["client_weights"], strict=True))
     del p["south"]
     assert largest_difference(_mean(results, p), weights_of(tmp_path, 0)) <= 1e-6
@@ -172,7 +229,7 @@ def test_when_every_step_of_every_client_is_bad_all_ranks_stop_alike(dataset: Pa
     (error,) = errors
     assert error == (
         "round 0, stage1: 0 clients gave a valid update, clients.minimum is 1; "
-        "north, south, west: 2 steps in a row had a non-finite loss (optimizer.max_skipped_steps)"
+        "north, south, west: all 2 steps of stage1 were skipped, as their loss or gradient was not finite"
     )
 
 

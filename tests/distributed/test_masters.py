@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from helpers import assemble, make_config, on_each, pieces_of, same_bits, tree, zero
+from helpers import assemble, make_config, on_each, pieces_of, same_bits, tree, with_bad_gradient, zero
 
 ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 1e-3, "optimizer__weight_decay": 0.05}
 BATCH = 4  # pairs per rank
@@ -82,19 +82,24 @@ def _forward_gap(engine: Any, plain: Any) -> float:
     return max(float(gap.abs().max()) for gap in gaps)
 
 
-def _steps(engine: Any, topology: Any, rate: float, count: int = 1) -> None:
+def _steps(engine: Any, topology: Any, rate: float, count: int = 1, bad: int | None = None) -> list[bool]:
+    """Some steps, and after step `bad` another whose gradient is not finite on the last rank; whether each was taken."""
     from feddra_ds.losses.fused import fused_dro_loss
 
     engine.set_learning_rates({"aligner": rate, "backbone": rate})
     engine.train()
-    for step in range(count):
-        out = engine(**_batch(1000 * topology.rank + step, engine.dtype))
+    taken = []
+    order = list(range(count)) if bad is None else [*range(bad + 1), -1, *range(bad + 1, count)]
+    for step in order:
+        out = engine(**_batch(1000 * topology.rank + abs(step), engine.dtype))
         group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
         loss = fused_dro_loss(
             out.image_embeds, out.text_embeds, temperature=out.temperature, group=group, impl="chunked"
         ).total
-        engine.backward(loss)
-        engine.step()
+        last = topology.rank == topology.plan.world_size - 1
+        engine.backward(with_bad_gradient(loss) if step == -1 and last else loss)
+        taken.append(engine.step())
+    return taken
 
 
 def _write(engine: Any, plain: Any, seed: int) -> None:
@@ -162,6 +167,11 @@ def examine(config_tree: dict[str, Any], optimizer: str | None = None, whole: bo
             engine.reset_optimizer()
         _steps(engine, topology, 1e-3, 3)
         seen[name] = pieces_of(engine)
+    for name, bad in (("plain", None), ("skipping", 0)):
+        engine.write(start)
+        engine.reset_optimizer()
+        seen[f"{name}_taken"] = _steps(engine, topology, 1e-3, 3, bad)
+        seen[name] = pieces_of(engine)
     if topology.plan.world_size == 1:
         _adopt(engine, plain)
         seen["trained_gap"] = _forward_gap(engine, plain)
@@ -188,6 +198,12 @@ def _check(seen_by_rank: list[dict[str, Any]]) -> None:
             assert seen.get(key, 0.0) <= 1e-6, (key, seen[key])
     assert same_bits(whole("first"), whole("second")), "reset_optimizer left something behind"
     assert not same_bits(whole("first"), first["w"])
+    for seen in seen_by_rank:
+        assert seen["plain_taken"] == [True, True, True]
+        assert seen["skipping_taken"] == [True, False, True, True]
+    assert same_bits(whole("plain"), whole("skipping")), (
+        "a step with a gradient that is not finite left something behind"
+    )
     if "sgd" not in first["optimizer"]:
         assert not same_bits(whole("first"), whole("stale"))
 
@@ -235,6 +251,7 @@ OTHERS = [
     ("zero3-fp32-subgroups", {**ADAMW, "deepspeed": zero(3, **SMALL)}),
     ("zero3-bf16-subgroups", {**ADAMW, "deepspeed": zero(3, bf16=True, **SMALL)}),
     ("zero3-fp32-persistent", {**ADAMW, "deepspeed": zero(3, **PERSISTENT)}),
+    ("zero0-fp32-clipped", {**ADAMW, "deepspeed": {"gradient_clipping": 1.0}}),
     ("zero0-fp32-sgd", {"deepspeed": {}}),
     ("zero0-bf16-sgd", {"deepspeed": zero(0, bf16=True)}),
     ("zero2-fp32-sgd", {"deepspeed": zero(2), "optimizer__momentum": 0.9}),

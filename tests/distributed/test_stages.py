@@ -5,6 +5,7 @@ Whole runs through `build`; `watched` records every client's weights around each
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -179,19 +180,37 @@ def test_the_round_says_how_hard_the_anchors_pull(dataset: Path, tmp_path: Path,
         assert 0 < ratio < found["sum"][client] < 16.5 * ratio  # D = 16, and the stronger pull keeps the client nearer
 
 
-def test_feddra_at_radius_0_is_fedavg_with_anchors_and_two_stages(dataset: Path, tmp_path: Path) -> None:
+def test_feddra_at_radius_0_is_fedavg_with_equal_keys(dataset: Path, tmp_path: Path) -> None:
     two_stages = {"schedule__stage1_steps": 2, "schedule__stage2_steps": 3, "objective__anchor_weight": 1.0}
     runs = {
-        "feddra": {"dro__radius": 0.0},
+        "feddra": {"dro__radius": 0.0, "dro__center": "samples"},
         "fedavg": {"strategy__name": "fedavg", **two_stages},
-        "robust": {},
+        "uniform": {"strategy__name": "fedavg", "dro__center": "uniform", **two_stages},
+        "robust": {"dro__center": "samples"},
     }
     on_each(run_all, [(tree(dataset, tmp_path / name, **ADAMW, **change),) for name, change in runs.items()])
     assert same_bits(weights_of(tmp_path / "feddra", 1), weights_of(tmp_path / "fedavg", 1))
     assert metrics_of(tmp_path / "feddra") == metrics_of(tmp_path / "fedavg")
     for line in metrics_of(tmp_path / "fedavg"):
+        assert line["client_weights"] == line["next_client_weights"] == [24 / 72, 20 / 72, 28 / 72]  # by training pairs
+    for line in metrics_of(tmp_path / "uniform"):
         assert line["client_weights"] == line["next_client_weights"] == [1 / 3, 1 / 3, 1 / 3]
-    assert not same_bits(weights_of(tmp_path / "feddra", 1), weights_of(tmp_path / "robust", 1))
+    for other in ("uniform", "robust"):
+        assert not same_bits(weights_of(tmp_path / "feddra", 1), weights_of(tmp_path / other, 1))
+
+
+def test_centralized_trains_on_as_many_pairs_as_the_federation(dataset: Path, tmp_path: Path) -> None:
+    more = {"schedule__rounds": 1, "evaluation__every": 0}
+    runs = {
+        "fedavg": {"strategy__name": "fedavg"},
+        "centralized": {"strategy__name": "centralized"},
+        "client": {"strategy__name": "centralized", "strategy__budget": "client"},
+    }
+    on_each(run_all, [(tree(dataset, tmp_path / name, **more, **change),) for name, change in runs.items()])
+    samples = {name: metrics_of(tmp_path / name)[0]["samples"] for name in runs}
+    assert samples == {"fedavg": 3 * 5 * 8, "centralized": 3 * 5 * 8, "client": 5 * 8}
+    progress = json.loads((tmp_path / "centralized" / "progress.json").read_text())
+    assert (progress["fraction_done"], progress["num_steps"]) == (1.0, 3 * 3)  # of stage 2
 
 
 def test_weights_at_a_vertex_give_that_clients_model(dataset: Path, tmp_path: Path) -> None:

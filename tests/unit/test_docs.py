@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_house import LAYERS, PACKAGE
 
+from feddra_ds import strategies
 from feddra_ds.config.load import known_keys
 from feddra_ds.federation import protocol
 
@@ -114,6 +115,8 @@ def test_members_of_our_classes_exist(document: Path) -> None:
 @each_document
 def test_config_keys_exist(document: Path) -> None:
     keys = set(known_keys())
+    for name in strategies.STRATEGIES:
+        keys |= set(known_keys(strategies.find(name).Options, "strategy."))
     sections = {key.split(".")[0] for key in keys}
     unknown = []
     for code in code_of(document):

@@ -10,5 +10,5 @@ SOURCES = {"csv": "feddra_ds.data.sources.table:Table"}
 
 
 def source_class(name: str) -> type[Source]:
-    """The class of a source: of a row, or package.module:Class for one's own. Raises ConfigError."""
-    return find_class("source", name, SOURCES, Source)  # type: ignore[type-abstract]
+    """The class of a source: of a row, or package.module:Class for one's own. Raises ConfigError with the key --from."""
+    return find_class("--from", name, SOURCES, Source)  # type: ignore[type-abstract]

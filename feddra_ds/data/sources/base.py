@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from feddra_ds.common.section import Section
 
 
 @dataclass
@@ -61,13 +63,16 @@ class Columns:
 class Source(ABC):
     """Rows and images that lie at `path` in some format.
 
-    option: the command-line option that names the path, with which messages about the source begin.
+    option: the command-line option that names the path, with which messages about the source begin. Options: its own keys,
+    a subclass of Section.
     """
 
-    option: ClassVar[str]
+    option: ClassVar[str] = "--path"
+    Options: ClassVar[type[Section]] = Section
 
-    def __init__(self, path: Path, columns: Columns):
+    def __init__(self, path: Path, columns: Columns, options: Section | None = None):
         self.path, self.columns = path, columns
+        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def rows(self) -> Iterator[Row | Skip]:

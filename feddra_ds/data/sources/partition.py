@@ -17,6 +17,7 @@ from feddra_ds.data.format.writer import MAX_SHARD_BYTES, DatasetWriter, safe_na
 from feddra_ds.data.loading.order import permutation, seeded
 from feddra_ds.data.progress import Track, untracked
 from feddra_ds.data.sources.base import nearest
+from feddra_ds.data.sources.shift import Shift, measure_shift
 
 _TRIES = 100
 
@@ -38,14 +39,22 @@ class PartitionOptions:
 
 
 @dataclass(frozen=True)
+class Dealt:
+    """counts: {client: {split: pairs}}. shift: of the train pairs; None where the clients were kept."""
+
+    counts: dict[str, Counter[str]]
+    shift: Shift | None
+
+
+@dataclass(frozen=True)
 class _Pair:
     part: Samples
     index: int
     info: dict[str, Any]
 
 
-def partition(root: Path, out: Path, options: PartitionOptions, track: Track = untracked) -> dict[str, Counter[str]]:
-    """Deal the dataset at `root` out into one at `out`; returns {client: {split: pairs}}. Raises DataError."""
+def partition(root: Path, out: Path, options: PartitionOptions, track: Track = untracked) -> Dealt:
+    """Deal the dataset at `root` out into one at `out`. Raises DataError."""
     dataset = open_dataset(root)
     pairs = _read(dataset, dataset.client_ids)
     owners = [pair.part.client for pair in pairs] if options.keep_clients else _deal(pairs, dataset, options)
@@ -62,7 +71,7 @@ def partition(root: Path, out: Path, options: PartitionOptions, track: Track = u
         for pair, owner, told in track(everything, len(everything), "writing shards"):
             _copy(writer, pair, owner, told)
             counts[owner][pair.part.split] += 1
-    return counts
+    return Dealt(counts, None if options.keep_clients else _shift(pairs, owners, options))
 
 
 def deal(units: Sequence[tuple[str, int]], num_clients: int, alpha: float, min_pairs: int, seed: int) -> np.ndarray:
@@ -130,6 +139,27 @@ def _deal(pairs: list[_Pair], dataset: Dataset, options: PartitionOptions) -> li
     return out
 
 
+def _shift(pairs: list[_Pair], owners: list[str], options: PartitionOptions) -> Shift:
+    train = [i for i, pair in enumerate(pairs) if pair.part.split == "train"]
+    infos = [pairs[i].info for i in train]
+    dealt_by = [_label(info, options.label) or "none" for info in infos]
+    told = [_told(info) for info in infos]
+    if options.label is not None:
+        prefix = f"{options.label}="
+        told = [
+            [f"{prefix}{label}"] if options.label == "site" else [one for one in own if one.startswith(prefix)]
+            for label, own in zip(dealt_by, told, strict=True)
+        ]
+    return measure_shift([owners[i] for i in train], dealt_by, told, options.seed)
+
+
+def _told(info: dict[str, Any]) -> list[str]:
+    """`name=value` of each label that a pair has, without those that say no."""
+    labels = info.get("labels")
+    labels = labels if isinstance(labels, dict) else {}
+    return [f"{name}={value}" for name, value in sorted(labels.items()) if value not in (None, 0, False, "")]
+
+
 def _label(info: dict[str, Any], name: str | None) -> str | None:
     labels = info.get("labels")
     labels = labels if isinstance(labels, dict) else {}
@@ -138,8 +168,7 @@ def _label(info: dict[str, Any], name: str | None) -> str | None:
     if name is not None:
         value = labels.get(name)
         return None if value is None else str(value)
-    told = [f"{key}={value}" for key, value in sorted(labels.items()) if value not in (None, 0, False, "")]
-    return "|".join(told) if labels else None
+    return "|".join(_told(info)) if labels else None
 
 
 def _shuffled(pairs: list[_Pair], owners: list[str], seed: int) -> list[int]:

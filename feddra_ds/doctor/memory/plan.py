@@ -55,19 +55,21 @@ def plan_memory(
     *,
     ranks_per_slot: int = 1,
     clients_per_slot: int = 1,
+    step_factor: int = 1,
     device: str = "cpu",
     baseline: int | None = None,
 ) -> MemoryPlan:
     """Predict a rank's peak: of the coordinator, which also writes the final model.
 
     model: of this config, built on the meta device (`build.model_of`), and used up: it is run on fake tensors. device:
-    cpu or cuda. clients_per_slot: of the slot that hosts most. baseline: bytes of a process that has done nothing yet
+    cpu or cuda. clients_per_slot: of the slot that hosts most. step_factor: how many times the schedule's steps a client
+    takes (Strategy.step_factor). baseline: bytes of a process that has done nothing yet
     (None: BASELINE_BYTES).
     """
     layout = Layout.of(config, model, ranks_per_slot, clients_per_slot, device)
     parameters = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in PARTS}
     tracer = StepTracer(model, layout.dtype)
-    run = Miniature(config, layout, tracer, BASELINE_BYTES[device] if baseline is None else baseline)
+    run = Miniature(config, layout, tracer, step_factor, BASELINE_BYTES[device] if baseline is None else baseline)
     run.run()
     same = run.host is run.device
     return MemoryPlan(same, parameters, layout.trained, run.host.highs, {} if same else run.device.highs)

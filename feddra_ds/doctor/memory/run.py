@@ -24,8 +24,8 @@ ZERO_0_BUCKET = 500_000_000  # elements; DeepSpeed's own constant, no key change
 class Miniature:
     """Runs once; `host` and `device` then hold the highest points by phase. On a CPU they are one ledger."""
 
-    def __init__(self, config: Config, layout: Layout, tracer: StepTracer, baseline: int):
-        self.config, self.layout, self.tracer = config, layout, tracer
+    def __init__(self, config: Config, layout: Layout, tracer: StepTracer, step_factor: int, baseline: int):
+        self.config, self.layout, self.tracer, self.step_factor = config, layout, tracer, step_factor
         self.host = Ledger(keeps=True)
         self.device = self.host if layout.device == "cpu" else Ledger(keeps=False)
         self.optimizer = self.host if layout.offloads_optimizer else self.device
@@ -55,7 +55,7 @@ class Miniature:
         """Build, two rounds (the next ones are like the second), evaluation, the final model."""
         self.build()
         for _ in range(2):  # twice: the second round starts with what the first one left behind
-            for stage in stages_of_round(self.config, 0):
+            for stage in stages_of_round(self.config, 0, self.step_factor):
                 self.begin(stage.name)
                 self.stage(stage)
         self.begin("evaluate")
@@ -141,10 +141,12 @@ class Miniature:
                     host.shrink("clients' own aligners", lay.state(["aligner"]))
                 self.replay(stage)
             self.steps(stage)
-            if stage.hands_on_aligner:
+            if stage.keeps_aligner:
                 host.hold("clients' own aligners", lay.state(["aligner"]))
             host.drop("data: batches decoded ahead", "data: batches kept for the replay")
         host.drop("server: running sum")
+        if not has_own_aligners:
+            host.drop("clients' own aligners")  # they waited for p alone
 
     def pixels(self, batches: int) -> int:
         return batches * self.per_rank * 3 * self.config.data.image_size**2

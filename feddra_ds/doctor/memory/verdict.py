@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from feddra_ds import strategies
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.tree import get_path, set_path
 from feddra_ds.config.load import from_dict
@@ -91,10 +92,11 @@ def machine_here(device: str, num_ranks: int, gpu_gib: float | None) -> Machine:
 def judge(config: Config, num_ranks: int, machine: Machine) -> Verdict:
     """Plan a config at so many ranks. Raises ConfigError where it cannot run, as training would."""
     checked = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
-    _, _, layout = check(checked, Launch(0, num_ranks, 0, "127.0.0.1", 0))
+    _, ids, layout = check(checked, Launch(0, num_ranks, 0, "127.0.0.1", 0))
     clients = max(len(layout.clients_of(slot)) for slot in range(layout.num_slots))
     ranks = layout.ranks_per_slot
-    plan = _plan(config, ranks, clients, machine)
+    factor = strategies.build(config.strategy, config.dro).step_factor(len(ids))
+    plan = _plan(config, ranks, clients, factor, machine)
     short = _short(plan, machine)
     changes: list[Change] = []
     if short is not None:
@@ -102,7 +104,7 @@ def judge(config: Config, num_ranks: int, machine: Machine) -> Verdict:
         for key, value in candidates(config, ranks, machine):
             more_ranks = int(value) if key == "topology.ranks_per_slot" else ranks
             try:
-                other = _plan(_changed(config, key, value), more_ranks, clients, machine)
+                other = _plan(_changed(config, key, value), more_ranks, clients, factor, machine)
             except ConfigError:
                 continue
             saved = peak - other.bytes_of(short)
@@ -144,11 +146,18 @@ def candidates(config: Config, ranks: int, machine: Machine) -> Iterator[tuple[s
         yield "data.replay_cache_bytes", 0
 
 
-def _plan(config: Config, ranks: int, clients: int, machine: Machine) -> MemoryPlan:
+def _plan(config: Config, ranks: int, clients: int, step_factor: int, machine: Machine) -> MemoryPlan:
     tokenizer = tokenizer_of(config)
     model, _ = defer(lambda: model_of(config, tokenizer))
     device = "cpu" if machine.device is None else "cuda"
-    return plan_memory(config, model.to("meta"), ranks_per_slot=ranks, clients_per_slot=clients, device=device)
+    return plan_memory(
+        config,
+        model.to("meta"),
+        ranks_per_slot=ranks,
+        clients_per_slot=clients,
+        step_factor=step_factor,
+        device=device,
+    )
 
 
 def _changed(config: Config, key: str, value: Any) -> Config:

@@ -72,6 +72,13 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
         ({"dro": {"fixed_weights": [1.0]}, "clients": {"ids": ["a", "b"]}}, "dro.fixed_weights", "1 weights for 2"),
         ({"dro": {"evaluate_on": "anchors"}, "objective": {"anchor_weight": 0}}, "dro.evaluate_on", "anchor_weight"),
         ({"dro": {"evaluate_on": "anchors", "apply": "loss"}}, "dro.evaluate_on", "too late"),
+        ({"data": {"batch_size": 1}}, "data.batch_size", "2 or more"),
+        ({"dro": {"evaluation_pairs": 31}}, "dro.evaluation_pairs", "does not fill one batch"),
+        (
+            {"schedule": {"stage2_start": "global"}, "aggregate": {"after_stage1": False}},
+            "schedule.stage2_start",
+            "throw stage 1 away",
+        ),
         ({"model": {"text": {"pretrained": "x", "config": {}}}}, "model.text.config", "contradicts"),
         ({"model": {"text": {"num_layers": 6}}}, "model.text.num_layers", "num_hidden_layers in model.text.config"),
         (
@@ -105,6 +112,12 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "deepspeed.fp16.enabled",
             "contradicts",
         ),
+        (
+            {"deepspeed": {"bf16": {"enabled": True, "check_grad_overflow": False}}},
+            "deepspeed.bf16.check",
+            "not finite",
+        ),
+        ({"deepspeed": {"zero_optimization": {"compute_grad_norm": False}}}, "deepspeed.zero_optim", "not finite"),
         ({"deepspeed": {"tensorboard": {"enabled": True}}}, "deepspeed.tensorboard", "run.monitor"),
         ({"strategy": {"name": "fedavgg"}}, "strategy.name", "feddra"),
     ],
@@ -116,9 +129,16 @@ def test_each_contradiction_is_named(tree: dict, key: str, word: str) -> None:
     assert word in lines[0]
 
 
+def test_one_average_a_round_goes_with_a_single_stage() -> None:
+    tree = {"schedule": {"stage1_steps": 0, "stage2_start": "global"}, "aggregate": {"after_stage1": False}}
+    assert from_dict(merge(ROOT, tree)).schedule.stage2_start == "global"
+
+
 def test_strategy_defaults_give_way_to_the_user() -> None:
     plain = from_dict(merge(ROOT, {"strategy": {"name": "fedavg"}}))
-    assert (plain.dro.radius, plain.objective.anchor_weight) == (0, 0)
+    assert (plain.dro.radius, plain.dro.center, plain.objective.anchor_weight) == (0, "samples", 0)
+    uniform = from_dict(merge(ROOT, {"strategy": {"name": "fedavg"}, "dro": {"center": "uniform"}}))
+    assert (uniform.dro.radius, uniform.dro.center) == (0, "uniform")
     assert (plain.schedule.stage1_steps, plain.schedule.stage2_steps) == (0, 70)
     mixed = from_dict(merge(ROOT, {"strategy": {"name": "fedavg"}, "schedule": {"stage1_steps": 20}}))
     assert (mixed.schedule.stage1_steps, mixed.schedule.stage2_steps, mixed.dro.radius) == (20, 70, 0)

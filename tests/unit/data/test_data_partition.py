@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data_helpers import make_dataset
 from feddra_ds.cli import main
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import open_dataset
-from feddra_ds.data.sources import partition
+from feddra_ds.data.sources import partition, shift
 
 
 def run(*words: str) -> int:
@@ -76,6 +77,49 @@ def test_alpha_sets_how_different_clients_are() -> None:
 
     assert spread(1000.0) < 0.27
     assert spread(0.1) > 0.6
+
+
+def test_the_shift_is_told_beside_alpha(root: Path, tmp_path: Path, capsys) -> None:
+    said = {}
+    for alpha in ("0.1", "1000"):
+        words = ["--num-clients", "2", "--label", "site", "--alpha", alpha, "--seed", "3", "--min-pairs", "5"]
+        assert run(str(root), "--out", str(tmp_path / alpha), *words) == 0
+        said[alpha] = capsys.readouterr().out
+    dataset = open_dataset(tmp_path / "0.1")
+    shares, sizes = [], []
+    for client in dataset.client_ids:
+        part = dataset.samples(client, "train")
+        sites = Counter(part.read_info(i)["site"] for i in range(len(part)))
+        shares.append(sites["a"] / sites.total())
+        sizes.append(sites.total())
+    assert sum(sizes) == 60
+    # two sites: the total variation is the difference of one's shares; 40 of the 60 pairs are of site a
+    distances = [abs(share - 2 / 3) for share in shares]
+    assert f"differ from the pooled by {np.mean(distances):.2f} in the mean" in said["0.1"]
+    assert f"most client{int(np.argmax(distances))} by {max(distances):.2f}" in said["0.1"]
+    (row,) = [line.replace("│", "").split() for line in said["0.1"].splitlines() if line.startswith("site=a")]
+    assert row == ["site=a", "0.667", f"{min(shares):.3g}", f"{max(shares):.3g}"]
+    mean = lambda text: float(re.search(r"pooled by ([\d.]+)", text).group(1))
+    assert mean(said["0.1"]) > 0.1 > mean(said["1000"])
+
+
+def test_labels_dealt_together_have_a_row_each(root: Path, tmp_path: Path, capsys) -> None:
+    assert run(str(root), "--out", str(tmp_path / "out"), "--num-clients", "2", "--alpha", "0.1") == 0
+    out = capsys.readouterr().out
+    assert "shift at --alpha 0.1: clients' labels together differ" in out
+    assert [line.replace("│", "").split()[:2] for line in out.splitlines() if line.startswith("odd=")] == [
+        ["odd=1", "0.5"]
+    ]
+
+
+def test_the_shift_of_random_deals_is_the_floor() -> None:
+    labels = [f"{n % 40}" for n in range(400)]
+    owners = [f"c{n // 80}" for n in range(400)]  # every client has two of each label: alike
+    alike = shift.measure_shift(owners, labels, [[label] for label in labels], 0)
+    assert alike.distance == pytest.approx(0, abs=1e-12)
+    assert 0.2 < alike.by_chance < 0.4
+    apart = shift.measure_shift([f"c{int(label) // 8}" for label in labels], labels, [[] for _ in labels], 0)
+    assert (apart.distance, apart.largest) == pytest.approx((0.8, 0.8))
 
 
 def test_every_client_gets_its_minimum_or_it_is_said() -> None:

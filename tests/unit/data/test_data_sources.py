@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from data_helpers import encoded
 
+from feddra_ds.cli import main
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.data.sources import SOURCES, source_class
@@ -72,6 +74,74 @@ def test_a_source_of_ones_own_is_ingested(folders: Source, tmp_path: Path) -> No
             part = dataset.samples(client, split)
             told |= {part.read_info(i)["line"]: part.read_text(i).decode() for i in range(len(part))}
         assert told == {n: f"report {n}" for n in range(first, first + 8) if n not in (3, 12)}
+
+
+def convert(*words: str) -> int:
+    return main(["data", "convert", *words])
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The source of docs/data.md in a package of the user's, and 8 pairs for it, one without a text."""
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (tmp_path / "own_source_of_a_test").mkdir()
+    (tmp_path / "own_source_of_a_test" / "__init__.py").write_text("")
+    (tmp_path / "own_source_of_a_test" / "folders.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for n in range(8):
+        path = tmp_path / "scans" / ("north", "south")[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(n, form="PNG"))
+        if n != 5:
+            path.with_suffix(".report").write_text(f"report {n}")
+    return tmp_path / "scans"
+
+
+OWN = "own_source_of_a_test.folders:Folders"
+
+
+def test_a_source_of_the_user_s_own_is_converted_without_a_fork(own_folders: Path, tmp_path: Path, capsys) -> None:
+    words = ("--from", OWN, "--path", str(own_folders), "--source-option", "ending=report", "--val-fraction", "0.25")
+    assert convert(*words, "--out", str(tmp_path / "out")) == 0
+    assert "line 6: no text (5.png)" in capsys.readouterr().out
+    dataset = open_dataset(tmp_path / "out")
+    counts = {
+        client: [dataset.num_samples(client, split) for split in ("train", "val")] for client in dataset.client_ids
+    }
+    assert counts == {"north": [3, 1], "south": [2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        ([], ["--csv: is needed, or --from and --path for a source of your own"]),
+        (["--csv", "x.csv"], ["--image-column: is needed with --csv", "--text-column: is needed with --csv"]),
+        (["--from", OWN], ["--path: is needed with --from"]),
+        (
+            ["--csv", "x.csv", "--image-column", "i", "--text-column", "t", "--path", "x"],
+            ["--path: does not go with --csv"],
+        ),
+        (
+            ["--from", "own_source_of_a_test.folders:Folder", "--path", "x"],
+            ["--from: own_source_of_a_test.folders:Folder: "],
+        ),
+        (["--from", "os.path:PurePath", "--path", "x"], ["--from: os.path:PurePath: os.path has no class"]),
+        (
+            ["--from", OWN, "--path", "x", "--source-option", "end=txt", "--source-option", "ending"],
+            ["--source-option: ending is not KEY=VALUE", "--source-option end: unknown; there are: ending"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_said_by_option(
+    own_folders: Path, tmp_path: Path, capsys, words: list[str], lines: list[str]
+) -> None:
+    assert convert(*words, "--out", str(tmp_path / "out")) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == len(lines), errors
+    for error, line in zip(errors, lines, strict=True):
+        assert error.removeprefix("feddra-ds: ").startswith(line)
+    assert not (tmp_path / "out").exists()
 
 
 def test_messages_begin_with_the_source_s_own_option(folders: Source, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_losses_of_a_gallery_are_the_objectives_in_batches_of_one_size() -> None
 
 
 def test_the_worst_mixture_is_the_sets(tmp_path: Path) -> None:
-    dro = {"radius": 0.2, "evaluation_batch_size": 32}
+    dro = {"radius": 0.2, "evaluation_pairs": 32, "evaluation_batch_size": 32}
     told = measured(CLIENTS | {"far": FAR}, a_run(tmp_path, dro=dro))
     by_loss, by_recall = told["weights_by_loss"], told["weights_by_recall"]
     inside = MixtureSet("chi2", 0.2, np.full(3, 1 / 3))
@@ -129,7 +129,7 @@ def test_the_runs_keys_make_its_set(tmp_path: Path) -> None:
 
 
 def test_clients_with_too_few_pairs_are_in_no_mixture_and_named(tmp_path: Path) -> None:
-    run = a_run(tmp_path, dro={"evaluation_batch_size": 32})
+    run = a_run(tmp_path, dro={"evaluation_pairs": 32, "evaluation_batch_size": 32})
     tiny = CLIENTS | {"tiny": gallery("tiny", 5, 5, 9.0)}
     told = measured(tiny, run)
     assert told["too_few_pairs"] == {"loss": ["tiny"], "recall@5": ["tiny"]}
