@@ -51,10 +51,13 @@ from feddra_ds.strategies.robust_weights import Vector
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
 
-def build(config: Config) -> Run:
-    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts."""
+def build(config: Config, checked: tuple[Dataset, list[str], Plan] | None = None) -> Run:
+    """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts.
+
+    checked: what `check` gave for this config, where it was called before.
+    """
     launch = Launch.from_environment()
-    dataset, dataset_ids, layout = check(config, launch)
+    dataset, dataset_ids, layout = checked or check(config, launch)
     strategy = strategies.build(config.strategy, config.dro)
     objective = build_objective(config.objective)
     device = choose_device(config.run.device, launch.local_rank)

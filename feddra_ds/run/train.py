@@ -1,7 +1,8 @@
 """Training: `feddra_ds.train`, a config in and a result out, and `feddra-ds train`, which gives an exit code.
 
 A call leaves the caller's process as it found it: no signal handler, no log handler, no process group, its random
-generators where they were. torch, transformers and deepspeed are imported late, so that a bad config is reported first.
+generators where they were. torch, transformers and deepspeed are imported late, so that bad config or data is reported
+first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.common.tree import merge
 from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
+from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.distributed.plan import Plan
+from feddra_ds.run.checks import check
 
 # What a run sets in the environment for DeepSpeed and for tokenizers.
 _VARIABLES = ("DS_ACCELERATOR", "LOCAL_RANK", "TOKENIZERS_PARALLELISM")
@@ -54,8 +59,10 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     """
     checked = _config(config, overrides)
     run_dir = Path(checked.run.output_dir)
-    with log_to_stderr(_rank()), _environment_kept(), _generators_kept():
-        _train(checked)
+    with log_to_stderr(_rank()), _environment_kept():
+        found = check(checked, Launch.from_environment())
+        with _generators_kept():
+            _train(checked, found)
     from feddra_ds.run.metrics_file import read_metrics
 
     return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model")
@@ -107,12 +114,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, found: tuple[Dataset, list[str], Plan]) -> None:
     """All rounds, and then, however they ended, this process is free of the run."""
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
-        _rounds(config)
+        _rounds(config, found)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
         leave_groups(failed=True)
@@ -120,11 +127,11 @@ def _train(config: Config) -> None:
     leave_groups()
 
 
-def _rounds(config: Config) -> None:
+def _rounds(config: Config, found: tuple[Dataset, list[str], Plan]) -> None:
     from feddra_ds.engine.bootstrap import close_monitor
     from feddra_ds.run.build import build
 
-    run = build(config)
+    run = build(config, found)
     try:
         run.rounds()
     finally:
