@@ -31,7 +31,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["feddra_ds.run.build"]  # imports all but deepspeed, which looks at the rank's environment
+# all that a run imports but deepspeed, which looks at the rank's environment
+MODELS = ["transformers.models.vit.modeling_vit", "transformers.models.bert.modeling_bert", "peft"]
+PRELOADED = ["feddra_ds.run.build", *MODELS, "scipy.stats"]
 GRACE_S = 2.0  # after the first failure: time for a rank that failed earlier, but reports later, to be heard
 LOG_LINES = 40
 
