@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Launch:
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The device of this rank for run.device; raises ValueError where CUDA is asked for and absent."""
+    import torch  # on demand: reading the environment should cost nothing
+
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: cuda was asked for, but torch sees no CUDA device; use auto or cpu")
     if wanted == "cpu" or not torch.cuda.is_available():

@@ -19,7 +19,7 @@ from feddra_ds.federation.aggregation.lora_product import ProductSum
 from feddra_ds.federation.aggregation.mean import WeightedSum
 from feddra_ds.federation.client import Client
 from feddra_ds.federation.schedule import Stage
-from feddra_ds.model import lora
+from feddra_ds.model import lora_options
 from feddra_ds.strategies import Strategy
 from feddra_ds.strategies.base import SliceState
 
@@ -39,7 +39,7 @@ class Server:
         if config.aggregate.precision != "fp32":
             self.codec = Codec(config.aggregate.precision, config.aggregate.block_size)
             self.residuals = {part: [torch.zeros_like(s) for s in self.states[SHARED][part]] for part in PARTS}
-        adapter = lora.parse(config.model.adapter)
+        adapter = lora_options.parse(config.model.adapter)
         self._averages_products = adapter is not None and adapter.aggregation == "product"
         schedule = config.schedule
         self._aligners_go_on = (

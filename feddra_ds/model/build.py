@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.loading.tokens import load_tokenizer
-from feddra_ds.model import SIDES, encoders, lora
+from feddra_ds.model import SIDES, encoders, lora, lora_options
 from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
 from feddra_ds.model.encoders import local_or_hub
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor
@@ -166,7 +166,7 @@ def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoder:
             pad_token_id=int(tokenizer.pad_token_id or 0),
             max_text_length=config.data.text_length,
         )
-        lora.apply(model, lora.parse(config.model.adapter))
+        lora.apply(model, lora_options.parse(config.model.adapter))
         if config.model.activation_checkpointing:
             checkpoint_activations(model)
         return model

@@ -23,38 +23,18 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from feddra_ds.common.section import Section
 from feddra_ds.model import SIDES
-
-if TYPE_CHECKING:  # the options are read without transformers
-    from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.lora_options import LoraOptions
 
 _ADAPTER = "default"  # peft's name of the one adapter
 _A, _B = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
-
-
-class LoraOptions(Section):
-    """The keys of `model.adapter`."""
-
-    type: Literal["lora"] = "lora"
-    """Kind of adapter."""
-    r: int = Field(8, ge=1)
-    """Rank of the update of a layer."""
-    alpha: float = Field(16.0, gt=0)
-    """The update is scaled by alpha / r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before A; above 0 a run depends on how its batches are cut."""
-    target_modules: list[str] | None = None
-    """Names of Linear layers of the encoders' blocks, by their last parts (query, q_proj, mlp.fc1); null: all of them."""
-    aggregation: Literal["factors", "product", "freeze_a"] = "factors"
-    """How the server averages: see feddra_ds/model/lora.py."""
 
 
 class Factors(NamedTuple):
@@ -64,22 +44,6 @@ class Factors(NamedTuple):
     """(r, in)"""
     b: Tensor
     """(out, r)"""
-
-
-def parse(adapter: Mapping[str, Any] | None) -> LoraOptions | None:
-    """The validated `model.adapter`, or None. Raises ValueError with one line per problem, each with its key."""
-    if adapter is None:
-        return None
-    try:
-        return LoraOptions.model_validate(dict(adapter))
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(["model.adapter", *map(str, item["loc"])])
-            unknown = item["type"] == "extra_forbidden"
-            known = ", ".join(LoraOptions.model_fields)
-            lines.append(f"{key}: unknown key; there are {known}" if unknown else f"{key}: {item['msg']}")
-        raise ValueError("\n".join(lines)) from error
 
 
 def apply(model: DualEncoder, options: LoraOptions | None) -> None:

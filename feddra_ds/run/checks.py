@@ -1,4 +1,7 @@
-"""Everything about data, topology and device that can be wrong, before any process group starts."""
+"""Everything about data, topology and device that can be wrong, before any process group starts.
+
+Nothing slow is imported, torch only for the device: what is wrong is said at once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.preflight import preflight
 from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan, plan
-from feddra_ds.model import lora
+from feddra_ds.model import lora_options
 
 
 def _cannot_be_made(folder: Path) -> list[str]:
@@ -61,7 +64,7 @@ def check(config: Config, launch: Launch) -> Checked:
     if weights is not None and len(weights) != num_clients:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")
     try:
-        adapter = lora.parse(config.model.adapter)
+        adapter = lora_options.parse(config.model.adapter)
         if adapter is not None and adapter.aggregation == "product" and config.aggregate.precision != "fp32":
             problems.append(
                 f"aggregate.precision: {config.aggregate.precision} rounds deltas of factors, and "

@@ -1,7 +1,8 @@
 """Training: `feddra_ds.train`, a config in and a result out, and `feddra-ds train`, which gives an exit code.
 
 A call leaves the caller's process as it found it: no signal handler, no log handler, no process group, its random
-generators where they were. torch, transformers and deepspeed are imported late, so that a bad config is reported first.
+generators where they were. torch, transformers and deepspeed are imported late, so that bad config or data is reported
+first.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from feddra_ds.common.errors import ConfigError, DataError, Interrupted, TooFewClients, WaitTimeout
 from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.common.tree import merge
 from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
-
-if TYPE_CHECKING:
-    from feddra_ds.run.checks import Checked
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.run.checks import Checked, check
 
 # What a run sets in the environment for DeepSpeed and for tokenizers.
 _VARIABLES = ("DS_ACCELERATOR", "LOCAL_RANK", "TOKENIZERS_PARALLELISM")
@@ -57,8 +57,10 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     """
     checked = _config(config, overrides)
     run_dir = Path(checked.run.output_dir)
-    with log_to_stderr(_rank()), _environment_kept(), _generators_kept():
-        _train(checked)
+    with log_to_stderr(_rank()), _environment_kept():
+        found = check(checked, Launch.from_environment())
+        with _generators_kept():
+            _train(checked, found)
     from feddra_ds.run.metrics_file import read_metrics
 
     return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model")
@@ -110,17 +112,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, found: Checked) -> None:
     """All rounds, and then, however they ended, this process is free of the run."""
-    from feddra_ds.distributed.launch import Launch
-    from feddra_ds.run.checks import check
-
-    # before transformers and deepspeed, which take seconds to import
-    checked = check(config, Launch.from_environment())
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
-        _rounds(config, checked)
+        _rounds(config, found)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
         leave_groups(failed=True)
@@ -128,11 +125,11 @@ def _train(config: Config) -> None:
     leave_groups()
 
 
-def _rounds(config: Config, checked: Checked) -> None:
+def _rounds(config: Config, found: Checked) -> None:
     from feddra_ds.engine.bootstrap import close_monitor
     from feddra_ds.run.build import build
 
-    run = build(config, checked)
+    run = build(config, found)
     try:
         run.rounds()
     finally:

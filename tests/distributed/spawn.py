@@ -2,9 +2,9 @@
 
 `fn(rank, world_size, *args)` is a module-level function; it runs with the default process group initialised (gloo),
 RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, one thread, torch seeded with 0, and
-its picklable result comes back. A launch costs seconds (importing torch), so ranks are kept in a pool, one per world
-size, and run case after case over one process group. `init_group=False` is for a function that makes its own default
-group; it and `fresh=True` get processes of their own, which end with the case.
+its picklable result comes back. Ranks are kept in a pool, one per world size, and run case after case over one process
+group. `init_group=False` is for a function that makes its own default group; it and `fresh=True` get processes of their
+own, which end with the case. All are forked off a server that has imported torch and transformers, and nothing else done.
 
 If a rank raises or dies, or the case takes longer than `timeout`, every rank is killed and `RankError` names the first
 rank that failed with its traceback and the end of its output; the next case starts a new pool.
@@ -32,6 +32,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# all that a run imports but deepspeed, which looks at the rank's environment
+MODELS = ["transformers.models.vit.modeling_vit", "transformers.models.bert.modeling_bert", "peft"]
+PRELOADED = ["feddra_ds.run.build", *MODELS, "scipy.stats"]
 GRACE_S = 2.0  # after the first failure: time for a rank that failed earlier, but reports later, to be heard
 LOG_LINES = 40
 
@@ -93,11 +96,12 @@ class RankPool:
         self._connections: list[Connection] = []
         self._processes = []
         port = free_port()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, port, init_group, str(self._log(rank)), os.getpid())
+                target=_serve, args=(theirs, rank, world_size, port, init_group, str(self._log(rank)))
             )
             process.start()
             theirs.close()  # so that a dead rank reads as end of file here
@@ -182,14 +186,13 @@ class RankPool:
 _pools: dict[int, RankPool] = {}
 
 
-def _serve(
-    connection: Connection, rank: int, world_size: int, port: int, init_group: bool, log: str, parent: int
-) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, port: int, init_group: bool, log: str) -> None:
     """A rank: initialise the group, then run what the pipe brings until it closes."""
     file = open(log, "w", buffering=1)  # noqa: SIM115 (lives as long as the process)
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    # the server ends with the test's process
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     environment = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -202,8 +205,11 @@ def _serve(
     os.environ.update({k: str(v) for k, v in environment.items()})
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import numpy as np
     import torch
 
+    random.seed()  # not as the server left them, alike on all ranks: that would hide a seed that a run forgets
+    np.random.seed()
     torch.set_num_threads(1)
     error = ""
     if init_group:

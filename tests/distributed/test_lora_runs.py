@@ -60,9 +60,10 @@ def _updates(flat: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) ->
 )
 def test_lora_knows_no_ranks(dataset: Path, tmp_path: Path, rule: str, layout: tuple[int, int, int]) -> None:
     shapes, trained = _shapes(dataset, rule)
+    settings = _settings(rule, schedule__stage1_steps=1, schedule__stage2_steps=2, evaluation__every=0)
     for ranks, per_slot, stage in ((1, 1, 0), layout):  # ranks, ranks per slot, ZeRO stage
         config = tree(
-            dataset, tmp_path / f"{ranks}", deepspeed=zero(stage), topology__ranks_per_slot=per_slot, **_settings(rule)
+            dataset, tmp_path / f"{ranks}", deepspeed=zero(stage), topology__ranks_per_slot=per_slot, **settings
         )
         on_each(run_all, [(config,)], world_size=ranks)
     one = weights_of(tmp_path / "1", 1)

@@ -18,7 +18,7 @@ from spawn import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = [sys.executable, "-m", "feddra_ds", "train"]
-LAUNCH = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "4"]
+LAUNCH = [sys.executable, "-m", "deepspeed.launcher.runner"]
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {
     **os.environ,
@@ -174,9 +174,11 @@ def test_sigterm_then_the_same_command_goes_on(root: Path, tmp_path: Path) -> No
     assert [{k: line[k] for k in SAME} for line in lines(cut)] == [{k: line[k] for k in SAME} for line in lines(whole)]
 
 
-def launched(config: Path) -> list[str]:
+def launched(config: Path, ranks: int) -> list[str]:
     return [
         *LAUNCH,
+        "--num_accelerators",
+        str(ranks),
         "--master_port",
         str(free_port()),
         str(REPOSITORY / "launch" / "train.py"),
@@ -189,7 +191,7 @@ def test_deepspeed_launcher_two_slots_of_two_ranks_equals_one_process(root: Path
     one, four = tmp_path / "one", tmp_path / "four"
     assert train("--config", write_config(tmp_path / "1.yaml", root, one)).returncode == 0
     shape = {"topology__ranks_per_slot": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
-    command = launched(write_config(tmp_path / "4.yaml", root, four, **shape))
+    command = launched(write_config(tmp_path / "4.yaml", root, four, **shape), 4)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     for a, b in zip(lines(one), lines(four), strict=True):
@@ -202,13 +204,13 @@ def test_deepspeed_launcher_two_slots_of_two_ranks_equals_one_process(root: Path
 
 def test_a_killed_rank_ends_the_job_and_is_named(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    shape = {"topology__ranks_per_slot": 2, "schedule__rounds": 500}
-    command = launched(write_config(tmp_path / "c.yaml", root, out, **shape))
+    shape = {"topology__ranks_per_slot": 1, "schedule__rounds": 500}
+    command = launched(write_config(tmp_path / "c.yaml", root, out, **shape), 2)
     process = start_and_wait_for(command, out, 1)
     ranks = [
         int(pid.name)
         for pid in Path("/proc").iterdir()
-        if pid.name.isdigit() and b"--local_rank=3" in _command_of(pid) and str(out.parent).encode() in _command_of(pid)
+        if pid.name.isdigit() and b"--local_rank=1" in _command_of(pid) and str(out.parent).encode() in _command_of(pid)
     ]
     victim = max(ranks)
     os.kill(victim, signal.SIGKILL)

@@ -119,3 +119,7 @@ def test_importing_imports_neither_deepspeed_nor_triton() -> None:
 def test_no_module_imports_deepspeed_by_itself() -> None:
     # transformers' own modules import triton where it is installed, so only deepspeed is looked for here
     run_imports(sorted(set(MODULES) - {"feddra_ds.__main__"}), ("deepspeed",))
+
+
+def test_what_checks_a_run_imports_nothing_slow() -> None:
+    run_imports(["feddra_ds.run.train", "feddra_ds.run.checks"], ("torch", "transformers", "deepspeed", "scipy"))

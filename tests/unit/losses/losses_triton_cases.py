@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_shapes_equal_float64(dtype: torch.dtype, shape: tuple[int, int], kind: str) -> None:
     embeddings = draw(shape, dtype)
-    for case in all_cases(kind) if shape[0] == 8 else some_cases(kind):
+    for case in some_cases(kind):
         assert_parity(embeddings, case, "triton")
 
 
@@ -37,16 +37,14 @@ def test_small_shapes_equal_float64(dtype: torch.dtype, shape: tuple[int, int], 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_odd_tiles_equal_float64(dtype: torch.dtype, kind: str) -> None:
     """Several row blocks a program, panels, splits of the columns and of K, all with remainders."""
-    embeddings = draw((257, 130), dtype)
-    for case in list(some_cases(kind))[:2]:
-        assert_parity(embeddings, case, "triton")
+    assert_parity(draw((257, 130), dtype), next(some_cases(kind)), "triton")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(41, 33), (257, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16), (41, 33), (257, 130)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_odd_shapes_in_every_combination(dtype: torch.dtype, shape: tuple[int, int], kind: str) -> None:
+def test_shapes_in_every_combination(dtype: torch.dtype, shape: tuple[int, int], kind: str) -> None:
     embeddings = draw(shape, dtype)
     for case in all_cases(kind):
         assert_parity(embeddings, case, "triton")
@@ -95,7 +93,7 @@ def test_twice_the_same_bits() -> None:
 
 
 def test_training_ends_where_reference_ends() -> None:
-    torch.testing.assert_close(train(50, "triton"), train(50, "reference"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(train(20, "triton"), train(20, "reference"), rtol=1e-4, atol=1e-5)
 
 
 def test_the_smoke_test_passes() -> None:

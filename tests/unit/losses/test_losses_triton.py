@@ -37,4 +37,4 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_kernels_in_the_interpreter_in_every_combination() -> None:
-    assert run_cases("slow", 1400) == 12
+    assert run_cases("slow", 1400) == 18

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from feddra_ds.model import lora
+from feddra_ds.model import lora, lora_options
 from feddra_ds.model.build import build_model
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.weights.deferred import defer, lay_out, make_room
@@ -28,7 +28,7 @@ from feddra_ds.objectives import ObjectiveOptions
 def builder(with_lora: bool = False, **values: Any) -> Callable[[], DualEncoder]:
     def build() -> DualEncoder:
         model = build_model(config(**values), ObjectiveOptions(learnable_temperature=True), **SIZES)
-        lora.apply(model, lora.parse({"type": "lora", "r": 2}) if with_lora else None)
+        lora.apply(model, lora_options.parse({"type": "lora", "r": 2}) if with_lora else None)
         return model
 
     return build

@@ -27,7 +27,7 @@ from feddra_ds.config.load import from_dict
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.images import evaluation_pixels
 from feddra_ds.data.loading.tokens import load_tokenizer
-from feddra_ds.model import lora
+from feddra_ds.model import lora, lora_options
 from feddra_ds.model import to_transformers as to_transformers_module
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.folder import load_pretrained, save_model
@@ -357,7 +357,7 @@ def test_exporting_an_adapted_run(run: tuple[DualEncoder, Path], tmp_path: Path)
     values = read_coordinator(folder_of(folder, 1))["config"]
     values["model"]["adapter"], values["run"]["seed"] = {"type": "lora", "r": 4, "aggregation": "freeze_a"}, 7
     model = build(7, head={"kind": "linear"}, sizes={"vocab_size": len(load_tokenizer(None))}).eval()
-    lora.apply(model, lora.parse(values["model"]["adapter"]))
+    lora.apply(model, lora_options.parse(values["model"]["adapter"]))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             torch.nn.init.normal_(parameter)

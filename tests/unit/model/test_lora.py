@@ -14,10 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from feddra_ds.model import lora
+from feddra_ds.model import lora, lora_options
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.folder import load_pretrained
-from feddra_ds.model.lora import Factors, LoraOptions
+from feddra_ds.model.lora import Factors
+from feddra_ds.model.lora_options import LoraOptions
 
 
 def adapted(seed: int = 0, **options: object) -> DualEncoder:
@@ -47,10 +48,10 @@ def close(one: DualEncoder, two: DualEncoder, atol: float = 1e-5) -> bool:
 
 
 def test_options_are_validated() -> None:
-    assert lora.parse(None) is None
-    assert lora.parse({"type": "lora", "r": 4}) == LoraOptions(r=4)
+    assert lora_options.parse(None) is None
+    assert lora_options.parse({"type": "lora", "r": 4}) == LoraOptions(r=4)
     with pytest.raises(ValueError, match=r"model.adapter.r: ") as caught:
-        lora.parse({"r": 0, "rank": 3, "aggregation": "mean"})
+        lora_options.parse({"r": 0, "rank": 3, "aggregation": "mean"})
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "model.adapter.r",
