@@ -96,7 +96,7 @@ def round_metrics(line: Mapping[str, Any]) -> Metrics:
     out["largest_p"] = max(out.values())
     losses = {"train_loss": line.get("mean_loss"), "worst_train_loss": line.get("worst_loss")}
     out |= {name: float(value) for name, value in losses.items() if value is not None}
-    gain = line.get("robust_gain_share")
+    gain = (line.get("robust_gain") or {}).get("share")
     return out | ({"robust_gain_share": float(gain)} if isinstance(gain, (int, float)) else {})
 
 
