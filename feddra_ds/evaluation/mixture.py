@@ -64,11 +64,15 @@ def objective_of(run: RunFiles) -> Objective | None:
 def set_of(run: RunFiles, center: NDArray[np.float64]) -> MixtureSet:
     """The set in which the run's p moves, around `center` (N,). An older run, whose config names no set, has the χ² ball."""
     kind: robust_weights.SetKind = run.get("dro.set") or "chi2"
-    radius = run.get("dro.radius")
-    minimum, maximum = run.get("dro.minimum_weight") or 0.0, run.get("dro.maximum_weight")
-    if isinstance(radius, str):  # a share of the radius that holds the whole simplex
-        radius = float(radius.removesuffix("x")) * MixtureSet(kind, 0.0, center).full_radius
-    return MixtureSet(kind, 1.0 if radius is None else float(radius), center, float(minimum), maximum)
+    radius, share = run.get("dro.radius"), run.get("dro.radius_share")
+    return robust_weights.set_around(
+        center,
+        kind,
+        1.0 if radius is None else float(radius),
+        share,
+        minimum=float(run.get("dro.minimum_weight") or 0.0),
+        maximum=run.get("dro.maximum_weight"),
+    )
 
 
 def center_of(run: RunFiles | None, num_samples: Sequence[int]) -> NDArray[np.float64]:

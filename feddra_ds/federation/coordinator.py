@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.federation.protocol import ClientReport, Decision, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
-from feddra_ds.strategies import Strategy
-from feddra_ds.strategies.robust_weights import Vector
+from feddra_ds.strategies import Strategy, robust_weights
+from feddra_ds.strategies.robust_weights import RobustGain, Vector
+
+_FAR = 2.0  # times chance: a loss beyond this is said in the log too
 
 
 @dataclass
@@ -32,8 +35,10 @@ class Coordinator:
     center: Vector
     mixture: Vector  # p of the round that runs
     loss_scale: float = 1.0  # objective.loss_scale
+    chance: float = math.inf  # L_i of a model that knows nothing: no loss beyond it is believed
     positions: dict[str, dict[str, int]] = field(default_factory=dict)
     excluded: list[dict[str, str]] = field(default_factory=list)  # of the round that runs
+    clipped: list[dict[str, Any]] = field(default_factory=list)  # losses that were not believed, of the round that runs
     heard: dict[str, ClientReport] = field(default_factory=dict)  # what each client's slot told of the last stage
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
@@ -110,20 +115,27 @@ class Coordinator:
         return stop + "".join(f"; {listed(clients)}: {reason}" for reason, clients in by_reason(excluded).items())
 
     def next_mixture(self, losses: Sequence[float | None]) -> Vector:
-        """Equation (4) over the clients that were evaluated; the weight of a lost client stays with its index, frozen.
+        """Equation (4) over the losses that can be believed; the weight of a client without one stays as it is."""
+        used = robust_weights.believable(losses, self.chance)
+        self.clipped = [
+            {
+                "id": client,
+                "reported": loss if math.isfinite(loss) else str(loss),
+                "used": None if math.isnan(value) else float(value),
+            }
+            for client, loss, value in zip(self.client_ids, losses, used, strict=True)
+            if loss is not None and loss != value
+        ]
+        for item in self.clipped:
+            if (
+                item["used"] is None or item["reported"] > _FAR * item["used"]
+            ):  # a little above chance is how a run begins
+                logger.warning("the loss that %s reports is not believed: %s", item["id"], item["reported"])
+        return self.strategy.next_mixture(self.mixture, self.loss_scale * used, self.center)
 
-        A client without a loss keeps p_i; the others move among themselves on the mass that is left.
-        """
-        known = [i for i, loss in enumerate(losses) if loss is not None]
-        values = [self.loss_scale * float(losses[i]) for i in known]  # type: ignore[arg-type]
-        if len(known) == len(losses):
-            return self.strategy.next_mixture(self.mixture, values, self.center)
-        mass, center_mass = self.mixture[known].sum(), self.center[known].sum()
-        out = self.mixture.copy()
-        if mass > 0:
-            moved = self.strategy.next_mixture(self.mixture[known] / mass, values, self.center[known] / center_mass)
-            out[known] = mass * moved
-        return out
+    def _gain(self, losses: Sequence[float | None]) -> RobustGain | None:
+        used = robust_weights.believable(losses, self.chance)
+        return robust_weights.robust_gain(self.mixture, used, self.strategy.mixture_set(self.center))
 
     def end_round(self, round_index: int, *, moves_mixture: bool) -> RoundRecord:
         """Hear all ranks, move p where the round's losses do, tell all; the round's record, but for the times."""
@@ -141,6 +153,8 @@ class Coordinator:
         if moves_mixture:
             self.mixture = self.next_mixture(losses)
         self.protocol.tell_mixture(round_index, self.mixture.tolist())
+        clipped, self.clipped = self.clipped, []
+        losses = [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
         known = [loss for loss in losses if loss is not None]
         return {
             "round": round_index,
@@ -150,6 +164,8 @@ class Coordinator:
             "client_losses": losses,
             "mean_loss": float(np.mean(known)) if known else None,
             "worst_loss": max(known) if known else None,
+            "clipped_losses": clipped,
+            "robust_gain": self._gain(losses),
             "excluded_clients": excluded,
             "anchor_gradient_ratio": {client: told.anchor_gradient_ratio for client, told in self.heard.items()},
             "skipped_samples": self._skipped(reports),

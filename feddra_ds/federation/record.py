@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from feddra_ds.strategies.robust_weights import RobustGain
+
 
 class RoundRecord(TypedDict, total=False):
     """What a run says of one round. Lists are in the order of client_ids; the last two keys are the coordinator's clock."""
@@ -22,6 +24,11 @@ class RoundRecord(TypedDict, total=False):
     anchor_gradient_ratio: dict[str, float | None]
     """How hard the anchors pull: ‖∂ λ₂ ANC‖ / ‖∂ λ₁ ITA‖ by the embeddings, at the last step of the round's last stage, where
     the client is furthest from the global model; null without anchors."""
+    clipped_losses: list[dict[str, Any]]
+    """{id, reported, used} of every loss that p did not follow as it was: above chance (used: chance), or not finite or
+    negative (used: null, p_i is kept; a loss that is not finite is told as text)."""
+    robust_gain: RobustGain | None
+    """What p, after it has moved, makes of this round's losses, of the most that its set offers."""
     excluded_clients: list[dict[str, str]]
     """{id, reason} of every client that was left out of an average."""
     skipped_samples: dict[str, dict[str, int]]

@@ -18,6 +18,7 @@ from feddra_ds.checkpoint.load import SavedModel
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.files import write_atomic
 from feddra_ds.common.logs import logger
+from feddra_ds.common.text import listed
 from feddra_ds.config.load import dump
 from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.format.dataset import Dataset
@@ -49,7 +50,7 @@ from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
 from feddra_ds.strategies import Strategy
-from feddra_ds.strategies.robust_weights import Vector
+from feddra_ds.strategies.robust_weights import MixtureSet, Vector
 
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
@@ -207,10 +208,27 @@ def _lead(run: Run, center: Vector, resumed: dict[str, Any] | None) -> None:
         center,
         run.mixture,
         loss_scale=run.objective.loss_scale,
+        chance=run.objective.chance(config.dro.evaluation_batch_size),
         positions={} if resumed is None else resumed["positions"],
     )
+    if run.strategy.averages and len(center) > 1 and config.dro.fixed_weights is None:
+        _say_where_p_moves(run.strategy.mixture_set(center), run.client_ids)
     if config.run.monitor:
         run.monitor = build_monitor(config.run.monitor, str(run.run_dir), "events")
+
+
+def _say_where_p_moves(inside: MixtureSet, client_ids: list[str]) -> None:
+    """The smallest and the largest weight that each client can come to have."""
+    if inside.is_point:
+        return
+    low, high = inside.reach()
+    reach = [f"{client} {a:.2f} to {b:.2f}" for client, a, b in zip(client_ids, low, high, strict=True)]
+    logger.info("p can move, by client: %s", listed(reach))
+    if high.max() > 1 - 1e-9:
+        logger.warning(
+            "dro.radius=%g forbids nothing: one client can have the whole average; lower it, or set dro.maximum_weight",
+            inside.radius,
+        )
 
 
 def build_clients(

@@ -13,7 +13,7 @@ import numpy as np
 
 from feddra_ds.strategies import robust_weights
 from feddra_ds.strategies.options import DroOptions, StrategyOptions
-from feddra_ds.strategies.robust_weights import Vector
+from feddra_ds.strategies.robust_weights import MixtureSet, Vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,11 +57,28 @@ class Strategy:
         fixed = self.dro.fixed_weights
         return center.copy() if fixed is None else np.asarray(fixed, dtype=np.float64)
 
-    def next_mixture(self, p: Vector, losses: Sequence[float], center: Vector) -> Vector:
-        """p of the next round, (N,), from the losses L_i of the new global model (in the scale of step_size)."""
-        if self.dro.fixed_weights is not None:
+    def mixture_set(self, center: Vector) -> MixtureSet:
+        """Where p may move around the centre, (N,)."""
+        dro = self.dro
+        return robust_weights.set_around(
+            center, dro.set, dro.radius, dro.radius_share, minimum=dro.minimum_weight, maximum=dro.maximum_weight
+        )
+
+    def next_mixture(self, p: Vector, losses: Vector, center: Vector) -> Vector:
+        """p of the next round, (N,), from the losses L_i of the new global model, (N,) in the scale of step_size.
+
+        A loss of NaN says that its client has none to go by, so that its p_i is kept.
+        """
+        unknown = np.isnan(losses)
+        if self.dro.fixed_weights is not None or unknown.all():
             return p
-        return robust_weights.update_weights(p, losses, self.dro.step_size, self.dro.radius, center)
+        return self.mixture_set(center).step(
+            p,
+            np.where(unknown, 0.0, losses),
+            step_size=self.dro.step_size,
+            ascent=self.dro.ascent,
+            kept=np.where(unknown, p, np.nan) if unknown.any() else None,
+        )
 
     def average_weight(self, p: Vector) -> Vector:
         """Weights of the server's average, (N,): p, or uniform where p acts in the loss alone (dro.apply)."""

@@ -20,8 +20,19 @@ class StrategyOptions(Section):
 class DroOptions(Section):
     """The robust weights p of equation (4): their set, their step, and the losses that move them."""
 
+    set: Literal["chi2", "kl", "cvar", "simplex"] = "chi2"
+    """Where p may move: a χ² ball (the paper) or KL ball of this radius, cvar (no p_i above (1 + radius) c_i), or anywhere."""
     radius: float = Field(1.0, ge=0)
     """ρ of equation (4); 0 pins the weights to the centre, (N − 1)/2 and more allows the whole simplex."""
+    radius_share: float | None = Field(None, ge=0)
+    """The radius as a share of the smallest one that allows the whole simplex, in place of radius: the same at any N."""
+    ascent: Literal["projected", "closed_form", "exponentiated"] = "exponentiated"
+    """The step of p: projected (p + η L onto the set), closed_form (the worst mixture of the round's losses), or exponentiated
+    (the release), which keeps a weight of 0 at 0 unless minimum_weight lifts it."""
+    minimum_weight: float = Field(0.0, ge=0, le=1)
+    """Least p_i, as a part of the centre c_i."""
+    maximum_weight: float | None = Field(None, ge=1)
+    """Largest p_i, as a multiple of the centre c_i; null for no bound."""
     step_size: float = Field(0.5, ge=0)
     """η of equation (4), stated for direction_reduction = sum (the release: 0.01 × 50)."""
     apply: Literal["aggregate", "loss", "both"] = "aggregate"

@@ -355,6 +355,25 @@ class MixtureSet:
         return c + slope * (rise - curvature * c), slope
 
 
+def set_around(
+    center: Vector, kind: SetKind, radius: float, radius_share: float | None, *, minimum: float, maximum: float | None
+) -> MixtureSet:
+    """The set of the config's section `dro`: radius_share, where it is not None, is the radius in units of full_radius."""
+    if radius_share is not None:
+        radius = radius_share * MixtureSet(kind, 0.0, center).full_radius
+    return MixtureSet(kind, radius, center, minimum, maximum)
+
+
+def believable(losses: Sequence[float | None], chance: float) -> Vector:
+    """What of the reported losses p may follow, (N,): at most `chance`, the loss of a model that knows nothing.
+
+    NaN, so that p_i is kept, for a loss that is missing (None), not finite or negative. So no report moves p further than
+    one at chance.
+    """
+    values = np.array([np.nan if loss is None else loss for loss in losses], dtype=np.float64)
+    return np.where(np.isfinite(values) & (values >= 0), np.minimum(values, chance), np.nan)
+
+
 class RobustGain(TypedDict):
     """What p makes of the losses. Each but the share is a loss: Σ over the clients that have one of a weight times L_i."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -108,7 +109,43 @@ def positions_after_a_resume(config_tree: dict[str, Any]) -> dict[str, Any]:
     return positions
 
 
+def with_reports(config_tree: dict[str, Any], told: dict[str, list[float]]) -> None:
+    """All rounds, in which each client reports the losses that `told` has for it, a number a round."""
+    run = build_run(config_tree, clips=True)
+    numbers = {name: iter(values) for name, values in told.items()}
+    run.evaluate_losses = lambda: {str(client.index): next(numbers[client.id]) for client in run.clients}
+    run.rounds()
+    finish(run)
+
+
 # ---- tests
+@pytest.mark.parametrize("ascent", ["exponentiated", "projected", "closed_form"])
+def test_no_report_is_believed_blindly(dataset: Path, tmp_path: Path, ascent: str) -> None:
+    chance = 2 * math.log(8)  # dro.evaluation_batch_size is 8
+    more = {"schedule__rounds": 1, "dro__ascent": ascent, **SETTINGS}
+    after = {}
+    for name, lie in (("chance", chance), ("huge", 1e30), ("nan", math.nan), ("negative", -1.0), ("endless", math.inf)):
+        told = {"north": [3.0], "south": [lie], "west": [2.0]}
+        on_ranks(with_reports, 2, tree(dataset, tmp_path / name, **more), told)
+        (line,) = metrics_of(tmp_path / name)
+        after[name] = line["next_client_weights"]
+        assert sum(after[name]) == pytest.approx(1, abs=1e-12)
+        reported = line["clipped_losses"]
+        if name == "chance":
+            assert reported == []
+            assert line["robust_gain"]["best"] >= line["robust_gain"]["mixture"] > line["robust_gain"]["mean"]
+        elif name == "huge":
+            assert reported == [{"id": "south", "reported": 1e30, "used": pytest.approx(chance)}]
+            assert line["client_losses"][1] == 1e30
+        else:
+            said = {"nan": "nan", "negative": -1.0, "endless": "inf"}[name]
+            assert reported == [{"id": "south", "reported": said, "used": None}]
+            assert after[name][1] == pytest.approx(1 / 3, abs=1e-12)
+            assert after[name][0] > 1 / 3 > after[name][2]
+        assert (line["client_losses"][1] is None) == (name in ("nan", "endless"))
+    assert after["huge"] == after["chance"]
+
+
 def test_a_slot_that_does_not_report_is_dropped_and_the_others_regroup(dataset: Path, tmp_path: Path) -> None:
     from feddra_ds.run.metrics_file import read_metrics
 

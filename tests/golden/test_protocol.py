@@ -23,6 +23,7 @@ Losses: 7.2602260, 9.0329567, 1.2465913; q = (0.3638935, 0.4980461, 0.1380604) â
 
 from __future__ import annotations
 
+import math
 import types
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
 
     class Objective:
         needs_anchors, needs, loss_scale = False, frozenset(), 1.0
+
+        def chance(self, batch_size: int) -> float:
+            return math.inf
 
         def __call__(self, features: Any, anchors: Any, group: Any) -> Any:
             size = 1 if group is None else torch.distributed.get_world_size(group)

@@ -47,7 +47,7 @@ def test_four_mistakes_four_lines() -> None:
         ("optimiser.lr", "unknown section; did you mean optimizer?"),
         ("model.visoin.pretrained", "unknown section; did you mean model.vision?"),
         ("xyzzy", "unknown key; `feddra-ds train --help` lists all keys"),
-        ("dro", "is a section, whose keys are set one by one, such as dro.radius (got 3)"),
+        ("dro", "is a section, whose keys are set one by one, such as dro.set (got 3)"),
         ("schedule.rounds.a", "must be a valid integer (got {'a': 3})"),
     ],
 )

@@ -120,7 +120,7 @@ def test_the_runs_keys_make_its_set(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         center_of(run, [0, 10, 60]), 1 / 3, err_msg="an export's data need not have the train split"
     )
-    run.config["dro"] |= {"set": "cvar", "radius": "0.5x", "minimum_weight": 0.1, "maximum_weight": 2.0}
+    run.config["dro"] |= {"set": "cvar", "radius_share": 0.5, "minimum_weight": 0.1, "maximum_weight": 2.0}
     inside = set_of(run, center)
     assert (inside.kind, inside.minimum, inside.maximum) == ("cvar", 0.1, 2.0)
     assert inside.radius == pytest.approx(0.5 * (1 / 0.1 - 1))

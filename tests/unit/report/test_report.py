@@ -155,7 +155,7 @@ def test_the_distance_of_the_weights_has_the_bound_of_its_ball_alone(data: Path,
     run = make_run(tmp_path / "run", make_config(tmp_path / "run", data), [make_line(2)])
     assert ", of at most ρ = 1." in write(run, "--examples", "0").text
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["dro"] |= {"radius": "0.25x"}
+    config["dro"] |= {"radius_share": 0.25}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert ", of at most ρ = 0.25." in write(run, "--examples", "0").text
     config["dro"] |= {"set": "kl"}
