@@ -61,6 +61,12 @@ def contradictions(config: Config) -> list[str]:
             f"dro.evaluation_pairs: {c.dro.evaluation_pairs} does not fill one batch of dro.evaluation_batch_size = "
             f"{c.dro.evaluation_batch_size}; raise the one, or lower the other"
         )
+    if (c.dro.loss == "excess") != (c.dro.reference is not None):
+        out.append(
+            "dro.reference: goes with dro.loss=excess, which needs it: the folder of a run of strategy.name=local"
+        )
+    if c.dro.loss == "excess" and c.dro.evaluate_on == "anchors":
+        out.append("dro.loss: excess needs losses of the same pairs under two models; use dro.evaluate_on=val")
     if c.dro.evaluate_on == "anchors":
         if c.objective.anchor_weight == 0 or c.schedule.stage1_steps == 0:
             out.append("dro.evaluate_on: anchors needs objective.anchor_weight > 0 and schedule.stage1_steps > 0")
@@ -78,7 +84,7 @@ def contradictions(config: Config) -> list[str]:
                 "dro.evaluate_on: anchors needs objective.anchor_mode=eval, the mode in which losses are comparable"
             )
         if c.dro.apply != "aggregate":
-            out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use sample")
+            out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use val")
     both_stages = c.schedule.stage1_steps > 0 and c.schedule.stage2_steps > 0
     if both_stages and c.schedule.stage2_start == "global" and not c.aggregate.after_stage1:
         out.append(

@@ -78,12 +78,16 @@ def _data(config: Config, dataset: Dataset, ids: Sequence[str]) -> Iterator[Find
     if strategy.pools_data:
         text = f"a round shows {shown:,} pairs, {shown / sum(pairs.values()):.1f} × all of them"
     yield Finding("ok", "round", text)
-    if config.dro.evaluation_pairs > pairs[small] and not strategy.pools_data:
-        used = pairs[small] // config.dro.evaluation_batch_size * config.dro.evaluation_batch_size
-        todo = "nothing, unless that is too few for a steady p: then leave the client out, or lower dro.evaluation_batch_size"
-        yield Finding(
-            "note", "dro.evaluation_pairs", f"{used} of {config.dro.evaluation_pairs}, as {small} has no more", todo
-        )
+    if strategy.pools_data or config.dro.evaluate_on == "anchors":
+        return
+    split, batch = config.dro.evaluate_on, config.dro.evaluation_batch_size
+    judged = {client: dataset.num_samples(client, split) // batch * batch for client in ids}
+    few = {client: count for client, count in judged.items() if count < config.dro.evaluation_pairs}
+    if few:
+        todo = "nothing, unless that is too few for a steady p: then raise dro.loss_smoothing, or leave the client out"
+        each = listed([f"{client} {count}" for client, count in few.items()], 20)
+        text = f"of {split} pairs, fewer than dro.evaluation_pairs = {config.dro.evaluation_pairs} move p: {each}"
+        yield Finding("note", "dro.evaluation_pairs", text, todo)
 
 
 def _parameters(config: Config, layout: Plan, num_clients: int) -> Iterator[Finding]:

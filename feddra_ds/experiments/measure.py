@@ -8,7 +8,7 @@ Over the clients that were trained on, on the split that the spec names; recall 
     pooled_recall@1, pooled_recall@5       all clients' pairs in one gallery
     held_out_recall@1, held_out_recall@5   mean over the sites that nobody trained on
     loss, worst_loss                       L_i of the split, in batches of dro.evaluation_batch_size: mean and largest
-    train_loss, worst_train_loss           L_i as the run's last round measured it
+    train_loss, worst_train_loss           L_i of training pairs, as the run's last round measured it
     worst_mixture_loss, worst_mixture_…    what `evaluate` says of the worst mixture
     largest_p, robust_gain_share           the weights p after the last round
     recall@5/CLIENT, loss/CLIENT, p/CLIENT one client's
@@ -96,8 +96,10 @@ def round_metrics(line: Mapping[str, Any]) -> Metrics:
     weights = line.get("next_client_weights") or line["client_weights"]
     out = {f"p/{c}": float(p) for c, p in zip(line["client_ids"], weights, strict=True)}
     out["largest_p"] = max(out.values())
-    losses = {"train_loss": line.get("mean_loss"), "worst_train_loss": line.get("worst_loss")}
-    out |= {name: float(value) for name, value in losses.items() if value is not None}
+    memorised = [x for x in line.get("client_train_losses") or [] if x is not None]
+    losses = memorised or [x for x in line["client_losses"] if x is not None]  # where L_i is of training pairs itself
+    if losses:
+        out |= {"train_loss": float(np.mean(losses)), "worst_train_loss": max(losses)}
     gain = (line.get("robust_gain") or {}).get("share")
     return out | ({"robust_gain_share": float(gain)} if isinstance(gain, (int, float)) else {})
 

@@ -315,7 +315,7 @@ class Worker:
 def _job(spec: Spec, grid: Grid, run: Run, root: str, options: Options) -> dict[str, Any]:
     folders = {other.arm: str(_folder(options, other)) for other in grid.runs if other.seed == run.seed}
     own: dict[str, Any] = {"run": {"output_dir": str(_folder(options, run)), "seed": run.seed}, "data": {"root": root}}
-    keep = "all" if options.keep else "model" if run.arm in grid.needed else "record"
+    keep = "all" if options.keep or run.arm in grid.needed else "record"
     return {
         "tree": merge(fill(run.tree, folders), own),
         "launch": options.launch,

@@ -83,10 +83,9 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def tidy(run_dir: Path, keep: str) -> None:
-    """Delete what is heavy. keep: all, model (others will read it), or record (config, metrics, log)."""
-    if keep != "all":
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    """Delete what is heavy. keep: all (others will read it), or record (config, metrics, log)."""
     if keep == "record":
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         shutil.rmtree(run_dir / "model", ignore_errors=True)
         shutil.rmtree(run_dir / "events", ignore_errors=True)
 

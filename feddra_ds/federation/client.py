@@ -21,7 +21,7 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
 from feddra_ds.federation.aggregation.admission import validate_update
 from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
-from feddra_ds.federation.protocol import ClientReport
+from feddra_ds.federation.protocol import ClientReport, Loss
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.federation.step import LocalStep, StepObserver, anchor_gradient_ratio
 from feddra_ds.objectives.base import Objective
@@ -37,6 +37,7 @@ class Client:
     index: int
     id: str
     data: ClientData
+    held_out: ClientData | None = None  # pairs whose losses move p; None where training pairs do (dro.evaluate_on)
     position: Position = field(default_factory=lambda: Position(0, 0))
     aligner: dict[str, PartState] | None = None  # its own θ_i (and buffers) after stage 1, on the host
     corrections: dict[str, SliceState] = field(
@@ -56,7 +57,7 @@ class LocalResult:
     mean_loss: float
     num_pairs: int
     problem: str | None
-    anchor_loss: float | None = None
+    anchor_loss: Loss | None = None
     anchor_gradient_ratio: float | None = None
     num_skipped: int = 0
 
@@ -159,7 +160,7 @@ class LocalTrainer:
         problem = self._problem(client, stage, tally)
         if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
-        anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
+        anchor_loss = Loss.of(torch.cat(anchor_losses)) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
         ratio = self._anchor_gradient_ratio()
         return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped))

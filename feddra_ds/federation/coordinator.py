@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,10 @@ from feddra_ds.common.logs import logger
 from feddra_ds.common.text import by_reason, listed
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
-from feddra_ds.federation.protocol import ClientReport, Decision, Protocol, RankReport
+from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.strategies import Strategy, robust_weights
-from feddra_ds.strategies.robust_weights import RobustGain, Vector
+from feddra_ds.strategies.robust_weights import Vector
 
 _FAR = 2.0  # times chance: a loss beyond this is said in the log too
 
@@ -39,6 +39,8 @@ class Coordinator:
     positions: dict[str, dict[str, int]] = field(default_factory=dict)
     excluded: list[dict[str, str]] = field(default_factory=list)  # of the round that runs
     clipped: list[dict[str, Any]] = field(default_factory=list)  # losses that were not believed, of the round that runs
+    smoothed: Vector | None = None  # what p follows, averaged over the rounds (dro.loss_smoothing); NaN: never heard of
+    followed: Vector | None = None  # what p followed when it last moved; NaN where p_i was kept
     heard: dict[str, ClientReport] = field(default_factory=dict)  # what each client's slot told of the last stage
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
@@ -52,12 +54,12 @@ class Coordinator:
         excluded = self._excluded(reports, lost)
         for reason, clients in by_reason(excluded).items():
             logger.warning("round %d, %s: excluded, because %s: %s", round_index, stage, reason, listed(clients))
-        losses = [reports[i].loss if i in reports else None for i in range(len(self.client_ids))]
-        if any(loss is not None for loss in losses) and round_index > 0:
-            self.mixture = self.next_mixture(losses)  # of the model that the last round ended with (dro.evaluate_on)
+        told = {str(index): report.loss for index, report in reports.items()}
+        if any(told.values()) and round_index > 0:  # of the model that the last round ended with (dro.evaluate_on)
+            self.mixture = self.next_mixture(self._means(told))
         out = {item["id"] for item in excluded}
         included = [index for index, client in enumerate(self.client_ids) if client not in out]
-        weights = self.strategy.average_weight(self.mixture)
+        weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture), self.center)
         # where all take part the sum is 1: nothing is divided by 0.9999999
         total = 1.0 if not excluded else float(sum(weights[i] for i in included))
         decision = Decision(
@@ -67,8 +69,11 @@ class Coordinator:
             excluded,
             live,
             generation=self.topology.plan.num_slots - len(live),
-            stop=self._reason_to_stop(included, total, excluded),
+            stop=self._reason_to_stop(included, excluded),
         )
+        if included and not self.mixture[included].any():
+            logger.warning("round %d, %s: the clients that gave a valid update have weight 0 in p; they are averaged with the "
+                           "centre's weights", round_index, stage)  # fmt: skip
         self.protocol.tell_decision(round_index, stage, decision)
         return decision
 
@@ -105,37 +110,52 @@ class Coordinator:
                     self.excluded.append(excluded[-1])
         return excluded
 
-    def _reason_to_stop(self, included: list[int], total: float, excluded: list[dict[str, str]]) -> str | None:
-        if len(included) < self.config.clients.minimum:
-            stop = f"{len(included)} clients gave a valid update, clients.minimum is {self.config.clients.minimum}"
-        elif total <= 0:
-            stop = "the clients that gave a valid update have weight 0 in p, so there is nothing to average"
-        else:
+    def _reason_to_stop(self, included: list[int], excluded: list[dict[str, str]]) -> str | None:
+        if len(included) >= self.config.clients.minimum:
             return None
+        stop = f"{len(included)} clients gave a valid update, clients.minimum is {self.config.clients.minimum}"
         return stop + "".join(f"; {listed(clients)}: {reason}" for reason, clients in by_reason(excluded).items())
 
-    def next_mixture(self, losses: Sequence[float | None]) -> Vector:
-        """Equation (4) over the losses that can be believed; the weight of a client without one stays as it is."""
-        used = robust_weights.believable(losses, self.chance)
-        self.clipped = [
-            {
-                "id": client,
-                "reported": loss if math.isfinite(loss) else str(loss),
-                "used": None if math.isnan(value) else float(value),
-            }
-            for client, loss, value in zip(self.client_ids, losses, used, strict=True)
-            if loss is not None and loss != value
-        ]
-        for item in self.clipped:
-            if (
-                item["used"] is None or item["reported"] > _FAR * item["used"]
-            ):  # a little above chance is how a run begins
-                logger.warning("the loss that %s reports is not believed: %s", item["id"], item["reported"])
-        return self.strategy.next_mixture(self.mixture, self.loss_scale * used, self.center)
+    def next_mixture(self, losses: Sequence[float | None], references: Vector | None = None) -> Vector:
+        """Equation (4) over the losses that can be believed; the weight of a client without one stays as it is.
 
-    def _gain(self, losses: Sequence[float | None]) -> RobustGain | None:
+        references: (N,) the losses of the clients' own models, NaN where there is none, for dro.loss = excess.
+        """
+        self._note_clipped(losses)
+        new, keep = self._believed(losses, references), self.config.dro.loss_smoothing
+        before = np.full(len(new), np.nan) if self.smoothed is None else self.smoothed
+        moved = np.where(np.isnan(before), new, keep * before + (1 - keep) * new)
+        self.smoothed = np.where(np.isnan(new), before, moved)
+        self.followed = np.where(np.isnan(new), np.nan, self.smoothed)
+        return self.strategy.next_mixture(self.mixture, self.loss_scale * self.followed, self.center)
+
+    def _believed(self, losses: Sequence[float | None], references: Vector | None) -> Vector:
+        """What of the losses p may follow, (N,), less the references; NaN where there is nothing."""
+        believed = robust_weights.believable(losses, self.chance)
+        return believed if references is None else believed - references
+
+    def _note_clipped(self, losses: Sequence[float | None]) -> None:
+        """Keep for the record, and say in the log where it is far off, each loss that is not believed as it is."""
         used = robust_weights.believable(losses, self.chance)
-        return robust_weights.robust_gain(self.mixture, used, self.strategy.mixture_set(self.center))
+        self.clipped = []
+        for client, loss, value in zip(self.client_ids, losses, used, strict=True):
+            if loss is None or loss == value:
+                continue
+            reported = loss if math.isfinite(loss) else str(loss)
+            self.clipped.append({"id": client, "reported": reported, "used": None if np.isnan(value) else float(value)})
+            if np.isnan(value) or loss > _FAR * value:  # a little above chance is how a run begins
+                logger.warning("the loss that %s reports is not believed: %s", client, reported)
+
+    def _means(self, told: Mapping[str, Loss | None]) -> list[float | None]:
+        """By client, in order, from what was told by index."""
+        by_index = {int(index): loss for index, loss in told.items() if loss is not None}
+        return [by_index[i].mean if i in by_index else None for i in range(len(self.client_ids))]
+
+    def _columns(self, told: Mapping[str, Loss | None]) -> tuple[list[float | None], list[float | None]]:
+        """The losses that were told, and their standard errors, by client in order."""
+        by_index = {int(index): loss for index, loss in told.items() if loss is not None}
+        rows = [by_index.get(i, Loss(math.nan, math.nan)) for i in range(len(self.client_ids))]
+        return _finite([row.mean for row in rows]), _finite([row.error for row in rows])
 
     def end_round(self, round_index: int, *, moves_mixture: bool) -> RoundRecord:
         """Hear all ranks, move p where the round's losses do, tell all; the round's record, but for the times."""
@@ -145,16 +165,17 @@ class Coordinator:
         self._stale = self.protocol.keys_of_round(round_index)
         for report in reports:
             self.positions |= report.positions
-        losses: list[float | None] = [None] * len(self.client_ids)
-        for report in reports:
-            for index, loss in report.losses.items():
-                losses[int(index)] = loss
+        told = {index: loss for report in reports for index, loss in report.losses.items()}
+        trained = {index: loss for report in reports for index, loss in report.train_losses.items()}
+        references = self._references(reports)
         used, self.excluded, excluded = self.mixture, [], self.excluded
         if moves_mixture:
-            self.mixture = self.next_mixture(losses)
+            self.mixture = self.next_mixture(self._means(told), references)
         self.protocol.tell_mixture(round_index, self.mixture.tolist())
         clipped, self.clipped = self.clipped, []
-        losses = [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
+        believed = self._believed(self._means(told), references)
+        losses, errors = self._columns(told)
+        train_losses, train_errors = self._columns(trained)
         known = [loss for loss in losses if loss is not None]
         return {
             "round": round_index,
@@ -162,10 +183,15 @@ class Coordinator:
             "client_weights": used.tolist(),
             "next_client_weights": self.mixture.tolist() if moves_mixture else None,
             "client_losses": losses,
+            "client_losses_se": errors,
+            "client_train_losses": train_losses,
+            "client_train_losses_se": train_errors,
+            "reference_losses": [None] * len(self.client_ids) if references is None else _finite(references.tolist()),
+            "followed_losses": [] if self.followed is None else _finite(self.followed.tolist()),
             "mean_loss": float(np.mean(known)) if known else None,
             "worst_loss": max(known) if known else None,
             "clipped_losses": clipped,
-            "robust_gain": self._gain(losses),
+            "robust_gain": robust_weights.robust_gain(self.mixture, believed, self.strategy.mixture_set(self.center)),
             "excluded_clients": excluded,
             "anchor_gradient_ratio": {client: told.anchor_gradient_ratio for client, told in self.heard.items()},
             "skipped_samples": self._skipped(reports),
@@ -175,6 +201,13 @@ class Coordinator:
             "peak_memory_bytes": [report.memory for report in reports],
             "val": _in_order({name: gallery for report in reports for name, gallery in report.val.items()}),
         }
+
+    def _references(self, reports: Sequence[RankReport]) -> Vector | None:
+        """(N,) the losses of the clients' own models, NaN where none was told; None where p does not ask for them."""
+        if self.config.dro.loss != "excess":
+            return None
+        told = {int(index): loss for report in reports for index, loss in report.references.items()}
+        return np.array([told.get(i, math.nan) for i in range(len(self.client_ids))])
 
     def _skipped(self, reports: Sequence[RankReport]) -> dict[str, dict[str, int]]:
         skipped: dict[str, Counter[str]] = {client: Counter() for client in self.client_ids}
@@ -189,6 +222,7 @@ class Coordinator:
             "round": round_index,
             "client_ids": self.client_ids,
             "next_client_weights": self.mixture.tolist(),
+            "smoothed_losses": None if self.smoothed is None else _finite(self.smoothed.tolist()),
             "positions": self.positions,
             "config": self.config.model_dump(mode="json"),
         }
@@ -197,3 +231,8 @@ class Coordinator:
 def _in_order(val: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """The galleries by name, the pooled one last."""
     return {name: val[name] for name in sorted(val, key=lambda name: (name == "all", name))}
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """JSON knows no number that is not finite."""
+    return [value if math.isfinite(value) else None for value in values]

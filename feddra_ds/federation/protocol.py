@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # what a message says is read without torch
+    from torch import Tensor
+
     from feddra_ds.distributed.topology import Topology
 
 COORDINATOR = "the coordinator (rank 0)"
@@ -25,12 +27,25 @@ COORDINATOR = "the coordinator (rank 0)"
 PATIENCE = 3
 
 
+class Loss(NamedTuple):
+    """A client's loss L_i: the mean over its pairs, and the standard error of that mean (their SD/√n)."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, pairs: Tensor) -> Loss:
+        """From the losses of the pairs, (n,), n ≥ 2."""
+        values = pairs.double()
+        return cls(float(values.mean()), float(values.std() / len(values) ** 0.5))
+
+
 @dataclass(frozen=True)
 class ClientReport:
     """What a stage of one client gave."""
 
     problem: str | None  # why its update cannot be averaged; None: it can
-    loss: float | None  # L_i of the model that the stage started from, where it was read off the anchors
+    loss: Loss | None  # L_i of the model that the stage started from, where it was read off the anchors
     train_loss: float | None  # mean of its steps; None: not finite
     pairs: int  # pairs trained on
     anchor_gradient_ratio: float | None = None  # of its last step; None without anchors
@@ -53,7 +68,9 @@ class Decision:
 class RankReport:
     """What a rank tells at the end of a round."""
 
-    losses: dict[str, float | None] = field(default_factory=dict)  # L_i by the client's index; at the leader
+    losses: dict[str, Loss | None] = field(default_factory=dict)  # L_i by the client's index; at the leader
+    train_losses: dict[str, Loss | None] = field(default_factory=dict)  # the same of training pairs, where L_i is not
+    references: dict[str, float] = field(default_factory=dict)  # L_i of the client's own model, for dro.loss = excess
     positions: dict[str, dict[str, int]] = field(default_factory=dict)  # of each client in its data; at the leader
     val: dict[str, dict[str, float]] = field(default_factory=dict)  # retrieval by gallery
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)  # unreadable samples by client and reason
@@ -76,7 +93,7 @@ class Protocol:
 
     def hear_stage(self, round_index: int, stage: str, slot: int, timeout_s: float) -> dict[int, ClientReport]:
         message = self.topology.fetch(_slot(round_index, stage, slot), sender=f"slot {slot}", timeout_s=timeout_s)
-        return {int(index): ClientReport(**told) for index, told in message.items()}
+        return {int(index): ClientReport(**_with_losses(told, "loss")) for index, told in message.items()}
 
     def tell_decision(self, round_index: int, stage: str, decision: Decision) -> None:
         self.topology.post(_decision(round_index, stage), asdict(decision))
@@ -95,7 +112,7 @@ class Protocol:
     def hear_round(self, round_index: int) -> list[RankReport]:
         """The reports of all live ranks, in rank order."""
         return [
-            RankReport(**self.topology.fetch(_rank(round_index, rank), sender=f"rank {rank}"))
+            _rank_report(self.topology.fetch(_rank(round_index, rank), sender=f"rank {rank}"))
             for rank in self.topology.live_ranks
         ]
 
@@ -128,6 +145,16 @@ class Protocol:
 
     def _patiently(self, key: str) -> Any:
         return self.topology.fetch(key, sender=COORDINATOR, timeout_s=PATIENCE * self.topology.timeout_s)
+
+
+def _with_losses(told: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A message with the losses under these keys as such: JSON has made lists of them."""
+    return told | {key: None if told[key] is None else Loss(*told[key]) for key in keys}
+
+
+def _rank_report(told: dict[str, Any]) -> RankReport:
+    tables = {key: _with_losses(told[key], *told[key]) for key in ("losses", "train_losses")}
+    return RankReport(**(told | tables))
 
 
 def _slot(round_index: int, stage: str, slot: int) -> str:

@@ -18,7 +18,16 @@ class RoundRecord(TypedDict, total=False):
     next_client_weights: list[float] | None
     """p of the next round; null where it moves only at the next round's first average."""
     client_losses: list[float | None]
-    """L_i of the new global model; null for a client that was not heard of."""
+    """L_i of the new global model on the pairs of dro.evaluate_on; null for a client that was not heard of."""
+    client_losses_se: list[float | None]
+    """Their standard errors."""
+    client_train_losses: list[float | None]
+    """The same on training pairs, where L_i is not of them: what a client has memorised is the gap."""
+    client_train_losses_se: list[float | None]
+    reference_losses: list[float | None]
+    """L_i of the client's own model (dro.reference) on the same pairs; null but for dro.loss = excess."""
+    followed_losses: list[float | None]
+    """What p follows: L_i where it can be believed, less its reference, smoothed; null where p_i is kept."""
     mean_loss: float | None
     worst_loss: float | None
     anchor_gradient_ratio: dict[str, float | None]

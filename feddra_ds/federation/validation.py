@@ -1,4 +1,4 @@
-"""The losses L_i that move the weights p of equation (4), and retrieval: embeddings of fixed samples, without augmentation.
+"""The losses L_i that move the weights p of equation (4), and retrieval: embeddings of seeded samples, without augmentation.
 
 n: pairs of the sample · D: embedding size.
 """
@@ -16,7 +16,7 @@ from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.collectives import gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
-from feddra_ds.federation.client import Client
+from feddra_ds.federation.protocol import Loss
 from feddra_ds.federation.step import model_inputs
 from feddra_ds.metrics.ranking import ranks, recall_table
 from feddra_ds.objectives.base import Objective
@@ -33,8 +33,15 @@ class Embedded:
     temperature: float
 
 
-def embed(engine: Engine, data: ClientData, num_pairs: int | None, config: Config, topology: Topology) -> Embedded:
-    """Embed a fixed sample of one client with the engine's weights. Collective over the slot.
+def embed(
+    engine: Engine,
+    data: ClientData,
+    num_pairs: int | None,
+    config: Config,
+    topology: Topology,
+    draw: int | None = None,
+) -> Embedded:
+    """Embed a sample of one client (see ClientData.evaluation_batches) with the engine's weights. Collective over the slot.
 
     Every rank runs the same number of forwards (under ZeRO 3 a forward is a collective), so a rank with fewer pairs
     repeats its last batch and drops the result.
@@ -44,7 +51,7 @@ def embed(engine: Engine, data: ClientData, num_pairs: int | None, config: Confi
     wanted = data.num_samples if num_pairs is None else min(num_pairs, data.num_samples)
     longest = math.ceil(wanted / topology.plan.ranks_per_slot)
     num_forwards = math.ceil(longest / per_rank)
-    batches = iter(data.evaluation_batches(num_pairs, per_rank, config.run.seed))
+    batches = iter(data.evaluation_batches(num_pairs, per_rank, config.run.seed, draw))
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     inputs: dict[str, Tensor] | None = None
     dim, temperature = config.model.embedding_dim, config.objective.temperature
@@ -76,27 +83,22 @@ def embed(engine: Engine, data: ClientData, num_pairs: int | None, config: Confi
     return Embedded(image, text, ids, temperature)
 
 
-def evaluation_size(config: Config, num_samples: list[int]) -> int:
-    """Pairs per client in the losses that move p: the same for all, a multiple of dro.evaluation_batch_size."""
-    batch = config.dro.evaluation_batch_size
-    return min(config.dro.evaluation_pairs, *num_samples) // batch * batch
+def measure_loss(
+    engine: Engine, data: ClientData, objective: Objective, config: Config, topology: Topology, draw: int | None
+) -> Loss:
+    """L_i of equation (4): the mean loss of a sample's pairs, in batches of dro.evaluation_batch_size for every client.
 
-
-def client_loss(
-    engine: Engine, client: Client, num_pairs: int, objective: Objective, config: Config, topology: Topology
-) -> float:
-    """L_i of equation (4): the mean loss of a fixed sample's pairs, at one batch size for every client.
-
-    The anchor term is not part of it. Identical reports count as positives of each other; what chance gives is
-    objective.chance(batch size). Collective over the slot; equal on its ranks.
+    The anchor term is not part of it; what chance gives is objective.chance(batch size). The sample has
+    dro.evaluation_pairs pairs, or as many whole batches as the client has. Collective over the slot; equal on its ranks.
     """
-    sample = embed(engine, client.data, num_pairs, config, topology)
     batch = config.dro.evaluation_batch_size
+    num_pairs = min(config.dro.evaluation_pairs, data.num_samples) // batch * batch
+    sample = embed(engine, data, num_pairs, config, topology, draw)
     losses = []
     for i in range(0, num_pairs, batch):
         part = Features(sample.image[i : i + batch], sample.text[i : i + batch], temperature=sample.temperature)
         losses.append(objective.per_pair(part, sample.text_ids[i : i + batch]))
-    return float(torch.cat(losses).double().mean())
+    return Loss.of(torch.cat(losses))
 
 
 def retrieval(sample: Embedded) -> dict[str, float]:

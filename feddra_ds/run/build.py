@@ -34,6 +34,7 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.anchors import frozen_twin
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
+from feddra_ds.federation.references import References
 from feddra_ds.federation.saving import read_kept, read_residuals
 from feddra_ds.federation.schedule import steps_per_round
 from feddra_ds.federation.server import OwnModels, Server
@@ -45,7 +46,7 @@ from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.deferred import Weights, defer, make_room
 from feddra_ds.objectives import Objective
 from feddra_ds.objectives import build as build_objective
-from feddra_ds.run.checks import Checked, check
+from feddra_ds.run.checks import Checked, check, reference_checkpoint
 from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
@@ -74,6 +75,7 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     step_factor = strategy.step_factor(len(dataset_ids))
     if topology.is_coordinator:
         _say_what_starts(config, layout, device, model, step_factor)
+        _say_what_is_held_out(dataset)
     resumed = agree_on_checkpoint(config, topology)
     trainer = build_trainer(config, model, initial, objective, strategy, topology)
     engine = trainer.engine
@@ -82,6 +84,8 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     )
     server = Server(engine, strategy, config, topology) if strategy.averages else OwnModels(engine, clients)
     center = strategy.center(num_samples)
+    reference = None if config.dro.reference is None else reference_checkpoint(config.dro.reference)
+    references = None if reference is None else References(reference, engine)
     run = Run(
         config=config,
         strategy=strategy,
@@ -95,11 +99,13 @@ def build(config: Config, checked: Checked | None = None) -> Run:
         validation=validation,
         num_samples=num_samples,
         step_factor=step_factor,
+        center=center,
+        references=references,
         mixture=strategy.first_mixture(center),
     )
     state = None if resumed is None else _resume(run, resumed)
     if topology.is_coordinator:
-        _lead(run, center, state)
+        _lead(run, state)
     return run
 
 
@@ -125,6 +131,12 @@ def _say_what_starts(
             config.model.head.output_norm,
             " and ".join(f"model.{side}" for side in sides) + (" has" if len(sides) == 1 else " have"),
         )
+
+
+def _say_what_is_held_out(dataset: Dataset) -> None:
+    if dataset.without_val:
+        told = listed([f"{client} {dataset.num_samples(client, 'val')}" for client in dataset.without_val])
+        logger.info("kept out of training, as there is no val split (dro.holdout_fraction): %s pairs", told)
 
 
 def sides_at_chance(config: ModelConfig, built: DualEncoderConfig) -> list[str]:
@@ -192,9 +204,9 @@ def _resume(run: Run, folder: Path) -> dict[str, Any]:
     return state
 
 
-def _lead(run: Run, center: Vector, resumed: dict[str, Any] | None) -> None:
+def _lead(run: Run, resumed: dict[str, Any] | None) -> None:
     """What the coordinator has beside the others: the run's folder, its record, its decisions."""
-    config = run.config
+    config, center = run.config, run.center
     run.run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run.run_dir / "config.yaml", dump(config))
     run.metrics = MetricsFile(
@@ -210,11 +222,17 @@ def _lead(run: Run, center: Vector, resumed: dict[str, Any] | None) -> None:
         loss_scale=run.objective.loss_scale,
         chance=run.objective.chance(config.dro.evaluation_batch_size),
         positions={} if resumed is None else resumed["positions"],
+        smoothed=None if resumed is None else _losses_of(resumed.get("smoothed_losses")),
     )
     if run.strategy.averages and len(center) > 1 and config.dro.fixed_weights is None:
         _say_where_p_moves(run.strategy.mixture_set(center), run.client_ids)
     if config.run.monitor:
         run.monitor = build_monitor(config.run.monitor, str(run.run_dir), "events")
+
+
+def _losses_of(saved: list[float | None] | None) -> Vector | None:
+    """(N,) from a checkpoint's list, in which None says that a client was never heard of."""
+    return None if saved is None else np.array([np.nan if loss is None else loss for loss in saved])
 
 
 def _say_where_p_moves(inside: MixtureSet, client_ids: list[str]) -> None:
@@ -262,6 +280,9 @@ def build_clients(
         if config.evaluation.every > 0:
             for member in members[name]:
                 validation[member] = build_data(dataset, [member], config.evaluation.split, **common)
+        if config.dro.evaluate_on == "val":
+            is_built = config.evaluation.split == "val" and members[name] == [name] and name in validation
+            clients[-1].held_out = validation[name] if is_built else build_data(dataset, members[name], "val", **common)
     return clients, validation, client_ids, num_samples
 
 

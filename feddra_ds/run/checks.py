@@ -9,7 +9,10 @@ import os
 from pathlib import Path
 
 from feddra_ds import strategies
+from feddra_ds.checkpoint.format import check as check_checkpoint
+from feddra_ds.checkpoint.format import read_coordinator
 from feddra_ds.common.errors import ConfigError, DataError
+from feddra_ds.common.text import listed
 from feddra_ds.config.schema import Config
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.preflight import preflight
@@ -28,6 +31,43 @@ def _cannot_be_made(folder: Path) -> list[str]:
     return []
 
 
+def hold_out(dataset: Dataset, config: Config) -> None:
+    """For dro.evaluate_on=val: take a slice out of the training pairs of each client that has no val split."""
+    if config.dro.evaluate_on != "val":
+        return
+    for client in dataset.wanted(config.clients.ids):
+        if (
+            client in dataset.clients
+            and not dataset.num_samples(client, "val")
+            and dataset.num_samples(client, "train")
+        ):
+            dataset.hold_out(client, config.dro.holdout_fraction, config.dro.evaluation_batch_size, config.run.seed)
+
+
+def _reference_problem(config: Config, ids: list[str]) -> str | None:
+    """Why dro.reference cannot be compared with, or None."""
+    reference = config.dro.reference
+    if reference is None:
+        return None
+    folder = reference_checkpoint(reference)
+    if folder is None:
+        return f"dro.reference: {reference} has no whole checkpoint; give the folder of a finished run of strategy.name=local"
+    state = read_coordinator(folder)
+    if state["config"]["strategy"]["name"] != "local":
+        return f"dro.reference: {reference} is a run of {state['config']['strategy']['name']}; give one of strategy.name=local"
+    if missing := [client for client in ids if client not in state["metrics"]["client_ids"]]:
+        return f"dro.reference: {reference} has no model of {listed(missing)}; train it with these clients too"
+    if state["config"]["model"] != config.model_dump(mode="json")["model"]:
+        return f"dro.reference: {reference} has another model section; train both runs with the same one"
+    return None
+
+
+def reference_checkpoint(run_dir: str) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    newest_first = sorted((Path(run_dir) / "checkpoints").glob("round-*"), reverse=True)
+    return next((folder for folder in newest_first if check_checkpoint(folder) is None), None)
+
+
 Checked = tuple[Dataset, list[str], Plan]
 
 
@@ -41,11 +81,13 @@ def check(config: Config, launch: Launch) -> Checked:
     dataset = None
     try:
         dataset = open_dataset(str(config.data.root), options=config.data.streaming)
+        hold_out(dataset, config)
         problems += preflight(
             dataset,
             config.clients.ids,
             batch_size=config.data.batch_size,
             eval_batch_size=config.dro.evaluation_batch_size,
+            loss_split="val" if config.dro.evaluate_on == "val" else "train",
             eval_split=config.evaluation.split if config.evaluation.every > 0 else None,
             verify=config.data.verify and launch.rank == 0,
             pooled=strategy.pools_data,
@@ -63,6 +105,8 @@ def check(config: Config, launch: Launch) -> Checked:
     weights = config.dro.fixed_weights
     if weights is not None and len(weights) != num_clients:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")
+    if problem := _reference_problem(config, ids):
+        problems.append(problem)
     try:
         adapter = lora_options.parse(config.model.adapter)
         if adapter is not None and adapter.aggregation == "product" and config.aggregate.precision != "fp32":

@@ -25,17 +25,18 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.aggregation.peers import gather_over_peers
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
-from feddra_ds.federation.protocol import ClientReport, Decision, Protocol, RankReport
+from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
+from feddra_ds.federation.references import References
 from feddra_ds.federation.saving import write_server
 from feddra_ds.federation.schedule import Stage, stages_of_round, steps_per_round
 from feddra_ds.federation.server import Server
-from feddra_ds.federation.validation import Embedded, client_loss, embed, evaluation_size, retrieval
+from feddra_ds.federation.validation import Embedded, embed, measure_loss, retrieval
 from feddra_ds.objectives import Objective
 from feddra_ds.run.debug import deterministic
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
-from feddra_ds.strategies import Strategy
+from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.robust_weights import Vector
 
 STAGE_NAMES = ("stage1", "stage2", "aggregate", "evaluate", "checkpoint")
@@ -60,6 +61,8 @@ class Run:
     validation: dict[str, ClientData]  # of evaluation.split, by client id
     num_samples: list[int]  # training pairs of every client
     step_factor: int  # how many times the schedule's steps every client takes
+    center: Vector  # c of equation (4)
+    references: References | None  # the clients' own models, for dro.loss = excess
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
@@ -69,7 +72,7 @@ class Run:
     monitor: Any = None
     # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    anchor_losses: dict[str, float | None] = field(default_factory=dict)
+    anchor_losses: dict[str, Loss | None] = field(default_factory=dict)
     # and the local steps that were skipped, by client and stage
     skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -153,7 +156,8 @@ class Run:
             self.server.finish(self.topology, decision.total_weight)
 
     def average_weight(self, client: Client) -> float:
-        return float(self.strategy.average_weight(self.mixture)[client.index])
+        weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture), self.center)
+        return float(weights[client.index])
 
     def prefetch_after(self, client: Client) -> None:
         """Let the readers start on what comes next (the next client, or the next stage of the first), while we average."""
@@ -180,38 +184,46 @@ class Run:
         self.mixture = np.asarray(decision.weights, dtype=np.float64)
         return decision
 
-    def evaluates_sample(self, round_index: int) -> bool:
+    def measures_losses(self, round_index: int) -> bool:
         """Whether L_i of this round's model is measured at its end; else the next round reads it off its anchors."""
-        return self.config.dro.evaluate_on == "sample" or round_index == self.config.schedule.rounds - 1
+        return self.config.dro.evaluate_on != "anchors" or round_index == self.config.schedule.rounds - 1
 
     def evaluate(self, round_index: int) -> RankReport:
         """L_i of this slot's clients under the new global model, and retrieval where it is due."""
         with self.timed("evaluate"):
             every, last = self.config.evaluation.every, self.config.schedule.rounds - 1
-            losses = self.evaluate_losses() if self.evaluates_sample(round_index) else self.anchor_losses
+            told = (
+                self.losses(round_index) if self.measures_losses(round_index) else RankReport(losses=self.anchor_losses)
+            )
             due = every > 0 and ((round_index + 1) % every == 0 or round_index == last)
             val = self.retrieve() if due else {}
         skipped: dict[str, dict[str, int]] = {}
         for client in self.clients:
-            sources = [client.data, *([self.validation[client.id]] if client.id in self.validation else [])]
+            held_out = [] if client.held_out is None else [client.held_out]
+            sources = [client.data, *held_out, *([self.validation[client.id]] if client.id in self.validation else [])]
             skipped[client.id] = dict(sum((Counter(source.take_skipped()) for source in sources), Counter()))
         if not self.topology.is_slot_leader:
             return RankReport(val=val, skipped=skipped)
         positions = {client.id: client.position.to_dict() for client in self.clients}
-        return RankReport(
-            losses=losses, positions=positions, val=val, skipped=skipped, skipped_steps=self.skipped_steps
-        )
+        return replace(told, positions=positions, val=val, skipped=skipped, skipped_steps=self.skipped_steps)
 
-    def evaluate_losses(self) -> dict[str, float | None]:
-        """L_i of this slot's clients by index, on their fixed samples."""
-        pairs = evaluation_size(self.config, self.num_samples)
-        losses: dict[str, float | None] = {}
+    def losses(self, round_index: int) -> RankReport:
+        """L_i of this slot's clients; on training pairs too, and of the clients' own models, where they are asked for."""
+        draw = round_index if self.config.dro.evaluation_sample == "fresh" else None
+        told = RankReport()
         for client in self.clients:
+            index, data = str(client.index), client.held_out or client.data
             self.server.show(client)
-            losses[str(client.index)] = client_loss(
-                self.engine, client, pairs, self.objective, self.config, self.topology
-            )
-        return losses
+            told.losses[index] = self.loss_of(data, draw)
+            if data is not client.data:
+                told.train_losses[index] = self.loss_of(client.data, draw)
+            if self.references is not None:
+                told.references[index] = self.references.loss_of(client, draw, self.loss_of)
+        return told
+
+    def loss_of(self, data: ClientData, draw: int | None) -> Loss:
+        """Of the model in the engine, on the sample `draw` of a client's pairs."""
+        return measure_loss(self.engine, data, self.objective, self.config, self.topology, draw)
 
     def retrieve(self) -> dict[str, dict[str, float]]:
         """Retrieval per client (at its slot's leader) and over the pooled gallery (at the coordinator)."""
@@ -244,7 +256,7 @@ class Run:
             self.protocol.tell_round(round_index, report)
             record = None
             if self.coordinator is not None:
-                record = self.coordinator.end_round(round_index, moves_mixture=self.evaluates_sample(round_index))
+                record = self.coordinator.end_round(round_index, moves_mixture=self.measures_losses(round_index))
             self.mixture = np.asarray(self.protocol.hear_mixture(round_index), dtype=np.float64)
         return record
 

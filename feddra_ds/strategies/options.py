@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from feddra_ds.common.section import Section
+from feddra_ds.common.section import MAY_CHANGE, Section
 
 
 class StrategyOptions(Section):
@@ -26,9 +26,10 @@ class DroOptions(Section):
     """ρ of equation (4); 0 pins the weights to the centre, (N − 1)/2 and more allows the whole simplex."""
     radius_share: float | None = Field(None, ge=0)
     """The radius as a share of the smallest one that allows the whole simplex, in place of radius: the same at any N."""
-    ascent: Literal["projected", "closed_form", "exponentiated"] = "exponentiated"
-    """The step of p: projected (p + η L onto the set), closed_form (the worst mixture of the round's losses), or exponentiated
-    (the release), which keeps a weight of 0 at 0 unless minimum_weight lifts it."""
+    ascent: Literal["projected", "from_center", "closed_form", "exponentiated"] = "exponentiated"
+    """The step of p: projected (p + η L onto the set), from_center (c + η L onto it, which adds up no noise), closed_form
+    (the worst mixture of the losses), or exponentiated (the release), which keeps a weight of 0 at 0 unless minimum_weight
+    lifts it."""
     minimum_weight: float = Field(0.0, ge=0, le=1)
     """Least p_i, as a part of the centre c_i."""
     maximum_weight: float | None = Field(None, ge=1)
@@ -41,9 +42,21 @@ class DroOptions(Section):
     """Centre c of the ball: 1/N, or each client's share of the training pairs."""
     fixed_weights: list[float] | None = None
     """Pins p, one weight per client in the order of the clients; null lets it move."""
+    loss: Literal["alignment", "excess"] = "alignment"
+    """What p follows: each client's loss, or what it has beyond the loss of a model trained on that client alone (reference)."""
+    reference: str | None = Field(None, json_schema_extra=MAY_CHANGE)
+    """Run folder of a finished strategy.name=local on the same clients, whose models dro.loss=excess compares with."""
+    loss_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Weight of the earlier rounds in the losses that p follows: an exponential moving average; 0 takes each round's alone."""
     evaluation_pairs: int = Field(256, ge=1)
-    """Most training pairs per client in the losses that move p; the same number for every client."""
+    """Most pairs of a client in the losses that move p; a smaller client gives all it has, in whole batches."""
     evaluation_batch_size: int = Field(32, ge=2)
     """Batch size of those losses, the same for every client (chance is 2 log of it)."""
-    evaluate_on: Literal["sample", "anchors"] = "sample"
-    """sample: a fixed sample after each round. anchors: read off the next round's stage-1 anchor pass, no extra forward."""
+    evaluate_on: Literal["val", "train", "anchors"] = "val"
+    """Pairs of the losses that move p. val: the val split, or, for a client that has none, a slice kept out of its training.
+    train: training pairs, whose loss falls by memorising. anchors: read off the next round's stage-1 anchor pass, no extra
+    forward."""
+    evaluation_sample: Literal["fresh", "fixed"] = "fresh"
+    """Whether each round draws its own pairs (seeded), or all rounds have the same."""
+    holdout_fraction: float = Field(0.1, gt=0, lt=1)
+    """Part of the training pairs that a client without a val split keeps for its losses, a whole evaluation batch at least."""

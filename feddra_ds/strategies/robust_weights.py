@@ -1,6 +1,7 @@
 """The robust weights p of equation (4): the sets in which they may move, the steps that move them, the gain they attain.
 
-Pure numpy and scipy in float64: no torch, no process group. N is the number of clients; p, q, c, z are (N,) vectors.
+Pure numpy and scipy in float64: no torch, no process group. scipy is imported where it is used, as that takes as long as
+all the checks of a config. N is the number of clients; p, q, c, z are (N,) vectors.
 """
 
 from __future__ import annotations
@@ -8,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.special import wrightomega, xlog1py, xlogy
 
 Vector = NDArray[np.float64]
 SetKind = Literal["chi2", "kl", "cvar", "simplex"]
-Ascent = Literal["projected", "closed_form", "exponentiated"]
+Ascent = Literal["projected", "from_center", "closed_form", "exponentiated"]
+ASCENTS: tuple[str, ...] = get_args(Ascent)
 
 _ROUNDING = 1e-9  # how far a given sum, bound or divergence may be off before it is an error
 
@@ -74,7 +74,10 @@ class MixtureSet:
         excess = (p64 - c) / c
         if self.kind == "chi2":
             return float(0.5 * np.sum(c * excess**2))
-        if self.kind == "kl":  # r log r − (r − 1), whose second part sums to 0, keeps its digits near r = 1
+        if self.kind == "kl":
+            from scipy.special import xlog1py
+
+            # r log r − (r − 1), whose second part sums to 0, keeps its digits near r = 1
             return float(np.sum(c * (xlog1py(1 + excess, excess) - excess)))
         return float(max(0.0, excess.max())) if self.kind == "cvar" else 0.0
 
@@ -126,7 +129,8 @@ class MixtureSet:
     ) -> Vector:
         """The next p, (N,) float64, from the losses L of the round that ended. η is step_size ≥ 0.
 
-        projected: project(p + η L) = argmax z·L − ‖z − p‖²/2η. closed_form: worst(L), which is projected at η = ∞.
+        projected: project(p + η L) = argmax z·L − ‖z − p‖²/2η. from_center: project(c + η L), which forgets the rounds
+        before, and with them their noise. closed_form: worst(L), which is either of them at η = ∞.
         exponentiated: project(q), q_i ∝ p_i exp(η L_i), which leaves a weight of 0 at 0 unless minimum lifts it.
         Where `kept` has a value, the loss is not read. Raises ValueError on a loss that is not finite (by its index).
         """
@@ -139,8 +143,8 @@ class MixtureSet:
         values = _losses(np.where(free, values, 0.0), p64.size)
         if not step_size >= 0:
             raise ValueError(f"step_size must be ≥ 0, got {step_size}")
-        if ascent not in ("projected", "closed_form", "exponentiated"):
-            raise ValueError(f"ascent must be projected, closed_form or exponentiated, got {ascent!r}")
+        if ascent not in ASCENTS:
+            raise ValueError(f"ascent must be one of {', '.join(ASCENTS)}, got {ascent!r}")
         if np.any(p64 < 0) or p64.sum() <= 0:
             raise ValueError(f"p must be ≥ 0 with a positive sum, got {p64}")
         if not free.any():
@@ -148,10 +152,10 @@ class MixtureSet:
         top = values[free].max()
         with np.errstate(over="ignore", invalid="ignore"):
             rise = np.where(free & (values != top), step_size * (values - top), 0.0)
-        if ascent == "closed_form" or (ascent == "projected" and not np.isfinite(rise).all()):
+        if ascent == "closed_form" or (ascent != "exponentiated" and not np.isfinite(rise).all()):
             return self.worst(values, kept=kept)
-        if ascent == "projected":
-            return self.project(p64 + rise, kept=kept)
+        if ascent != "exponentiated":
+            return self.project((p64 if ascent == "projected" else self.center) + rise, kept=kept)
         if p64[free].sum() <= 0:  # nothing to multiply
             return self.project(p64, kept=kept)
         with np.errstate(divide="ignore"):  # log 0 = −inf keeps a zero weight at zero
@@ -179,6 +183,8 @@ class MixtureSet:
 
     def _reach_kl(self, end: Vector) -> Vector:
         """The point farthest from c towards `end` (N,) where the two-part divergence is still within the radius."""
+        from scipy.special import xlogy
+
         c = self.center
         near, far = np.zeros_like(c), np.ones_like(c)
         for _ in range(60):
@@ -277,6 +283,8 @@ class MixtureSet:
             divergence = self.divergence(self._balanced(gain, curvature, float(np.exp(log_mu))))
             return float(np.log(max(divergence, 1e-300) / self.radius))
 
+        from scipy.optimize import brentq
+
         # beyond this μ no |z_i/c_i − 1| can exceed √(2 radius)
         high = float(np.log(np.ptp(gain - curvature * self.center)) - 0.5 * np.log(2 * self.radius))
         stride = 1.0
@@ -346,6 +354,8 @@ class MixtureSet:
         """(z, dz/drise) with curvature·z + mu·D'(z) = rise, where D' is measured from its value at the centre."""
         c = self.center
         if self.kind == "kl" and mu > 0:
+            from scipy.special import wrightomega
+
             with np.errstate(over="ignore", invalid="ignore"):
                 z = mu * wrightomega(rise / mu + np.log(c / mu)) if curvature else np.zeros_like(c)
                 # log(z/c) is (rise − z)/μ, the more exact way to z where μ is large
@@ -362,6 +372,12 @@ def set_around(
     if radius_share is not None:
         radius = radius_share * MixtureSet(kind, 0.0, center).full_radius
     return MixtureSet(kind, radius, center, minimum, maximum)
+
+
+def never_zero(weights: Vector, center: Vector) -> Vector:
+    """`weights` with each 0 replaced by 2⁻⁴⁰ of the centre, (N,): nothing beside a client that has weight, in fp32, but
+    where none of those that are left has any, their average is that of the centre."""
+    return np.where(weights > 0, weights, np.ldexp(center, -40))
 
 
 def believable(losses: Sequence[float | None], chance: float) -> Vector:

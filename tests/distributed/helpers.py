@@ -90,7 +90,7 @@ def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
         },
         "data": {"root": str(root), "batch_size": 8, "image_size": 32, "text_length": 24},
         "clients": {"timeout_s": 150.0},
-        "dro": {"evaluation_pairs": 16, "evaluation_batch_size": 8},
+        "dro": {"evaluation_pairs": 12, "evaluation_batch_size": NUM_VAL},
         "schedule": {"rounds": 2, "stage1_steps": 2, "stage2_steps": 3},
         "optimizer": {"name": "sgd", "lr": 0.01, "weight_decay": 0.0},
         "checkpoint": {"keep": 0},

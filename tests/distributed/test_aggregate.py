@@ -153,10 +153,19 @@ def test_too_few_clients_stop_every_rank_with_names(
     assert len(metrics_of(tmp_path)) == 1  # round 0 is whole
 
 
-def test_clients_of_weight_zero_alone_cannot_be_averaged(dataset: Path, tmp_path: Path) -> None:
-    config = tree(dataset, tmp_path, dro__fixed_weights=[0.0, 0.0, 1.0])
-    (by_rank,) = on_each(watched, [(config, [Fault("west", "weights", stage="stage1")])])
-    assert "have weight 0 in p, so there is nothing to average; west: " in by_rank[0]["error"]
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_clients_of_weight_zero_alone_are_averaged_by_the_centre(dataset: Path, tmp_path: Path, precision: str) -> None:
+    more = {"schedule__rounds": 1, "aggregate__precision": precision, **FASTER}
+    config = tree(dataset, tmp_path / "zero", dro__fixed_weights=[0.0, 0.0, 1.0], **more)
+    faults = [Fault("west", "weights", stage=stage) for stage in ("stage1", "stage2")]
+    (by_rank,) = on_each(watched, [(config, faults)])
+    assert by_rank[0]["error"] is None
+    line = metrics_of(tmp_path / "zero")[0]
+    assert line["client_weights"] == [0.0, 0.0, 1.0]
+    assert [item["id"] for item in line["excluded_clients"]] == ["west", "west"]
+    two = tree(dataset, tmp_path / "two", clients__ids=["north", "south"], dro__fixed_weights=[0.5, 0.5], **more)
+    on_each(watched, [(two, [])])
+    assert largest_difference(weights_of(tmp_path / "zero", 0), weights_of(tmp_path / "two", 0)) <= 1e-6
 
 
 # ---- bad steps

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import (
+    NUM_VAL,
     Fault,
     build_run,
     finish,
@@ -110,10 +111,12 @@ def positions_after_a_resume(config_tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_reports(config_tree: dict[str, Any], told: dict[str, list[float]]) -> None:
-    """All rounds, in which each client reports the losses that `told` has for it, a number a round."""
+    """All rounds, in which each client reports the losses that `told` has for it, a number a round, of training pairs."""
+    from feddra_ds.federation.protocol import Loss
+
     run = build_run(config_tree, clips=True)
     numbers = {name: iter(values) for name, values in told.items()}
-    run.evaluate_losses = lambda: {str(client.index): next(numbers[client.id]) for client in run.clients}
+    run.loss_of = lambda data, draw: Loss(next(numbers[data.source.name]), 0.1)
     run.rounds()
     finish(run)
 
@@ -121,8 +124,8 @@ def with_reports(config_tree: dict[str, Any], told: dict[str, list[float]]) -> N
 # ---- tests
 @pytest.mark.parametrize("ascent", ["exponentiated", "projected", "closed_form"])
 def test_no_report_is_believed_blindly(dataset: Path, tmp_path: Path, ascent: str) -> None:
-    chance = 2 * math.log(8)  # dro.evaluation_batch_size is 8
-    more = {"schedule__rounds": 1, "dro__ascent": ascent, **SETTINGS}
+    chance = 2 * math.log(NUM_VAL)  # dro.evaluation_batch_size
+    more = {"schedule__rounds": 1, "dro__ascent": ascent, "dro__evaluate_on": "train", **SETTINGS}
     after = {}
     for name, lie in (("chance", chance), ("huge", 1e30), ("nan", math.nan), ("negative", -1.0), ("endless", math.inf)):
         told = {"north": [3.0], "south": [lie], "west": [2.0]}

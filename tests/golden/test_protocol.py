@@ -61,6 +61,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
     from torch import nn
 
     from feddra_ds.config.load import from_dict
+    from feddra_ds.federation.protocol import Loss
     from feddra_ds.run import build as build_module
     from feddra_ds.run import rounds as rounds_module
     from feddra_ds.run.build import build
@@ -129,9 +130,9 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
     for client in run.clients:
         client.data.batches = lambda _, steps, name=client.id: (Batch(name, rows) for _ in range(steps))
 
-    def loss_of(engine: Any, client: Any, *_: Any) -> float:
+    def loss_of(engine: Any, data: Any, *_: Any) -> Any:
         with torch.no_grad():
-            return float(engine(pixel_values=inputs(client.id, 1)).image_embeds)
+            return Loss(float(engine(pixel_values=inputs(data.source.name, 1)).image_embeds), 0.0)
 
     posted: list[tuple[str, Any]] = []
     after: dict[tuple[int, str], Any] = {}
@@ -157,7 +158,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
 
     run.topology.post, run.run_stage, run.trainer.run_stage = listen, stage_of_all, stage_of_one
     run.save_final_model = lambda: None  # two numbers are no model to export
-    with patch.object(rounds_module, "client_loss", loss_of):
+    with patch.object(rounds_module, "measure_loss", loss_of):
         run.rounds()
     finish(run)
     return {"posted": posted, "after": after}

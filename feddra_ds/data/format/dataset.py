@@ -11,6 +11,7 @@ ever decoded: there is no pickle, and no member name chooses code.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class Dataset:
         held_out = set(self.info.get("held_out", []))
         self.held_out = [c for c in self.clients if c in held_out]
         self._indexes: dict[str, dict[str, Any]] = {}
+        self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `hold_out`
         self.client_ids: list[str] = []
         self.choose(ids)
 
@@ -88,13 +90,42 @@ class Dataset:
         """The client's splits, those with samples."""
         return [name for name, part in self.index(client)["splits"].items() if part["samples"]]
 
+    def hold_out(self, client: str, fraction: float, at_least: int, seed: int) -> None:
+        """Take a seeded slice out of the train split of a client that has no val split: it is that from now on.
+
+        It has `fraction` of the pairs, or `at_least` so many; all pairs of one report are on one side. For this object
+        alone: nothing is written, and the same arguments give the same slice.
+        """
+        assert not self.num_samples(client, "val"), client
+        ids = self.samples(client, "train").text_ids
+        texts, sizes = np.unique(ids, return_counts=True)
+        key = lambda text: hashlib.blake2b(f"holdout {seed} {client} {text}".encode(), digest_size=8).digest()
+        drawn = np.array(sorted(range(len(texts)), key=lambda i: key(texts[i])), dtype=np.int64)
+        wanted = max(at_least, round(fraction * len(ids)))
+        num_texts = int(np.searchsorted(np.cumsum(sizes[drawn]), wanted)) + 1
+        self._own_val[client] = np.isin(ids, texts[drawn[:num_texts]])
+
+    @property
+    def without_val(self) -> list[str]:
+        """The clients whose val split is a slice of train (`hold_out`)."""
+        return list(self._own_val)
+
     def num_samples(self, client: str, split: str) -> int:
         """Pairs of the client in `split`; 0 where it has no such split."""
+        if client in self._own_val and split in ("train", "val"):
+            chosen = self._own_val[client]
+            return int(chosen.sum() if split == "val" else (~chosen).sum())
         part = self.index(client)["splits"].get(split)
         return len(part["samples"]) if part else 0
 
     def samples(self, client: str, split: str) -> Samples:
         """The client's samples in index order. Raises DataError when the split is missing."""
+        if client in self._own_val and split in ("train", "val"):
+            chosen = self._own_val[client]
+            return self._samples(client, "train").part(chosen if split == "val" else ~chosen, split)
+        return self._samples(client, split)
+
+    def _samples(self, client: str, split: str) -> Samples:
         part = self.index(client)["splits"].get(split)
         if not part or not part["samples"]:
             have = ", ".join(self.splits(client)) or "nothing"

@@ -15,6 +15,7 @@ def preflight(
     *,
     batch_size: int,
     eval_batch_size: int,
+    loss_split: str = "train",
     eval_split: str | None,
     verify: bool,
     pooled: bool = False,
@@ -23,8 +24,9 @@ def preflight(
     """Everything that would stop training, a line each, beginning with the config key or the file.
 
     ids: the clients that are to be trained on (`dataset.choose` takes the same); None for all but the held-out.
-    batch_size, eval_batch_size: data.batch_size and dro.evaluation_batch_size. eval_split: the split that retrieval is
-    measured on, or None when it never is. pooled: the clients' pairs count together (the centralised strategy).
+    batch_size, eval_batch_size: data.batch_size and dro.evaluation_batch_size. loss_split: the split of the losses that
+    move p. eval_split: the split that retrieval is measured on, or None when it never is. pooled: the clients' pairs count
+    together (the centralised strategy).
     Reads files only; needs no process group.
     """
     wanted = dataset.wanted(ids)
@@ -46,16 +48,19 @@ def preflight(
                 problems += [p for p in dataset.verify([client], progress) if p.split(":")[0] not in known]
         except DataError as error:
             problems += error.problems
+    judged = counts if loss_split == "train" else {c: dataset.num_samples(c, loss_split) for c in counts}
     if pooled:
-        counts = {"+".join(counts): sum(counts.values())} if counts else {}
+        counts, judged = ({"+".join(x): sum(x.values())} if x else {} for x in (counts, judged))
     small = [client for client, count in counts.items() if count < batch_size]
     if small:
         problems.append(f"data.batch_size: fewer train pairs than a batch of {batch_size}: {_with(counts, small)}; "
                         "lower data.batch_size, or leave them out with clients.ids")  # fmt: skip
-    few = [client for client, count in counts.items() if batch_size <= count < eval_batch_size]
+    few = [client for client, count in judged.items() if count < eval_batch_size and client not in small]
     if few:
-        problems.append(f"dro.evaluation_batch_size: fewer train pairs than {eval_batch_size}: {_with(counts, few)}; "
-                        f"set it to {min(counts[c] for c in few)} or less")  # fmt: skip
+        least = min(judged[client] for client in few)
+        other = "" if loss_split == "train" else ", or dro.evaluate_on to train"
+        problems.append(f"dro.evaluation_batch_size: fewer {loss_split} pairs than {eval_batch_size}: "
+                        f"{_with(judged, few)}; set it to {least} or less{other}")  # fmt: skip
     if without_split:
         problems.append(f"evaluation.split: no {eval_split} split: {listed(without_split)}; "
                         "convert with --val-fraction, or set evaluation.every=0")  # fmt: skip

@@ -47,6 +47,22 @@ class Samples:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def part(self, chosen: np.ndarray, split: str) -> Samples:
+        """Those that `chosen` names, (n,) bool, in order, as a split of their own over the same shards."""
+        rows = np.flatnonzero(chosen)
+        return Samples(
+            client=self.client,
+            split=split,
+            paths=self.paths,
+            keys=[self.keys[i] for i in rows],
+            shard=self.shard[rows],
+            image=self.image[rows],
+            text=self.text[rows],
+            info=self.info[rows],
+            text_ids=self.text_ids[rows],
+            store=self.store,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}  # descriptors belong to one process
 

@@ -103,10 +103,12 @@ class ClientData:
         """Pairs, over all ranks, that `evaluation_batches(num_pairs, …)` gives."""
         return self.num_samples if num_pairs is None else min(num_pairs, self.num_samples)
 
-    def evaluation_batches(self, num_pairs: int | None, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
-        """This rank's contiguous part of a fixed sample of `num_pairs` (None: all), in batches of `batch_size`.
+    def evaluation_batches(
+        self, num_pairs: int | None, batch_size: int, seed: int | None = None, draw: int | None = None
+    ) -> Iterator[Batch]:
+        """This rank's contiguous part of a sample of `num_pairs` (None: all), in batches of `batch_size`.
 
-        The sample is drawn without repeats by (seed, client), in the same order for any number of ranks; the parts
+        The sample is drawn without repeats by (seed, client, draw), in the same order for any number of ranks; the parts
         have ceil(pairs / ranks) pairs, the last ones fewer, perhaps none. No augmentation. A bad sample is replaced by
         one outside the sample, or, where there is none, by one from another batch, so that sizes never depend on it.
         """
@@ -115,7 +117,7 @@ class ClientData:
         per_rank = -(-size // self.ranks_per_slot)
         first, last = min(self.slot_rank * per_rank, size), min((self.slot_rank + 1) * per_rank, size)
         starts = range(first, last, batch_size)
-        tasks = (Task(s, min(s + batch_size, last), evaluate=(num_pairs, batch_size)) for s in starts)
+        tasks = (Task(s, min(s + batch_size, last), evaluate=(num_pairs, batch_size, draw)) for s in starts)
         return self._stream(tasks, lambda task: None)
 
     def take_skipped(self) -> dict[str, int]:

@@ -87,12 +87,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """Entries [start, stop) of a training batch (`position`) or of an evaluation sample (`evaluate`: pairs, batch)."""
+    """Entries [start, stop) of a training batch (`position`) or of an evaluation sample (`evaluate`: pairs, batch, draw)."""
 
     start: int
     stop: int
     position: Position | None = None
-    evaluate: tuple[int | None, int] | None = None
+    evaluate: tuple[int | None, int, int | None] | None = None
 
     def __str__(self) -> str:
         if self.position is not None:
@@ -124,7 +124,7 @@ class Decoder:
     def __init__(self, source: Source):
         self._source = weakref.ref(source)  # the source owns its decoder
         self.tokenizer = _tokenizer(source.tokenizer)
-        self._evaluations: dict[tuple[int | None, int], EvaluationOrder] = {}
+        self._evaluations: dict[tuple[int | None, int, int | None], EvaluationOrder] = {}
 
     @property
     def source(self) -> Source:
@@ -158,10 +158,12 @@ class Decoder:
         else:
             assert task.evaluate is not None
             if task.evaluate not in self._evaluations:
-                pairs, batch_size = task.evaluate
+                pairs, batch_size, draw = task.evaluate
                 shards = self.source.shard_of() if self.source.by_shard else None
+                for old in [key for key in self._evaluations if key[2] is not None and key[2] != draw]:
+                    del self._evaluations[old]  # a round that is over
                 self._evaluations[task.evaluate] = EvaluationOrder(
-                    self.source.seed, self.source.name, len(self.source), pairs, batch_size, shards
+                    self.source.seed, self.source.name, len(self.source), pairs, batch_size, shards, draw
                 )
             evaluation = self._evaluations[task.evaluate]
             for entry in entries:

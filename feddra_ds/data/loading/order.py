@@ -120,7 +120,7 @@ class Order:
 
 
 class EvaluationOrder:
-    """A fixed seeded sample without repeats, in a seeded order; the same for every round of a run.
+    """A seeded sample without repeats, in a seeded order: one for the whole run, or one of each `draw`.
 
     Not in the order of the shards, where one patient's images are neighbours and make their batches harder.
     """
@@ -133,14 +133,17 @@ class EvaluationOrder:
         num_pairs: int | None,
         batch_size: int,
         shard_of: np.ndarray | None = None,
+        draw: int | None = None,
     ):
-        """shard_of: (n,) each sample's shard; the sample then comes from as few shards as have twice its pairs."""
+        """draw: which of many samples; None for the one of the whole run. shard_of: (n,) each sample's shard; the sample
+        then comes from as few shards as have twice its pairs."""
         self.seed, self.client, self.num_samples, self.batch_size = seed, client, num_samples, batch_size
         self.size = num_samples if num_pairs is None else min(num_pairs, num_samples)
-        drawn = permutation(num_samples, "evaluation", seed, client)
+        self.draw = () if draw is None else (draw,)
+        drawn = permutation(num_samples, "evaluation", seed, client, *self.draw)
         if shard_of is not None and num_pairs is not None:
             counts = np.bincount(shard_of)
-            shards = permutation(len(counts), "evaluation shards", seed, client)
+            shards = permutation(len(counts), "evaluation shards", seed, client, *self.draw)
             enough = int(np.searchsorted(np.cumsum(counts[shards]), 2 * num_pairs)) + 1
             near = np.isin(shard_of[drawn], shards[:enough])
             drawn = np.concatenate([drawn[near], drawn[~near]])
@@ -148,7 +151,7 @@ class EvaluationOrder:
 
     def substitutes(self, entry: int) -> Iterator[int]:
         """The samples to try in place of a bad entry: outside the list first, then outside its batch."""
-        place = (self.seed, self.client, "evaluation")
+        place = (self.seed, self.client, "evaluation", *self.draw)
         listed = set(self.samples.tolist())
         yield from (s for s in _others(self.num_samples, listed, entry, self.size, *place) if s not in listed)
         near = self.samples[max(0, entry - self.batch_size + 1) : entry + self.batch_size]
