@@ -162,7 +162,7 @@ def test_clients_of_weight_zero_alone_are_averaged_by_the_centre(dataset: Path, 
     assert by_rank[0]["error"] is None
     line = metrics_of(tmp_path / "zero")[0]
     assert line["client_weights"] == [0.0, 0.0, 1.0]
-    assert [item["id"] for item in line["excluded_clients"]] == ["west", "west"]
+    assert [item["id"] for item in line["excluded_clients"]] == ["west"]  # for one reason, said once
     two = tree(dataset, tmp_path / "two", clients__ids=["north", "south"], dro__fixed_weights=[0.5, 0.5], **more)
     on_each(watched, [(two, [])])
     assert largest_difference(weights_of(tmp_path / "zero", 0), weights_of(tmp_path / "two", 0)) <= 1e-6

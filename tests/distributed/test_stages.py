@@ -249,10 +249,10 @@ def test_p_acts_in_the_average_in_the_loss_or_in_both(dataset: Path, tmp_path: P
 
 def test_p_in_the_loss_moves_with_the_rounds(dataset: Path, tmp_path: Path) -> None:
     """Two rounds, to see that the loss is scaled by the p of the round that runs, on one rank and on two slots."""
-    more = {"dro__apply": "loss", **FASTER}
+    more = {"dro__apply": "loss", "dro__step_size": 5.0, **FASTER}
     on_each(run_all, [(tree(dataset, tmp_path / "one", **more),)])
     on_ranks(run_all, 2, tree(dataset, tmp_path / "two", topology__ranks_per_slot=1, **more))
-    on_each(run_all, [(tree(dataset, tmp_path / "aggregate", **FASTER),)])
+    on_each(run_all, [(tree(dataset, tmp_path / "aggregate", dro__step_size=5.0, **FASTER),)])
     assert largest_difference(weights_of(tmp_path / "one", 1), weights_of(tmp_path / "two", 1)) <= 1e-5
     assert np.ptp(metrics_of(tmp_path / "one")[1]["client_weights"]) > 1e-3
     assert largest_difference(weights_of(tmp_path / "one", 1), weights_of(tmp_path / "aggregate", 1)) > 1e-6

@@ -54,7 +54,7 @@ def preflight(
     small = [client for client, count in counts.items() if count < batch_size]
     if small:
         problems.append(f"data.batch_size: fewer train pairs than a batch of {batch_size}: {_with(counts, small)}; "
-                        "lower data.batch_size, or leave them out with clients.ids")  # fmt: skip
+                        f"lower data.batch_size, or leave them out with clients.ids{_kept_out(dataset, small)}")  # fmt: skip
     few = [client for client, count in judged.items() if count < eval_batch_size and client not in small]
     if few:
         least = min(judged[client] for client in few)
@@ -65,6 +65,12 @@ def preflight(
         problems.append(f"evaluation.split: no {eval_split} split: {listed(without_split)}; "
                         "convert with --val-fraction, or set evaluation.every=0")  # fmt: skip
     return problems
+
+
+def _kept_out(dataset: Dataset, clients: Sequence[str]) -> str:
+    """What to do where the pairs that are missing are those that dro.evaluate_on=val keeps out of training."""
+    kept = [client for client in clients if client in dataset.without_val]
+    return f", or set dro.evaluate_on=train, as {listed(kept)}, without a val split, keep pairs for val" if kept else ""
 
 
 def _with(counts: dict[str, int], clients: Sequence[str]) -> str:

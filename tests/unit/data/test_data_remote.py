@@ -128,7 +128,7 @@ def test_a_run_opens_its_dataset_once(server: Server, options: StreamingConfig, 
         "run": {"output_dir": str(tmp_path / "run"), "device": "cpu"},
         "data": {"root": server.address, "batch_size": 4, "streaming": options.model_dump()},
         "clients": {"ids": ["b"]},
-        "dro": {"evaluation_batch_size": 4},
+        "dro": {"evaluation_batch_size": 4, "evaluate_on": "train"},
         "evaluation": {"every": 0},
     }
     dataset, ids, _ = check(from_dict(user), Launch(0, 1, 0, "127.0.0.1", 0))
