@@ -7,6 +7,7 @@ slices in every slot, so whatever is done element by element needs no communicat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,25 @@ SliceState = dict[str, list["Tensor"]]
 checkpoint, and loads at another number of ranks."""
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """How the mean that a server's step follows came about."""
+
+    num_steps: int
+    """Local steps of the stage that was averaged."""
+    learning_rate: float
+    """Of the clients' optimizers in these steps."""
+    share: float = 1.0
+    """Σ of the weights of the clients in the mean, of a sum of 1 over all clients: below 1 where some took no part."""
+
+
+def kept(state: SliceState, name: str, like: list[Tensor], value: float = 0.0) -> list[Tensor]:
+    """What a hook keeps under a name: at first tensors like `like`, filled with a value."""
+    if name not in state:
+        state[name] = [x.new_full(x.shape, value) for x in like]
+    return state[name]
+
+
 class Strategy:
     """One shared model, averaged with weights p that follow equation (4). Yours is a subclass, named in strategy.name.
 
@@ -36,10 +56,21 @@ class Strategy:
     """The server averages the clients' models; False: each client keeps its own."""
     pools_data: ClassVar[bool] = False
     """One client that holds everybody's data."""
+    num_outer: ClassVar[int] = 0
+    """How many tensors like the model `server_step` keeps on each rank, for the memory plan."""
+    num_kept: ClassVar[int] = 0
+    """How many tensors like the model each client keeps between stages, for the memory plan."""
 
     def __init__(self, options: Any, dro: DroOptions):
         """options: an instance of `Options`; dro: the config's section of that name."""
         self.options, self.dro = options, dro
+
+    def problems(self, config: Any) -> list[str]:
+        """What of a valid config this strategy cannot work with: a line each, the key first, with the remedy.
+
+        config: an instance of feddra_ds.config.schema.Config.
+        """
+        return []
 
     def step_factor(self, num_owners: int) -> int:
         """How many times the schedule's local steps each client takes, from the number of data owners."""
@@ -95,10 +126,10 @@ class Strategy:
         start: the slices that the stage started from, on the same device; state: this client's, kept from stage to stage.
         """
 
-    def server_step(self, old: list[Tensor], mean: list[Tensor], state: SliceState) -> list[Tensor]:
+    def server_step(self, old: list[Tensor], mean: list[Tensor], state: SliceState, about: Averaged) -> list[Tensor]:
         """After the average: the new global slices from the old ones and the clients' mean (momentum, Adam, an outer step).
 
-        On the host, every rank its own slices; state: the server's, for this part.
+        On the host, every rank its own slices; state: the server's, for this part; about: the stage that gave the mean.
         """
         return mean
 

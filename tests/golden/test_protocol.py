@@ -54,8 +54,11 @@ DECISIONS = [  # (place, clients averaged, Σ of their weights, p, excluded)
 ]
 
 
-def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
-    """A run whose model, objective, batches and L_i are the mock's; what it decided and averaged, on this rank."""
+def trace(config_tree: dict[str, Any], curvature: float = 0.0, spoils: bool = True) -> dict[str, Any]:
+    """A run whose model, objective, batches and L_i are the mock's; what it decided and averaged, on this rank.
+
+    curvature: κ of a term κ/2 (‖a‖² + ‖b‖²) in every loss; spoils: west's update is bad in round 1, stage 2.
+    """
     import torch
     from helpers import Fault, finish, inject, pieces_of
     from torch import nn
@@ -71,7 +74,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
             self.w = nn.Parameter(torch.tensor(start))
 
         def forward(self, direction: torch.Tensor) -> torch.Tensor:
-            return direction @ self.w
+            return direction @ self.w + 0.5 * curvature * self.w.square().sum()
 
     class Linear(nn.Module):
         def __init__(self) -> None:
@@ -152,7 +155,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
 
     def stage_of_one(client: Any, *args: Any, **kwargs: Any) -> Any:
         hit = (client.id, now["round"], now["stage"]) == (fault.client, fault.round, fault.stage)
-        with inject([fault] if hit else [], run, client):
+        with inject([fault] if hit and spoils else [], run, client):
             return trained(client, *args, **kwargs)
 
     run.topology.post, run.run_stage, run.trainer.run_stage = listen, stage_of_all, stage_of_one
@@ -160,7 +163,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
     with patch.object(rounds_module, "client_loss", loss_of):
         run.rounds()
     finish(run)
-    return {"posted": posted, "after": after}
+    return {"posted": posted, "after": after, "first_round": run.next_round}
 
 
 @pytest.fixture(scope="module")
