@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -124,11 +124,12 @@ class LocalTrainer:
         global_state: ModelState,
         loss_weight: float,
         on_step: Callable[[int, float], None] | None = None,
+        outer: Mapping[str, SliceState] | None = None,
     ) -> LocalResult:
         """Train one client for one stage; the engine holds its weights afterwards.
 
         global_state: this rank's slices of (φ_g, θ_g); loss_weight: factor of the whole loss (N p_i where dro.apply
-        says so, else 1). Collective over the slot.
+        says so, else 1); outer: Server.outer. Collective over the slot.
         """
         engine = self.engine
         engine.write(global_state)
@@ -139,7 +140,7 @@ class LocalTrainer:
         engine.reset_optimizer()
         engine.set_learning_rates(stage.learning_rates)
         engine.train()
-        correction = self._correction(client, stage, global_state)
+        correction = self._correction(client, stage, global_state, outer or {})
         tally, anchor_losses = _Tally(), []
         for step, batch in enumerate(anchors.batches):
             source = lambda rows, part, hidden, step=step: anchors.of(step, rows, part, hidden)
@@ -153,10 +154,10 @@ class LocalTrainer:
             tally.add(step, value, was_taken=self.step.was_taken)
             if on_step is not None:
                 on_step(step, value)
-        if correction is not None:
-            correction.keep()
         client.position = client.data.advance(client.position, stage.num_steps)
         problem = self._problem(client, stage, tally)
+        if correction is not None:
+            correction.keep(len(tally.good) if problem is None else None)
         if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
         anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
@@ -191,10 +192,12 @@ class LocalTrainer:
             return Resident(fresh(), engine, self.frozen_model, objective)
         return Replay(fresh, engine, objective, data.micro_batch_size, data.replay_cache_bytes)
 
-    def _correction(self, client: Client, stage: Stage, global_state: ModelState) -> _Correction | None:
+    def _correction(
+        self, client: Client, stage: Stage, global_state: ModelState, outer: Mapping[str, SliceState]
+    ) -> _Correction | None:
         if not self.strategy.corrects:
             return None
-        return _Correction(self.engine, self.strategy, client, stage, global_state)
+        return _Correction(self.engine, self.strategy, client, stage, global_state, outer)
 
     def _anchor_gradient_ratio(self) -> float | None:
         """That of the stage's last step, in which the client has gone furthest from the global model."""
@@ -224,14 +227,27 @@ class LocalTrainer:
 class _Correction:
     """What a strategy does to a client's slices after each local step of a stage (Strategy.correct)."""
 
-    def __init__(self, engine: Engine, strategy: Strategy, client: Client, stage: Stage, global_state: ModelState):
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: Strategy,
+        client: Client,
+        stage: Stage,
+        global_state: ModelState,
+        outer: Mapping[str, SliceState],
+    ):
         self.engine, self.strategy, self.client, self.stage = engine, strategy, client, stage
         # on the device for the stage: each step reads them
         self.start = {part: self._on_device(part, global_state[part]) for part in stage.parts}
         self.state: dict[str, SliceState] = {
-            part: {name: self._on_device(part, kept) for name, kept in client.corrections.get(part, {}).items()}
-            for part in stage.parts
+            part: self._copies(part, client.corrections.get(part, {})) for part in stage.parts
         }
+        with torch.no_grad():
+            for part in stage.parts:
+                strategy.begin_stage(self.start[part], self.state[part], self._copies(part, outer.get(part, {})))
+
+    def _copies(self, part: str, state: SliceState) -> SliceState:
+        return {name: self._on_device(part, kept) for name, kept in state.items()}
 
     def _on_device(self, part: str, tensors: PartState) -> PartState:
         live = self.engine.slices(part)
@@ -245,7 +261,11 @@ class _Correction:
             self.strategy.correct(self.engine.slices(part), self.start[part], self.state[part], learning_rate=rate)
         self.engine.refresh()
 
-    def keep(self) -> None:
-        """Leave the strategy's state with the client, on the host."""
+    @torch.no_grad()
+    def keep(self, num_steps: int | None) -> None:
+        """Leave the strategy's state with the client, on the host. num_steps: that counted; None: the update is excluded."""
         for part, state in self.state.items():
+            if num_steps is not None:
+                rate, live = self.stage.learning_rates[part], self.engine.slices(part)
+                self.strategy.end_stage(live, self.start[part], state, learning_rate=rate, num_steps=num_steps)
             self.client.corrections[part] = {name: [x.detach().cpu() for x in kept] for name, kept in state.items()}

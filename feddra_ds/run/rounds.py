@@ -125,6 +125,7 @@ class Run:
                     self.server.model_of(client),
                     self.strategy.loss_weight(self.mixture, client.index),
                     on_step=self.progress.begin_client(client.id),
+                    outer=self.server.outer,
                 )
                 self.prefetch_after(client)
                 reports[client.index] = result.report()

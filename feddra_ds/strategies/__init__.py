@@ -16,6 +16,7 @@ STRATEGIES = {
     "fedadam": "feddra_ds.strategies.fedadam:FedAdam",
     "fedyogi": "feddra_ds.strategies.fedyogi:FedYogi",
     "diloco": "feddra_ds.strategies.diloco:DiLoCo",
+    "scaffold": "feddra_ds.strategies.scaffold:Scaffold",
     "afl": "feddra_ds.strategies.afl:AFL",
     "local": "feddra_ds.strategies.local:Local",
     "centralized": "feddra_ds.strategies.centralized:Centralized",

@@ -120,6 +120,17 @@ class Strategy:
         return float(len(p) * p[index]) if self.dro.apply in ("loss", "both") else 1.0
 
     # ---- the weights of the model: slices of one part at a time
+    def begin_stage(self, start: list[Tensor], state: SliceState, outer: SliceState) -> None:
+        """Before a client's first step of a stage, where `correct` is overridden. start, state: as there.
+
+        outer: copies of what `server_step` keeps, on the same device.
+        """
+
+    def end_stage(
+        self, live: list[Tensor], start: list[Tensor], state: SliceState, *, learning_rate: float, num_steps: int
+    ) -> None:
+        """After a client's last step of a stage, where its update can be averaged. num_steps: those that changed the weights."""
+
     def correct(self, live: list[Tensor], start: list[Tensor], state: SliceState, *, learning_rate: float) -> None:
         """After each local step: change a client's live slices in place (a proximal pull, a control variate).
 

@@ -43,6 +43,12 @@ class Plain:
     def after_step(self, w: Vector, start: Vector, client: int, trains: Vector) -> Vector:
         return w
 
+    def begin(self) -> None:
+        pass
+
+    def end(self, w: Vector, start: Vector, client: int, trains: Vector, num_steps: int) -> None:
+        pass
+
     def server(self, old: Vector, mean: Vector, trains: Vector) -> Vector:
         return mean
 
@@ -93,6 +99,28 @@ class Yogi(Adam):
         return v - 0.1 * square * np.sign(v - square)
 
 
+class Controlled(Plain):
+    """The paper's algorithm 1 as it stands: the server's c is moved by the clients' changes of c_i."""
+
+    keys: ClassVar[dict[str, Any]] = {"server_lr": 0.9}
+
+    def begin(self) -> None:
+        self.of_client = self.state.setdefault("of_client", np.zeros((3, 4)))
+        self.of_server = self.state.setdefault("of_server", np.zeros(4))
+        self.changes = np.zeros((3, 4))
+
+    def after_step(self, w: Vector, start: Vector, client: int, trains: Vector) -> Vector:
+        return w - RATE * trains * (self.of_server - self.of_client[client])
+
+    def end(self, w: Vector, start: Vector, client: int, trains: Vector, num_steps: int) -> None:
+        self.changes[client] = trains * (-self.of_server + (start - w) / (num_steps * RATE))
+
+    def server(self, old: Vector, mean: Vector, trains: Vector) -> Vector:
+        self.state["of_client"] = self.of_client + self.changes
+        self.state["of_server"] = self.of_server + SHARES @ self.changes
+        return old + 0.9 * (mean - old)
+
+
 class Agnostic(Plain):
     center = np.full(3, 1 / 3)
     keys: ClassVar[dict[str, Any]] = {"step_size": 0.04}
@@ -115,6 +143,7 @@ PREDICTIONS: dict[str, type[Plain]] = {
     "diloco": Nesterov,
     "fedadam": Adam,
     "fedyogi": Yogi,
+    "scaffold": Controlled,
     "afl": Agnostic,
 }
 
@@ -126,11 +155,13 @@ def predict(kind: type[Plain], stages: list[tuple[int, Vector]]) -> list[tuple[V
     for _ in range(ROUNDS):
         for num_steps, trains in stages:
             locals_ = []
+            rule.begin()
             for client in range(3):
                 x = w
                 for _ in range(num_steps):
                     x = x - RATE * trains * (DIRECTIONS[client] + CURVATURE * x)
                     x = rule.after_step(x, w, client, trains)
+                rule.end(x, w, client, trains, num_steps)
                 locals_.append(x)
             w = rule.server(w, p @ np.array(locals_), trains)
         losses = DIRECTIONS @ w + 0.5 * CURVATURE * w @ w
