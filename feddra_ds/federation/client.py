@@ -15,7 +15,7 @@ from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
-from feddra_ds.distributed.collectives import gather_uneven
+from feddra_ds.distributed.collectives import all_sum, gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
@@ -50,7 +50,8 @@ class LocalResult:
 
     mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
     the model that the stage started from, where dro.evaluate_on = anchors reads it off; anchor_gradient_ratio: of its
-    last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing.
+    last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing;
+    squared_drift: ‖w_i − w_global‖² of what trained, where Strategy.fold_drifts asks for it.
     """
 
     mean_loss: float
@@ -59,6 +60,7 @@ class LocalResult:
     anchor_loss: float | None = None
     anchor_gradient_ratio: float | None = None
     num_skipped: int = 0
+    squared_drift: float | None = None
 
     def report(self) -> ClientReport:
         """What the coordinator is told: a number that is not finite is None."""
@@ -66,7 +68,7 @@ class LocalResult:
         ratio = self.anchor_gradient_ratio
         if ratio is not None and not math.isfinite(ratio):
             ratio = None
-        return ClientReport(self.problem, self.anchor_loss, train_loss, self.num_pairs, ratio)
+        return ClientReport(self.problem, self.anchor_loss, train_loss, self.num_pairs, ratio, self.squared_drift)
 
 
 @dataclass
@@ -163,7 +165,19 @@ class LocalTrainer:
         anchor_loss = float(torch.cat(anchor_losses).double().mean()) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
         ratio = self._anchor_gradient_ratio()
-        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped))
+        drift = self._squared_drift(stage, global_state) if self.strategy.folds_drifts and problem is None else None
+        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped), drift)
+
+    @torch.no_grad()
+    def _squared_drift(self, stage: Stage, global_state: ModelState) -> float:
+        """‖w_i − w_global‖² over the parts that train. Collective over the slot, equal on its ranks."""
+        engine, total = self.engine, torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for part in stage.parts:
+            pairs = zip(engine.views(part), engine.views_of(part, global_state[part]), strict=True)
+            for (_, now), (_, before) in pairs:
+                total += (now - before.to(now.device)).double().square().sum().to(total.device)
+        is_sharded = engine.zero_stage > 0 and self.group is not None
+        return float(all_sum(total, self.group) if is_sharded else total)
 
     def _problem(self, client: Client, stage: Stage, tally: _Tally) -> str | None:
         """Why the client's weights cannot be averaged, or None; skipped steps are said in the log."""

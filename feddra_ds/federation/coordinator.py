@@ -34,6 +34,7 @@ class Coordinator:
     client_ids: list[str]
     center: Vector
     mixture: Vector  # p of the round that runs
+    losses: list[float | None] = field(default_factory=list)  # L_i that were measured last; [] before the first
     loss_scale: float = 1.0  # objective.loss_scale
     chance: float = math.inf  # L_i of a model that knows nothing: no loss beyond it is believed
     positions: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -68,9 +69,19 @@ class Coordinator:
             live,
             generation=self.topology.plan.num_slots - len(live),
             stop=self._reason_to_stop(included, total, excluded),
+            drift=self._drift(reports, weights, included),
         )
         self.protocol.tell_decision(round_index, stage, decision)
         return decision
+
+    def _drift(self, reports: dict[int, ClientReport], weights: Vector, included: list[int]) -> float:
+        """Strategy.fold_drifts of the clients that are averaged; 0 where it is not asked for, or before the first L_i."""
+        total = float(sum(weights[i] for i in included))
+        if not self.strategy.folds_drifts or not self.losses or total <= 0:
+            return 0.0
+        squares = np.array([reports[i].squared_drift for i in included], dtype=np.float64)
+        losses = robust_weights.believable(self.losses, self.chance)[included]
+        return self.strategy.fold_drifts(weights[included] / total, losses, squares)
 
     def _hear(self, round_index: int, stage: str) -> tuple[dict[int, ClientReport], list[int], list[int]]:
         """(reports by client index, slots that reported, slots that did not in time)."""
@@ -116,6 +127,7 @@ class Coordinator:
 
     def next_mixture(self, losses: Sequence[float | None]) -> Vector:
         """Equation (4) over the losses that can be believed; the weight of a client without one stays as it is."""
+        self.losses = list(losses)
         used = robust_weights.believable(losses, self.chance)
         self.clipped = [
             {

@@ -84,8 +84,8 @@ class Server:
         """Take the weights of a client that may be averaged: live slices, or a host state."""
         self._sum.add(weight, state, client.index)
 
-    def finish(self, topology: Topology, total_weight: float) -> None:
-        """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added. Collective over the peers."""
+    def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
+        """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added, and the strategy's step. Collective over the peers."""
         if self.residuals is not None and topology.live_slots != self._live_slots:
             if topology.is_coordinator:
                 lost = sorted(set(self._live_slots) - set(topology.live_slots))
@@ -95,13 +95,13 @@ class Server:
         self.num_bytes += self._sum.num_bytes
         del self._sum
         if self.strategy.steps:
-            mean |= {part: self._outer_step(part, mean[part], total_weight) for part in mean if part != BUFFERS}
+            about = lambda part: Averaged(self._stage.num_steps, self._stage.learning_rates[part], total_weight, drift)
+            mean |= {part: self._outer_step(part, mean[part], about(part)) for part in mean if part != BUFFERS}
         self.states[SHARED].update(mean)
 
     @torch.no_grad()
-    def _outer_step(self, part: str, mean: PartState, share: float) -> PartState:
+    def _outer_step(self, part: str, mean: PartState, about: Averaged) -> PartState:
         """The strategy's step from the old global slices of a part towards the clients' mean."""
-        about = Averaged(self._stage.num_steps, self._stage.learning_rates[part], share)
         new = self.strategy.server_step(self.states[SHARED][part], mean, self.outer.setdefault(part, {}), about)
         if [x.shape for x in new] != [x.shape for x in mean]:
             kind = type(self.strategy).__name__
@@ -136,7 +136,7 @@ class OwnModels(Server):
             {part: [s.detach().to("cpu", copy=True) for s in state[part]] for part in self._parts}
         )
 
-    def finish(self, topology: Topology, total_weight: float) -> None:
+    def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
         pass
 
 

@@ -151,7 +151,7 @@ class Run:
                 if not stage.hands_on_aligner:
                     client.aligner = None
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
-            self.server.finish(self.topology, decision.total_weight)
+            self.server.finish(self.topology, decision.total_weight, decision.drift)
 
     def average_weight(self, client: Client) -> float:
         return float(self.strategy.average_weight(self.mixture)[client.index])

@@ -17,6 +17,7 @@ STRATEGIES = {
     "fedyogi": "feddra_ds.strategies.fedyogi:FedYogi",
     "diloco": "feddra_ds.strategies.diloco:DiLoCo",
     "scaffold": "feddra_ds.strategies.scaffold:Scaffold",
+    "qffl": "feddra_ds.strategies.qffl:QFFL",
     "afl": "feddra_ds.strategies.afl:AFL",
     "local": "feddra_ds.strategies.local:Local",
     "centralized": "feddra_ds.strategies.centralized:Centralized",

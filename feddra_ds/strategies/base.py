@@ -34,6 +34,8 @@ class Averaged:
     """Of the clients' optimizers in these steps."""
     share: float = 1.0
     """Σ of the weights of the clients in the mean, of a sum of 1 over all clients: below 1 where some took no part."""
+    drift: float = 0.0
+    """What `Strategy.fold_drifts` made of how far the clients went."""
 
 
 def kept(state: SliceState, name: str, like: list[Tensor], value: float = 0.0) -> list[Tensor]:
@@ -119,6 +121,14 @@ class Strategy:
         """Factor of client `index`'s whole loss: N p_i where dro.apply says so, else 1."""
         return float(len(p) * p[index]) if self.dro.apply in ("loss", "both") else 1.0
 
+    def fold_drifts(self, weights: Vector, losses: Vector, squares: Vector) -> float:
+        """One number for `server_step` of how far the clients went, as `Averaged.drift`; overridden, it is asked for.
+
+        Of the n clients that are averaged, (n,) each: their weights, of sum 1; L_i of the newest global model that has been
+        measured, NaN where it is not known; ‖w_i − w_global‖² over the parts that the stage trains.
+        """
+        return 0.0
+
     # ---- the weights of the model: slices of one part at a time
     def begin_stage(self, start: list[Tensor], state: SliceState, outer: SliceState) -> None:
         """Before a client's first step of a stage, where `correct` is overridden. start, state: as there.
@@ -148,6 +158,11 @@ class Strategy:
     def corrects(self) -> bool:
         """Whether `correct` does anything: each call costs a refresh of the working weights."""
         return type(self).correct is not Strategy.correct
+
+    @property
+    def folds_drifts(self) -> bool:
+        """Whether clients measure how far they went: a norm over all slices of a slot."""
+        return type(self).fold_drifts is not Strategy.fold_drifts
 
     @property
     def steps(self) -> bool:

@@ -238,7 +238,7 @@ def _check_report(key: str, told: dict[str, Any], hosted: range) -> None:
     steps = 2 if "stage1" in key else 1
     for index, about in told.items():
         bad = key.startswith("round/1/stage2") and index == "2"
-        assert set(about) == {"problem", "loss", "train_loss", "pairs", "anchor_gradient_ratio"}
+        assert set(about) == {"problem", "loss", "train_loss", "pairs", "anchor_gradient_ratio", "squared_drift"}
         assert (about["problem"], about["loss"]) == (REASON if bad else None, None), key
         assert about["pairs"] == 8 * steps
         if key.startswith("round/0"):

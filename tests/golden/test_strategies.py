@@ -121,6 +121,27 @@ class Controlled(Plain):
         return old + 0.9 * (mean - old)
 
 
+class Fair(Plain):
+    """Algorithm 2 of q-FFL with F_k weighted by c_k, from the second round on."""
+
+    keys: ClassVar[dict[str, Any]] = {"q": 1.5}
+
+    def end(self, w: Vector, start: Vector, client: int, trains: Vector, num_steps: int) -> None:
+        self.state.setdefault("models", {})[client] = w
+
+    def server(self, old: Vector, mean: Vector, trains: Vector) -> Vector:
+        losses = self.state.get("losses")
+        if losses is None:
+            return mean
+        change = np.array([(old - self.state["models"][k]) / RATE for k in range(3)])
+        h = 1.5 * losses**0.5 * np.sum(change**2, axis=1) + losses**1.5 / RATE
+        return old - (SHARES * losses**1.5) @ change / (SHARES @ h)
+
+    def next_p(self, p: Vector, losses: Vector) -> Vector:
+        self.state["losses"] = losses
+        return SHARES * losses**1.5 / (SHARES @ losses**1.5)
+
+
 class Agnostic(Plain):
     center = np.full(3, 1 / 3)
     keys: ClassVar[dict[str, Any]] = {"step_size": 0.04}
@@ -144,6 +165,7 @@ PREDICTIONS: dict[str, type[Plain]] = {
     "fedadam": Adam,
     "fedyogi": Yogi,
     "scaffold": Controlled,
+    "qffl": Fair,
     "afl": Agnostic,
 }
 

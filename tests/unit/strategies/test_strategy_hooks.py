@@ -20,7 +20,9 @@ ABOUT = Averaged(num_steps=5, learning_rate=0.1)
 
 
 def strategy(name: str, dro: dict[str, Any] | None = None, **own: object) -> Strategy:
-    config = from_dict({"data": {"root": "x"}, "dro": dro or {}, "strategy": {"name": name, **own}})
+    config = from_dict(
+        {"data": {"root": "x"}, "dro": dro or {}, "strategy": {"name": name, **own}, "optimizer": {"name": "sgd"}}
+    )
     return strategies.build(config.strategy, config.dro)
 
 
@@ -59,6 +61,20 @@ def test_scaffold_s_first_round_is_fedavg_s_to_the_bit() -> None:
     assert all(torch.equal(x, y) for x, y in zip(live, before, strict=True))
     new = own.server_step(start, mean, {}, ABOUT)
     assert all(torch.equal(x, y) for x, y in zip(new, mean, strict=True))
+
+
+def test_qffl_at_q_0_is_fedavg() -> None:
+    own, center = strategy("qffl", q=0.0), np.array([0.2, 0.5, 0.3])
+    np.testing.assert_allclose(own.next_mixture(np.full(3, 1 / 3), np.array([1.0, 5, 2]), center), center, atol=1e-15)
+    old, mean = slices(0), slices(1)
+    new = own.server_step(old, mean, {}, Averaged(5, 0.1, drift=3.0))
+    assert all(torch.equal(x, y) for x, y in zip(new, mean, strict=True))
+
+
+def test_qffl_leaves_the_weight_of_a_client_without_a_loss() -> None:
+    own, p = strategy("qffl", q=2.0, lipschitz=1.0), np.array([0.2, 0.5, 0.3])
+    moved = own.next_mixture(p, np.array([1.0, np.nan, 2.0]), np.array([0.4, 0.2, 0.4]))
+    np.testing.assert_allclose(moved, [0.1, 0.5, 0.4])  # c F² are as 1 to 4, of the half that is left
 
 
 def test_scaffold_s_control_is_moved_by_those_who_took_part() -> None:
@@ -103,6 +119,10 @@ PRODUCT: dict[str, Any] = {"model": {"adapter": {"type": "lora", "aggregation": 
     [
         *((name, TWO_STAGES, "schedule.stage2_start", "use global") for name in ("fedavgm", "diloco", "fedadam", "scaffold")),
         *((name, PRODUCT, "model.adapter.aggregation", "use factors") for name in ("fedavgm", "fedyogi", "scaffold")),
+        ("qffl", {"strategy": {"lipschitz": 0.0}} | TWO_STAGES, "schedule.stage2_start", "use global"),
+        ("qffl", {"strategy": {"q": 1.0}}, "strategy.lipschitz", "use sgd"),
+        ("qffl", {"strategy": {"q": 0.0}, "dro": {"apply": "loss"}}, "dro.apply", "use aggregate"),
+        ("qffl", {"strategy": {"q": 0.0}, "dro": {"fixed_weights": [0.5, 0.5]}}, "dro.fixed_weights", "remove it"),
         ("scaffold", {"dro": {"radius": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"radius_share": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"apply": "both"}}, "dro.apply", "use aggregate"),
