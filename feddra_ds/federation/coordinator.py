@@ -34,6 +34,7 @@ class Coordinator:
     client_ids: list[str]
     center: Vector
     mixture: Vector  # p of the round that runs
+    present: list[int] = field(default_factory=list)  # indices of the clients that take part in the round that runs
     losses: list[float | None] = field(default_factory=list)  # L_i that were measured last; [] before the first
     loss_scale: float = 1.0  # objective.loss_scale
     chance: float = math.inf  # L_i of a model that knows nothing: no loss beyond it is believed
@@ -44,6 +45,7 @@ class Coordinator:
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
     def __post_init__(self) -> None:
+        self.present = self.present or list(range(len(self.client_ids)))
         self.protocol = Protocol(self.topology)
 
     def decide(self, round_index: int, stage: str) -> Decision:
@@ -57,10 +59,10 @@ class Coordinator:
         if any(loss is not None for loss in losses) and round_index > 0:
             self.mixture = self.next_mixture(losses)  # of the model that the last round ended with (dro.evaluate_on)
         out = {item["id"] for item in excluded}
-        included = [index for index, client in enumerate(self.client_ids) if client not in out]
+        included = [index for index in self.present if self.client_ids[index] not in out]
         weights = self.strategy.average_weight(self.mixture)
         # where all take part the sum is 1: nothing is divided by 0.9999999
-        total = 1.0 if not excluded else float(sum(weights[i] for i in included))
+        total = 1.0 if len(included) == len(weights) else float(sum(weights[i] for i in included))
         decision = Decision(
             included,
             total,
@@ -101,7 +103,8 @@ class Coordinator:
         """{id, reason} of every client that is not averaged; also kept for the round's record, each slot's loss once."""
         told = {item["id"] for item in self.excluded}  # why, at an earlier stage of this round
         excluded = []
-        for index, client in enumerate(self.client_ids):
+        for index in self.present:
+            client = self.client_ids[index]
             slot = index % self.topology.plan.num_slots
             if index in reports:
                 reason = reports[index].problem

@@ -15,3 +15,11 @@ class AFL(Strategy):
         **ONE_PLAIN_STAGE,
         "dro": {"set": "simplex", "ascent": "projected"},
     }
+
+    def problems(self, config: Any) -> list[str]:
+        if config.clients.per_round is None or config.dro.minimum_weight > 0:
+            return []
+        return [
+            "clients.per_round: may draw none but clients of weight 0, which leave strategy.name=afl nothing to average; "
+            "set dro.minimum_weight above 0, or null"
+        ]

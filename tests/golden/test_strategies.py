@@ -170,22 +170,25 @@ PREDICTIONS: dict[str, type[Plain]] = {
 }
 
 
-def predict(kind: type[Plain], stages: list[tuple[int, Vector]]) -> list[tuple[Vector, Vector]]:
-    """(w, p) after each round."""
+def predict(
+    kind: type[Plain], stages: list[tuple[int, Vector]], present: list[list[int]] | None = None
+) -> list[tuple[Vector, Vector]]:
+    """(w, p) after each round; present: which clients train in each, None for all."""
     rule, w, p = kind(), np.array([1.0, 2, 3, 4]), kind.center
     out = []
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        here = [0, 1, 2] if present is None else present[number]
         for num_steps, trains in stages:
             locals_ = []
             rule.begin()
-            for client in range(3):
+            for client in here:
                 x = w
                 for _ in range(num_steps):
                     x = x - RATE * trains * (DIRECTIONS[client] + CURVATURE * x)
                     x = rule.after_step(x, w, client, trains)
                 rule.end(x, w, client, trains, num_steps)
                 locals_.append(x)
-            w = rule.server(w, p @ np.array(locals_), trains)
+            w = rule.server(w, p[here] / p[here].sum() @ np.array(locals_), trains)
         losses = DIRECTIONS @ w + 0.5 * CURVATURE * w @ w
         assert losses.min() > 0, "a negative loss is not believed"
         p = rule.next_p(p, losses)
@@ -217,7 +220,12 @@ def run(dataset: Path, out: Path, strategy: str, layout: str, schedule: str, **k
             assert all(np.array_equal(models[0][name], models[1][name]) for name in models[0]), "slots differ"
             after[place] = np.concatenate([models[0]["aligner.w"], models[0]["backbone.w"]])
     lines = metrics_of(out)
-    return {"w": [after[r, "stage2"] for r in range(ROUNDS)], "p": [line["next_client_weights"] for line in lines]}
+    present = [[[*PAIRS].index(name) for name in line.get("present_clients", PAIRS)] for line in lines]
+    return {
+        "present": present,
+        "w": [after[r, "stage2"] for r in range(ROUNDS)],
+        "p": [line["next_client_weights"] for line in lines],
+    }
 
 
 ROWS = [(name, layout, schedule) for name in PREDICTIONS for layout in LAYOUTS for schedule in SCHEDULES]
@@ -236,3 +244,16 @@ def test_the_paper_s_formulas(dataset: Path, tmp_path: Path, strategy: str, layo
     for number, (w, p) in enumerate(predict(kind, SCHEDULES[schedule][1])):
         np.testing.assert_allclose(seen["w"][number], w, atol=5e-6, err_msg=f"round {number}")
         np.testing.assert_allclose(seen["p"][number], p, atol=2e-6, err_msg=f"round {number}")
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+def test_clients_that_are_drawn_for_a_round(dataset: Path, tmp_path: Path, strategy: str) -> None:
+    """Two of three a round, resumed in the middle: some slot has nobody to train in some round, and waits for the others."""
+    kind = PREDICTIONS[strategy]
+    keys = {f"strategy__{key}": value for key, value in kind.keys.items()}
+    seen = run(dataset, tmp_path, strategy, "zero0", "one", clients__per_round=2, **keys)
+    present = seen["present"]
+    assert all(len(here) == 2 for here in present)
+    assert [0, 2] in present, "both slots had somebody in every round"
+    for number, (w, _) in enumerate(predict(kind, SCHEDULES["one"][1], present)):
+        np.testing.assert_allclose(seen["w"][number], w, atol=5e-6, err_msg=f"round {number}")

@@ -123,6 +123,7 @@ PRODUCT: dict[str, Any] = {"model": {"adapter": {"type": "lora", "aggregation": 
         ("qffl", {"strategy": {"q": 1.0}}, "strategy.lipschitz", "use sgd"),
         ("qffl", {"strategy": {"q": 0.0}, "dro": {"apply": "loss"}}, "dro.apply", "use aggregate"),
         ("qffl", {"strategy": {"q": 0.0}, "dro": {"fixed_weights": [0.5, 0.5]}}, "dro.fixed_weights", "remove it"),
+        ("afl", {"clients": {"per_round": 2}}, "clients.per_round", "set dro.minimum_weight"),
         ("scaffold", {"dro": {"radius": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"radius_share": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"apply": "both"}}, "dro.apply", "use aggregate"),
