@@ -44,6 +44,8 @@ def contradictions(config: Config) -> list[str]:
             out.append(
                 f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids"
             )
+    if c.clients.per_round is not None and c.clients.minimum > c.clients.per_round:
+        out.append(f"clients.minimum: {c.clients.minimum} is more than clients.per_round = {c.clients.per_round}")
     if c.data.micro_batch_size is not None and (key := c.model.head.batchnorm_key):
         out.append(f"data.micro_batch_size: splits the batch that {key}=batchnorm takes statistics over; use layernorm")
     weights = c.dro.fixed_weights

@@ -74,7 +74,7 @@ def from_dict(user: dict[str, Any]) -> Config:
             )
             _prune(tree, [str(part) for part in item["loc"]])
         config = kind.model_validate(tree)  # without the bad values, so that contradictions are found as well
-    problems += contradictions(config)
+    problems += contradictions(config) + strategy(config.strategy, config.dro).problems(config)
     if problems:
         raise ConfigError(problems)
     return config

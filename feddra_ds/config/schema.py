@@ -144,6 +144,8 @@ class DataConfig(Section):
 class ClientsConfig(Section):
     ids: list[str] | None = None
     """Clients to train on, in this order; null takes all under data.root, sorted."""
+    per_round: int | None = Field(None, ge=1)
+    """Clients that train in a round, drawn by run.seed for each round; null: all. L_i is measured on all clients."""
     minimum: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
     """The run stops when fewer clients than this give a valid update in a round."""
     timeout_s: float = Field(1800.0, gt=0, json_schema_extra=MAY_CHANGE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
-from feddra_ds.distributed.collectives import gather_uneven
+from feddra_ds.distributed.collectives import all_sum, gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
@@ -51,7 +51,8 @@ class LocalResult:
 
     mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
     the model that the stage started from, where dro.evaluate_on = anchors reads it off; anchor_gradient_ratio: of its
-    last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing.
+    last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing;
+    squared_drift: ‖w_i − w_global‖² of what trained, where Strategy.fold_drifts asks for it.
     """
 
     mean_loss: float
@@ -60,6 +61,7 @@ class LocalResult:
     anchor_loss: Loss | None = None
     anchor_gradient_ratio: float | None = None
     num_skipped: int = 0
+    squared_drift: float | None = None
 
     def report(self) -> ClientReport:
         """What the coordinator is told: a number that is not finite is None."""
@@ -67,7 +69,7 @@ class LocalResult:
         ratio = self.anchor_gradient_ratio
         if ratio is not None and not math.isfinite(ratio):
             ratio = None
-        return ClientReport(self.problem, self.anchor_loss, train_loss, self.num_pairs, ratio)
+        return ClientReport(self.problem, self.anchor_loss, train_loss, self.num_pairs, ratio, self.squared_drift)
 
 
 @dataclass
@@ -125,11 +127,12 @@ class LocalTrainer:
         global_state: ModelState,
         loss_weight: float,
         on_step: Callable[[int, float], None] | None = None,
+        outer: Mapping[str, SliceState] | None = None,
     ) -> LocalResult:
         """Train one client for one stage; the engine holds its weights afterwards.
 
         global_state: this rank's slices of (φ_g, θ_g); loss_weight: factor of the whole loss (N p_i where dro.apply
-        says so, else 1). Collective over the slot.
+        says so, else 1); outer: Server.outer. Collective over the slot.
         """
         engine = self.engine
         engine.write(global_state)
@@ -140,7 +143,7 @@ class LocalTrainer:
         engine.reset_optimizer()
         engine.set_learning_rates(stage.learning_rates)
         engine.train()
-        correction = self._correction(client, stage, global_state)
+        correction = self._correction(client, stage, global_state, outer or {})
         tally, anchor_losses = _Tally(), []
         for step, batch in enumerate(anchors.batches):
             source = lambda rows, part, hidden, step=step: anchors.of(step, rows, part, hidden)
@@ -154,16 +157,28 @@ class LocalTrainer:
             tally.add(step, value, was_taken=self.step.was_taken)
             if on_step is not None:
                 on_step(step, value)
-        if correction is not None:
-            correction.keep()
         client.position = client.data.advance(client.position, stage.num_steps)
         problem = self._problem(client, stage, tally)
+        if correction is not None:
+            correction.keep(len(tally.good) if problem is None else None)
         if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
         anchor_loss = Loss.of(torch.cat(anchor_losses)) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
         ratio = self._anchor_gradient_ratio()
-        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped))
+        drift = self._squared_drift(stage, global_state) if self.strategy.folds_drifts and problem is None else None
+        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped), drift)
+
+    @torch.no_grad()
+    def _squared_drift(self, stage: Stage, global_state: ModelState) -> float:
+        """‖w_i − w_global‖² over the parts that train. Collective over the slot, equal on its ranks."""
+        engine, total = self.engine, torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for part in stage.parts:
+            pairs = zip(engine.views(part), engine.views_of(part, global_state[part]), strict=True)
+            for (_, now), (_, before) in pairs:
+                total += (now - before.to(now.device)).double().square().sum().to(total.device)
+        is_sharded = engine.zero_stage > 0 and self.group is not None
+        return float(all_sum(total, self.group) if is_sharded else total)
 
     def _problem(self, client: Client, stage: Stage, tally: _Tally) -> str | None:
         """Why the client's weights cannot be averaged, or None; skipped steps are said in the log."""
@@ -192,10 +207,12 @@ class LocalTrainer:
             return Resident(fresh(), engine, self.frozen_model, objective)
         return Replay(fresh, engine, objective, data.micro_batch_size, data.replay_cache_bytes)
 
-    def _correction(self, client: Client, stage: Stage, global_state: ModelState) -> _Correction | None:
+    def _correction(
+        self, client: Client, stage: Stage, global_state: ModelState, outer: Mapping[str, SliceState]
+    ) -> _Correction | None:
         if not self.strategy.corrects:
             return None
-        return _Correction(self.engine, self.strategy, client, stage, global_state)
+        return _Correction(self.engine, self.strategy, client, stage, global_state, outer)
 
     def _anchor_gradient_ratio(self) -> float | None:
         """That of the stage's last step, in which the client has gone furthest from the global model."""
@@ -225,14 +242,27 @@ class LocalTrainer:
 class _Correction:
     """What a strategy does to a client's slices after each local step of a stage (Strategy.correct)."""
 
-    def __init__(self, engine: Engine, strategy: Strategy, client: Client, stage: Stage, global_state: ModelState):
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: Strategy,
+        client: Client,
+        stage: Stage,
+        global_state: ModelState,
+        outer: Mapping[str, SliceState],
+    ):
         self.engine, self.strategy, self.client, self.stage = engine, strategy, client, stage
         # on the device for the stage: each step reads them
         self.start = {part: self._on_device(part, global_state[part]) for part in stage.parts}
         self.state: dict[str, SliceState] = {
-            part: {name: self._on_device(part, kept) for name, kept in client.corrections.get(part, {}).items()}
-            for part in stage.parts
+            part: self._copies(part, client.corrections.get(part, {})) for part in stage.parts
         }
+        with torch.no_grad():
+            for part in stage.parts:
+                strategy.begin_stage(self.start[part], self.state[part], self._copies(part, outer.get(part, {})))
+
+    def _copies(self, part: str, state: SliceState) -> SliceState:
+        return {name: self._on_device(part, kept) for name, kept in state.items()}
 
     def _on_device(self, part: str, tensors: PartState) -> PartState:
         live = self.engine.slices(part)
@@ -246,7 +276,11 @@ class _Correction:
             self.strategy.correct(self.engine.slices(part), self.start[part], self.state[part], learning_rate=rate)
         self.engine.refresh()
 
-    def keep(self) -> None:
-        """Leave the strategy's state with the client, on the host."""
+    @torch.no_grad()
+    def keep(self, num_steps: int | None) -> None:
+        """Leave the strategy's state with the client, on the host. num_steps: that counted; None: the update is excluded."""
         for part, state in self.state.items():
+            if num_steps is not None:
+                rate, live = self.stage.learning_rates[part], self.engine.slices(part)
+                self.strategy.end_stage(live, self.start[part], state, learning_rate=rate, num_steps=num_steps)
             self.client.corrections[part] = {name: [x.detach().cpu() for x in kept] for name, kept in state.items()}

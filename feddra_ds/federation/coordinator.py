@@ -34,6 +34,8 @@ class Coordinator:
     client_ids: list[str]
     center: Vector
     mixture: Vector  # p of the round that runs
+    present: list[int] = field(default_factory=list)  # indices of the clients that take part in the round that runs
+    losses: list[float | None] = field(default_factory=list)  # L_i that were measured last; [] before the first
     loss_scale: float = 1.0  # objective.loss_scale
     chance: float = math.inf  # L_i of a model that knows nothing: no loss beyond it is believed
     positions: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Coordinator:
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
     def __post_init__(self) -> None:
+        self.present = self.present or list(range(len(self.client_ids)))
         self.protocol = Protocol(self.topology)
 
     def decide(self, round_index: int, stage: str) -> Decision:
@@ -58,10 +61,10 @@ class Coordinator:
         if any(told.values()) and round_index > 0:  # of the model that the last round ended with (dro.evaluate_on)
             self.mixture = self.next_mixture(self._means(told))
         out = {item["id"] for item in excluded}
-        included = [index for index, client in enumerate(self.client_ids) if client not in out]
+        included = [index for index in self.present if self.client_ids[index] not in out]
         weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture), self.center)
         # where all take part the sum is 1: nothing is divided by 0.9999999
-        total = 1.0 if not excluded else float(sum(weights[i] for i in included))
+        total = 1.0 if len(included) == len(weights) else float(sum(weights[i] for i in included))
         decision = Decision(
             included,
             total,
@@ -70,12 +73,22 @@ class Coordinator:
             live,
             generation=self.topology.plan.num_slots - len(live),
             stop=self._reason_to_stop(included, excluded),
+            drift=self._drift(reports, weights, included),
         )
         if included and not self.mixture[included].any():
             logger.warning("round %d, %s: the clients that gave a valid update have weight 0 in p; they are averaged with the "
                            "centre's weights", round_index, stage)  # fmt: skip
         self.protocol.tell_decision(round_index, stage, decision)
         return decision
+
+    def _drift(self, reports: dict[int, ClientReport], weights: Vector, included: list[int]) -> float:
+        """Strategy.fold_drifts of the clients that are averaged; 0 where it is not asked for, or before the first L_i."""
+        total = float(sum(weights[i] for i in included))
+        if not self.strategy.folds_drifts or not self.losses or total <= 0:
+            return 0.0
+        squares = np.array([reports[i].squared_drift for i in included], dtype=np.float64)
+        losses = robust_weights.believable(self.losses, self.chance)[included]
+        return self.strategy.fold_drifts(weights[included] / total, losses, squares)
 
     def _hear(self, round_index: int, stage: str) -> tuple[dict[int, ClientReport], list[int], list[int]]:
         """(reports by client index, slots that reported, slots that did not in time)."""
@@ -95,7 +108,8 @@ class Coordinator:
         """{id, reason} of every client that is not averaged; also kept for the round's record, each slot's loss once."""
         told = {item["id"] for item in self.excluded}  # why, at an earlier stage of this round
         excluded = []
-        for index, client in enumerate(self.client_ids):
+        for index in self.present:
+            client = self.client_ids[index]
             slot = index % self.topology.plan.num_slots
             if index in reports:
                 reason = reports[index].problem
@@ -121,6 +135,7 @@ class Coordinator:
 
         references: (N,) the losses of the clients' own models, NaN where there is none, for dro.loss = excess.
         """
+        self.losses = list(losses)
         self._note_clipped(losses)
         new, keep = self._believed(losses, references), self.config.dro.loss_smoothing
         before = np.full(len(new), np.nan) if self.smoothed is None else self.smoothed

@@ -49,6 +49,7 @@ class ClientReport:
     train_loss: float | None  # mean of its steps; None: not finite
     pairs: int  # pairs trained on
     anchor_gradient_ratio: float | None = None  # of its last step; None without anchors
+    squared_drift: float | None = None  # ‖w_i − w_global‖² of what trained; None where the strategy does not ask
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Decision:
     live_slots: list[int]
     generation: int  # grows whenever slots are dropped
     stop: str | None = None  # why the run must end
+    drift: float = 0.0  # Strategy.fold_drifts of the clients that are averaged
 
 
 @dataclass(frozen=True)

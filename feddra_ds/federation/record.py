@@ -44,6 +44,8 @@ class RoundRecord(TypedDict, total=False):
     """Unreadable samples: {client: {reason: count}}."""
     skipped_steps: dict[str, dict[str, int]]
     """Local steps that changed nothing, as their loss or gradient was not finite: {client: {stage: count}}, of those with any."""
+    present_clients: list[str]
+    """Who trained, where clients.per_round draws some; the others are not in excluded_clients."""
     samples: int
     """Pairs trained on."""
     bytes_sent_per_rank: int

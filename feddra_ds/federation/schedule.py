@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from feddra_ds.config.schema import Config, ScheduleConfig
+from feddra_ds.data.loading.order import permutation
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ def stages_of_round(config: Config, round_index: int, step_factor: int = 1) -> l
         moves_mixture=False,
     )
     return [stage for stage in (stage1, stage2) if stage.num_steps > 0]
+
+
+def clients_of_round(config: Config, round_index: int, num_clients: int) -> list[int]:
+    """Indices of the clients that train in a round, rising: all, or clients.per_round of them, each as likely as another."""
+    if config.clients.per_round is None:
+        return list(range(num_clients))
+    drawn = permutation(num_clients, "clients of a round", config.run.seed, round_index)
+    return sorted(drawn[: config.clients.per_round].tolist())
 
 
 def steps_per_round(config: Config, step_factor: int = 1) -> int:

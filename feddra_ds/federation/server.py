@@ -21,13 +21,14 @@ from feddra_ds.federation.client import Client
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.model import lora_options
 from feddra_ds.strategies import Strategy
-from feddra_ds.strategies.base import SliceState
+from feddra_ds.strategies.base import Averaged, SliceState
 
 
 class Server:
     """The shared model (φ_g, θ_g): clients start a stage from it, and their average becomes it."""
 
     codec: Codec | None = None  # of the deltas that travel; None: fp32 weights travel
+    _stage: Stage  # that is being averaged
     _sum: WeightedSum
     residuals: ModelState | None = None  # what rounding has kept of this slot's deltas so far (compression.py)
 
@@ -60,6 +61,7 @@ class Server:
         return {part: self.engine.slices(part) for part in (*stage.parts, BUFFERS)}
 
     def begin(self, stage: Stage) -> None:
+        self._stage = stage
         base = self.states[SHARED]
         if self._averages_products and stage.trains_backbone:
             self._sum = ProductSum(self.engine, stage.parts, base)
@@ -82,8 +84,8 @@ class Server:
         """Take the weights of a client that may be averaged: live slices, or a host state."""
         self._sum.add(weight, state, client.index)
 
-    def finish(self, topology: Topology, total_weight: float) -> None:
-        """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added. Collective over the peers."""
+    def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
+        """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added, and the strategy's step. Collective over the peers."""
         if self.residuals is not None and topology.live_slots != self._live_slots:
             if topology.is_coordinator:
                 lost = sorted(set(self._live_slots) - set(topology.live_slots))
@@ -93,13 +95,14 @@ class Server:
         self.num_bytes += self._sum.num_bytes
         del self._sum
         if self.strategy.steps:
-            mean |= {part: self._outer_step(part, mean[part]) for part in mean if part != BUFFERS}
+            about = lambda part: Averaged(self._stage.num_steps, self._stage.learning_rates[part], total_weight, drift)
+            mean |= {part: self._outer_step(part, mean[part], about(part)) for part in mean if part != BUFFERS}
         self.states[SHARED].update(mean)
 
     @torch.no_grad()
-    def _outer_step(self, part: str, mean: PartState) -> PartState:
+    def _outer_step(self, part: str, mean: PartState, about: Averaged) -> PartState:
         """The strategy's step from the old global slices of a part towards the clients' mean."""
-        new = self.strategy.server_step(self.states[SHARED][part], mean, self.outer.setdefault(part, {}))
+        new = self.strategy.server_step(self.states[SHARED][part], mean, self.outer.setdefault(part, {}), about)
         if [x.shape for x in new] != [x.shape for x in mean]:
             kind = type(self.strategy).__name__
             raise ValueError(f"strategy.name: {kind}.server_step must give slices of the sizes of those it was given")
@@ -133,7 +136,7 @@ class OwnModels(Server):
             {part: [s.detach().to("cpu", copy=True) for s in state[part]] for part in self._parts}
         )
 
-    def finish(self, topology: Topology, total_weight: float) -> None:
+    def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
         pass
 
 

@@ -219,6 +219,7 @@ def _lead(run: Run, resumed: dict[str, Any] | None) -> None:
         run.client_ids,
         center,
         run.mixture,
+        losses=[] if resumed is None else resumed["metrics"]["client_losses"],
         loss_scale=run.objective.loss_scale,
         chance=run.objective.chance(config.dro.evaluation_batch_size),
         positions={} if resumed is None else resumed["positions"],

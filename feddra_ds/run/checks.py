@@ -102,6 +102,11 @@ def check(config: Config, launch: Launch) -> Checked:
     num_clients = 1 if strategy.pools_data else len(ids)
     if config.clients.minimum > num_clients:
         problems.append(f"clients.minimum: {config.clients.minimum} is more than the {num_clients} clients there are")
+    per_round = config.clients.per_round
+    if per_round is not None and per_round > num_clients:
+        problems.append(
+            f"clients.per_round: {per_round} is more than the {num_clients} clients there are; null takes all"
+        )
     weights = config.dro.fixed_weights
     if weights is not None and len(weights) != num_clients:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")

@@ -29,7 +29,7 @@ from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.federation.references import References
 from feddra_ds.federation.saving import write_server
-from feddra_ds.federation.schedule import Stage, stages_of_round, steps_per_round
+from feddra_ds.federation.schedule import Stage, clients_of_round, stages_of_round, steps_per_round
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, embed, measure_loss, retrieval
 from feddra_ds.objectives import Objective
@@ -73,11 +73,13 @@ class Run:
     # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     anchor_losses: dict[str, Loss | None] = field(default_factory=dict)
+    present: list[Client] = field(default_factory=list)  # this slot's clients that take part
     # and the local steps that were skipped, by client and stage
     skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.config.run.output_dir)
+        self.present = self.clients
         self.protocol = Protocol(self.topology)
         self.progress = Progress(
             self.run_dir,
@@ -96,6 +98,7 @@ class Run:
             for round_index in range(self.next_round, self.config.schedule.rounds):
                 self.progress.begin_round(round_index)
                 self.trainer.observer.round_index = round_index
+                self.draw_clients(round_index)
                 began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
                 samples, self.skipped_steps = 0, {}
                 for stage in stages_of_round(self.config, round_index, self.step_factor):
@@ -114,20 +117,28 @@ class Run:
             with self.timed("model"):
                 self.save_final_model()
 
+    def draw_clients(self, round_index: int) -> None:
+        """Who trains in this round: the same on every rank."""
+        drawn = clients_of_round(self.config, round_index, len(self.client_ids))
+        self.present = [client for client in self.clients if client.index in drawn]
+        if self.coordinator is not None:
+            self.coordinator.present = drawn
+
     def run_stage(self, round_index: int, stage: Stage) -> int:
-        """Every client of this slot trains from the global model; their average becomes it. Returns pairs trained on."""
+        """This slot's clients that take part train from the global model; the average becomes it. Returns pairs trained on."""
         reports: dict[int, ClientReport] = {}
         self.progress.begin_stage(stage)
         if stage.averages:
             self.server.begin(stage)
         with self.timed(stage.name):
-            for client in self.clients:
+            for client in self.present:
                 result = self.trainer.run_stage(
                     client,
                     stage,
                     self.server.model_of(client),
                     self.strategy.loss_weight(self.mixture, client.index),
                     on_step=self.progress.begin_client(client.id),
+                    outer=self.server.outer,
                 )
                 self.prefetch_after(client)
                 reports[client.index] = result.report()
@@ -147,13 +158,13 @@ class Run:
         decision = self.agree(round_index, stage, reports)
         if stage.moves_mixture:  # p was not known before; the aligners wait on the host
             self.anchor_losses = {str(index): told.loss for index, told in reports.items()}
-            for client in self.clients:
+            for client in self.present:
                 if client.index in decision.included and client.aligner is not None:
                     self.server.add(client, self.average_weight(client), client.aligner)
                 if not stage.hands_on_aligner:
                     client.aligner = None
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
-            self.server.finish(self.topology, decision.total_weight)
+            self.server.finish(self.topology, decision.total_weight, decision.drift)
 
     def average_weight(self, client: Client) -> float:
         weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture), self.center)
@@ -161,7 +172,7 @@ class Run:
 
     def prefetch_after(self, client: Client) -> None:
         """Let the readers start on what comes next (the next client, or the next stage of the first), while we average."""
-        following = self.clients[(self.clients.index(client) + 1) % len(self.clients)]
+        following = self.present[(self.present.index(client) + 1) % len(self.present)]
         following.data.prefetch(following.position, 1)
 
     def agree(self, round_index: int, stage: Stage, reports: dict[int, ClientReport]) -> Decision:
@@ -257,6 +268,8 @@ class Run:
             record = None
             if self.coordinator is not None:
                 record = self.coordinator.end_round(round_index, moves_mixture=self.measures_losses(round_index))
+                if self.config.clients.per_round is not None:
+                    record["present_clients"] = [self.client_ids[i] for i in self.coordinator.present]
             self.mixture = np.asarray(self.protocol.hear_mixture(round_index), dtype=np.float64)
         return record
 

@@ -11,6 +11,14 @@ __all__ = ["STRATEGIES", "DroOptions", "Strategy", "StrategyOptions", "build", "
 STRATEGIES = {
     "feddra": "feddra_ds.strategies.feddra:FedDRA",
     "fedavg": "feddra_ds.strategies.fedavg:FedAvg",
+    "fedprox": "feddra_ds.strategies.fedprox:FedProx",
+    "fedavgm": "feddra_ds.strategies.fedavgm:FedAvgM",
+    "fedadam": "feddra_ds.strategies.fedadam:FedAdam",
+    "fedyogi": "feddra_ds.strategies.fedyogi:FedYogi",
+    "diloco": "feddra_ds.strategies.diloco:DiLoCo",
+    "scaffold": "feddra_ds.strategies.scaffold:Scaffold",
+    "qffl": "feddra_ds.strategies.qffl:QFFL",
+    "afl": "feddra_ds.strategies.afl:AFL",
     "local": "feddra_ds.strategies.local:Local",
     "centralized": "feddra_ds.strategies.centralized:Centralized",
 }

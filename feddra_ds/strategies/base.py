@@ -7,6 +7,7 @@ slices in every slot, so whatever is done element by element needs no communicat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,27 @@ SliceState = dict[str, list["Tensor"]]
 checkpoint, and loads at another number of ranks."""
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """How the mean that a server's step follows came about."""
+
+    num_steps: int
+    """Local steps of the stage that was averaged."""
+    learning_rate: float
+    """Of the clients' optimizers in these steps."""
+    share: float = 1.0
+    """Σ of the weights of the clients in the mean, of a sum of 1 over all clients: below 1 where some took no part."""
+    drift: float = 0.0
+    """What `Strategy.fold_drifts` made of how far the clients went."""
+
+
+def kept(state: SliceState, name: str, like: list[Tensor], value: float = 0.0) -> list[Tensor]:
+    """What a hook keeps under a name: at first tensors like `like`, filled with a value."""
+    if name not in state:
+        state[name] = [x.new_full(x.shape, value) for x in like]
+    return state[name]
+
+
 class Strategy:
     """One shared model, averaged with weights p that follow equation (4). Yours is a subclass, named in strategy.name.
 
@@ -36,10 +58,21 @@ class Strategy:
     """The server averages the clients' models; False: each client keeps its own."""
     pools_data: ClassVar[bool] = False
     """One client that holds everybody's data."""
+    num_outer: ClassVar[int] = 0
+    """How many tensors like the model `server_step` keeps on each rank, for the memory plan."""
+    num_kept: ClassVar[int] = 0
+    """How many tensors like the model each client keeps between stages, for the memory plan."""
 
     def __init__(self, options: Any, dro: DroOptions):
         """options: an instance of `Options`; dro: the config's section of that name."""
         self.options, self.dro = options, dro
+
+    def problems(self, config: Any) -> list[str]:
+        """What of a valid config this strategy cannot work with: a line each, the key first, with the remedy.
+
+        config: an instance of feddra_ds.config.schema.Config.
+        """
+        return []
 
     def step_factor(self, num_owners: int) -> int:
         """How many times the schedule's local steps each client takes, from the number of data owners."""
@@ -88,17 +121,36 @@ class Strategy:
         """Factor of client `index`'s whole loss: N p_i where dro.apply says so, else 1."""
         return float(len(p) * p[index]) if self.dro.apply in ("loss", "both") else 1.0
 
+    def fold_drifts(self, weights: Vector, losses: Vector, squares: Vector) -> float:
+        """One number for `server_step` of how far the clients went, as `Averaged.drift`; overridden, it is asked for.
+
+        Of the n clients that are averaged, (n,) each: their weights, of sum 1; L_i of the newest global model that has been
+        measured, NaN where it is not known; ‖w_i − w_global‖² over the parts that the stage trains.
+        """
+        return 0.0
+
     # ---- the weights of the model: slices of one part at a time
+    def begin_stage(self, start: list[Tensor], state: SliceState, outer: SliceState) -> None:
+        """Before a client's first step of a stage, where `correct` is overridden. start, state: as there.
+
+        outer: copies of what `server_step` keeps, on the same device.
+        """
+
+    def end_stage(
+        self, live: list[Tensor], start: list[Tensor], state: SliceState, *, learning_rate: float, num_steps: int
+    ) -> None:
+        """After a client's last step of a stage, where its update can be averaged. num_steps: those that changed the weights."""
+
     def correct(self, live: list[Tensor], start: list[Tensor], state: SliceState, *, learning_rate: float) -> None:
         """After each local step: change a client's live slices in place (a proximal pull, a control variate).
 
         start: the slices that the stage started from, on the same device; state: this client's, kept from stage to stage.
         """
 
-    def server_step(self, old: list[Tensor], mean: list[Tensor], state: SliceState) -> list[Tensor]:
+    def server_step(self, old: list[Tensor], mean: list[Tensor], state: SliceState, about: Averaged) -> list[Tensor]:
         """After the average: the new global slices from the old ones and the clients' mean (momentum, Adam, an outer step).
 
-        On the host, every rank its own slices; state: the server's, for this part.
+        On the host, every rank its own slices; state: the server's, for this part; about: the stage that gave the mean.
         """
         return mean
 
@@ -106,6 +158,11 @@ class Strategy:
     def corrects(self) -> bool:
         """Whether `correct` does anything: each call costs a refresh of the working weights."""
         return type(self).correct is not Strategy.correct
+
+    @property
+    def folds_drifts(self) -> bool:
+        """Whether clients measure how far they went: a norm over all slices of a slot."""
+        return type(self).fold_drifts is not Strategy.fold_drifts
 
     @property
     def steps(self) -> bool:

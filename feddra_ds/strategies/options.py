@@ -13,8 +13,8 @@ class StrategyOptions(Section):
     """Which federated algorithm runs."""
 
     name: str = "feddra"
-    """The federated algorithm: feddra, fedavg, local, centralized, or package.module:Class for your own, whose options join
-    these. It presets other keys, which keys given by you override."""
+    """The federated algorithm: a row of docs/strategies.md, or package.module:Class for your own, whose options join these.
+    It presets other keys, which keys given by you override."""
 
 
 class DroOptions(Section):

@@ -54,8 +54,11 @@ DECISIONS = [  # (place, clients averaged, Σ of their weights, p, excluded)
 ]
 
 
-def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
-    """A run whose model, objective, batches and L_i are the mock's; what it decided and averaged, on this rank."""
+def trace(config_tree: dict[str, Any], curvature: float = 0.0, spoils: bool = True) -> dict[str, Any]:
+    """A run whose model, objective, batches and L_i are the mock's; what it decided and averaged, on this rank.
+
+    curvature: κ of a term κ/2 (‖a‖² + ‖b‖²) in every loss; spoils: west's update is bad in round 1, stage 2.
+    """
     import torch
     from helpers import Fault, finish, inject, pieces_of
     from torch import nn
@@ -72,7 +75,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
             self.w = nn.Parameter(torch.tensor(start))
 
         def forward(self, direction: torch.Tensor) -> torch.Tensor:
-            return direction @ self.w
+            return direction @ self.w + 0.5 * curvature * self.w.square().sum()
 
     class Linear(nn.Module):
         def __init__(self) -> None:
@@ -153,7 +156,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
 
     def stage_of_one(client: Any, *args: Any, **kwargs: Any) -> Any:
         hit = (client.id, now["round"], now["stage"]) == (fault.client, fault.round, fault.stage)
-        with inject([fault] if hit else [], run, client):
+        with inject([fault] if hit and spoils else [], run, client):
             return trained(client, *args, **kwargs)
 
     run.topology.post, run.run_stage, run.trainer.run_stage = listen, stage_of_all, stage_of_one
@@ -161,7 +164,7 @@ def trace(config_tree: dict[str, Any]) -> dict[str, Any]:
     with patch.object(rounds_module, "measure_loss", loss_of):
         run.rounds()
     finish(run)
-    return {"posted": posted, "after": after}
+    return {"posted": posted, "after": after, "first_round": run.next_round}
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +239,7 @@ def _check_report(key: str, told: dict[str, Any], hosted: range) -> None:
     steps = 2 if "stage1" in key else 1
     for index, about in told.items():
         bad = key.startswith("round/1/stage2") and index == "2"
-        assert set(about) == {"problem", "loss", "train_loss", "pairs", "anchor_gradient_ratio"}
+        assert set(about) == {"problem", "loss", "train_loss", "pairs", "anchor_gradient_ratio", "squared_drift"}
         assert (about["problem"], about["loss"]) == (REASON if bad else None, None), key
         assert about["pairs"] == 8 * steps
         if key.startswith("round/0"):

@@ -69,7 +69,7 @@ class Momentum(Strategy):
     Options = MomentumOptions
     presets = {"dro": {"radius": 0.25}}
 
-    def server_step(self, old, mean, state):
+    def server_step(self, old, mean, state, about):
         velocity = state.setdefault("velocity", [torch.zeros_like(x) for x in old])
         for v, a, b in zip(velocity, old, mean):
             v.mul_(self.options.momentum).add_(b - a)

@@ -80,6 +80,10 @@ class Miniature:
             host.hold("server: global model", lay.state(PARTS))
         if self.config.aggregate.precision != "fp32" and self.strategy.averages:
             host.hold("server: residuals", lay.state(PARTS))
+        for _ in range(self.strategy.num_outer):
+            host.hold("server: what the strategy keeps", lay.state(PARTS))
+        for _ in range(self.strategy.num_kept * lay.clients):
+            host.hold("clients: what the strategy keeps", lay.state(PARTS))
 
     def hold_twin(self, name: str, sizes: Iterable[int]) -> None:
         self.device.hold(name, blocks(n * self.layout.width for n in sizes))

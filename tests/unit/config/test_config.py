@@ -68,6 +68,7 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
         ({"clients": {"ids": []}}, "clients.ids", "empty"),
         ({"clients": {"ids": ["a", "a"]}}, "clients.ids", "more than once"),
         ({"clients": {"ids": ["a"], "minimum": 2}}, "clients.minimum", "more than the 1"),
+        ({"clients": {"per_round": 2, "minimum": 3}}, "clients.minimum", "more than clients.per_round"),
         ({"dro": {"fixed_weights": [0.5, 0.4]}}, "dro.fixed_weights", "sum to 1"),
         ({"dro": {"fixed_weights": [1.0]}, "clients": {"ids": ["a", "b"]}}, "dro.fixed_weights", "1 weights for 2"),
         ({"dro": {"evaluate_on": "anchors"}, "objective": {"anchor_weight": 0}}, "dro.evaluate_on", "anchor_weight"),

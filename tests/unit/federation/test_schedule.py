@@ -6,7 +6,7 @@ import pytest
 
 from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import ScheduleConfig
-from feddra_ds.federation.schedule import learning_rate, stages_of_round, steps_per_round
+from feddra_ds.federation.schedule import clients_of_round, learning_rate, stages_of_round, steps_per_round
 
 
 def test_stages() -> None:
@@ -32,3 +32,16 @@ def test_stages() -> None:
 def test_learning_rate_over_rounds(decay: str, expected: list[float]) -> None:
     schedule = ScheduleConfig(rounds=6, warmup_rounds=2, decay=decay, min_lr_fraction=0.1)
     assert [learning_rate(1.0, schedule, r) for r in range(6)] == pytest.approx(expected)
+
+
+def test_clients_of_a_round_are_drawn_by_seed_and_round_alone_and_each_as_often() -> None:
+    config = from_dict({"data": {"root": "x"}, "clients": {"per_round": 3}})
+    drawn = [clients_of_round(config, number, 10) for number in range(3000)]
+    assert drawn[:50] == [clients_of_round(config, number, 10) for number in range(50)]
+    assert all(len(set(here)) == 3 and here == sorted(here) for here in drawn)
+    often = [sum(client in here for here in drawn) for client in range(10)]
+    # binomial of mean 900, standard deviation 25: five of them
+    assert max(abs(count - 900) for count in often) < 125
+    other = from_dict({"data": {"root": "x"}, "clients": {"per_round": 3}, "run": {"seed": 1}})
+    assert drawn[:50] != [clients_of_round(other, number, 10) for number in range(50)]
+    assert clients_of_round(from_dict({"data": {"root": "x"}}), 5, 4) == [0, 1, 2, 3]
