@@ -6,7 +6,7 @@ B: pairs of this rank, n: pairs that are looked at, D: embedding size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from feddra_ds.objectives.features import Features
 from feddra_ds.objectives.options import ObjectiveOptions
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from feddra_ds.losses import DroLoss
+
+
+class Learned(NamedTuple):
+    """A tensor that an objective learns beside the model: its shape, and where it starts."""
+
+    shape: tuple[int, ...]
+    start: float = 0.0
+    """Mean of its elements."""
+    std: float = 0.0
+    """Their standard deviation; 0: all alike."""
 
 
 class Objective(ABC):
@@ -36,6 +46,12 @@ class Objective(ABC):
     def __init__(self, options: Any):
         """options: an instance of `Options`."""
         self.options = options
+
+    @classmethod
+    def learned(cls, options: Any, embedding_dim: int) -> dict[str, Learned]:
+        """What it learns itself, by name: part of the alignment module, averaged and saved with it. Features.learned has
+        the values, by sorted names."""
+        return {}
 
     @property
     def needs_anchors(self) -> bool:

@@ -1,0 +1,77 @@
+"""Every objective beside its paper written out in plain lines: values and every gradient; L_i and chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from plain_objectives import CASES, OBJECTIVES, batch, build, chance_of, gradients, plain
+
+from feddra_ds.losses.reference import normalize
+from feddra_ds.objectives import OBJECTIVES as TABLE
+from feddra_ds.objectives.features import Features
+
+PAIRS = 7
+each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+each_name = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def test_every_objective_of_the_table_is_here() -> None:
+    assert {"ita", *OBJECTIVES} == set(TABLE)
+
+
+@pytest.mark.parametrize("anchored", [True, False], ids=["anchors", "alone"])
+@each_case
+def test_values_and_gradients_are_the_papers(name: str, options: dict[str, Any], anchored: bool) -> None:
+    objective = build(name, alignment_weight=0.8, **options)
+    ours, theirs = batch(objective, PAIRS)
+    loss = objective(ours, theirs if anchored else None, None)
+    expected = plain(objective, ours, theirs if anchored else None)
+    torch.testing.assert_close(loss.total, expected)
+    found, wanted = gradients(loss.total, ours), gradients(expected, ours)
+    for place, gradient in wanted.items():
+        # by an embedding of unit norm only what is along the sphere matters
+        torch.testing.assert_close(tangent(found[place], ours, place), tangent(gradient, ours, place), msg=place)
+    assert any(float(x.norm()) > 1e-3 for x in wanted.values())
+    total = objective.options.alignment_weight * loss.per_sample.mean()
+    torch.testing.assert_close(total.to(loss.total.dtype), loss.total.detach())
+
+
+def tangent(gradient: torch.Tensor, of: Features, place: str) -> torch.Tensor:
+    name, _ = place.split()
+    if name not in ("image", "text"):
+        return gradient
+    x = getattr(of, name).detach()
+    return gradient - x * (x * gradient).sum(-1, keepdim=True)
+
+
+@each_name
+def test_a_model_that_knows_nothing_is_at_chance(name: str) -> None:
+    objective = build(name)
+    for num_pairs in (2, 8):
+        assert chance_of(objective, num_pairs) == pytest.approx(objective.chance(num_pairs), rel=1e-6)
+    assert objective.chance(8) * objective.loss_scale > objective.chance(2) * objective.loss_scale > 0
+
+
+@each_name
+def test_l_i_falls_where_pairs_match(name: str) -> None:
+    objective = build(name)
+    ours, _ = batch(objective, PAIRS)
+    image, ids = ours.image.detach(), torch.arange(PAIRS)
+    matched = objective.per_pair(Features(image, image, temperature=0.1), ids).mean()
+    swapped = objective.per_pair(Features(image, image.roll(1, 0), temperature=0.1), ids).mean()
+    assert float(matched) < objective.chance(PAIRS) < float(swapped)
+
+
+def test_the_bias_of_siglips_l_i_is_the_best_one() -> None:
+    objective = build("siglip")
+    ours, _ = batch(objective, PAIRS)
+    image, text = normalize(ours.image.detach()), normalize(ours.text.detach())
+    found = float(objective.per_pair(Features(image, text, temperature=0.1), torch.arange(PAIRS)).mean())
+    losses = []
+    for bias in torch.linspace(-12, 12, 481, dtype=torch.float64):
+        features = Features(image, text, temperature=0.1, learned=(bias.reshape(1),))
+        losses.append(float(objective(features, None, None).total))
+    assert found <= min(losses)
+    assert found == pytest.approx(min(losses), abs=1e-3)  # a grid of 0.05
