@@ -15,6 +15,7 @@ from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
+from feddra_ds.data.loading.words import Words
 from feddra_ds.distributed.collectives import gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
@@ -108,6 +109,7 @@ class LocalTrainer:
         config: Config,
         topology: Topology,
         observer: StepObserver | None = None,
+        words: Words | None = None,
     ):
         self.engine, self.objective, self.strategy = engine, objective, strategy
         self.config, self.topology = config, topology
@@ -115,7 +117,7 @@ class LocalTrainer:
         self.frozen_model = frozen_model  # holds (φ_g, θ_g) in stage 2 where objective.anchors is resident
         self.group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
         self.observer = observer or StepObserver()
-        self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size, self.observer)
+        self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size, self.observer, words)
 
     def run_stage(
         self,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feddra_ds.data.loading.batch import Batch
+from feddra_ds.data.loading.words import Words
 from feddra_ds.distributed.collectives import all_sum
 from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.schedule import Stage
@@ -54,9 +55,11 @@ class LocalStep:
         group: dist.ProcessGroup | None,
         micro_batch_size: int | None,
         observer: StepObserver,
+        words: Words | None = None,
     ):
+        """words: gives Features.words, where the objective needs them."""
         self.engine, self.objective, self.group, self.micro_batch_size = engine, objective, group, micro_batch_size
-        self.observer = observer
+        self.observer, self.words = observer, words
         self.was_taken = True  # whether the newest step changed the weights
         # of the newest batch, whole and without gradient: for dro.evaluate_on = anchors and anchor_gradient_ratio
         self.last_features: Features | None = None
@@ -87,8 +90,11 @@ class LocalStep:
             return_hidden=True,
             return_tokens=TOKENS in self.objective.needs,
         )
-        features = features_of(out, self.objective)
-        return features._replace(text_ids=batch.text_ids.to(self.engine.device, non_blocking=True)), out.hidden
+        words = None
+        if self.words is not None:
+            words = self.words(batch.input_ids, batch.attention_mask).to(self.engine.device, non_blocking=True)
+        text_ids = batch.text_ids.to(self.engine.device, non_blocking=True)
+        return features_of(out, self.objective)._replace(text_ids=text_ids, words=words), out.hidden
 
     def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]

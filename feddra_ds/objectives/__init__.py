@@ -13,6 +13,8 @@ OBJECTIVES = {
     "ita": "feddra_ds.objectives.ita:ImageTextAlignment",
     "convirt": "feddra_ds.objectives.convirt:Convirt",
     "siglip": "feddra_ds.objectives.siglip:Siglip",
+    "gloria": "feddra_ds.objectives.gloria:Gloria",
+    "mgca": "feddra_ds.objectives.mgca:Mgca",
 }
 
 

@@ -37,7 +37,7 @@ class Objective(ABC):
 
     Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What Features must hold beside the embeddings: features.TOKENS, or nothing."""
+    """What Features must hold beside the embeddings: features.TOKENS, features.WORDS, or nothing."""
     normalises: ClassVar[bool] = False
     """Whether it normalises embeddings itself: stage 1's anchors then come as they leave the heads, which spares a pass."""
     loss_scale: float = 1.0

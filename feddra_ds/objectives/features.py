@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = "tokens"  # in Objective.needs: the embeddings of regions and words too
+WORDS = "words"  # in Objective.needs: which word each word piece belongs to
 
 
 class Features(NamedTuple):
@@ -27,6 +28,9 @@ class Features(NamedTuple):
     """(B, T), 1 for a word piece, 0 for padding; beside text_tokens."""
     text_ids: Tensor | None = None
     """(B,) int64, equal where two pairs have the same report; None for anchors."""
+    words: Tensor | None = None
+    """(B, T) int64: the number of each piece's word in its text, −1 for special tokens and padding; only where an
+    objective needs WORDS, and None for anchors."""
     temperature: Tensor | float = 0.07
     """τ: a number, or fp32 (1,) with a gradient where it is learned."""
     learned: tuple[Tensor, ...] = ()
@@ -86,7 +90,10 @@ def _padded_alike(features: Features, group: dist.ProcessGroup) -> Features:
     from feddra_ds.distributed.collectives import gather_ints
 
     missing = max(length for (length,) in gather_ints([tokens.shape[1]], group, tokens.device)) - tokens.shape[1]
-    return features._replace(text_tokens=pad(tokens, (0, 0, 0, missing)), text_mask=pad(mask, (0, missing)))
+    words = None if features.words is None else pad(features.words, (0, missing), value=-1)
+    return features._replace(
+        text_tokens=pad(tokens, (0, 0, 0, missing)), text_mask=pad(mask, (0, missing)), words=words
+    )
 
 
 def join(parts: Sequence[Features]) -> Features:

@@ -109,6 +109,8 @@ def test_pairs_with_the_same_report_know_no_ranks_and_no_micro_batches(dataset: 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "convirt": {},
     "siglip": {},
+    "gloria": {},
+    "mgca": {"num_prototypes": 6},
 }
 
 

@@ -5,6 +5,7 @@ B pairs, D embedding size, R regions and the class token before them, T word pie
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -22,8 +23,27 @@ DIM = 6
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {  # options that change what is computed
     "convirt": [{}, {"image_to_text": 0.3, "anchor_reduction": "sum"}],
     "siglip": [{}, {"bias": -3.0, "anchor_weight": 0.3}],
+    "gloria": [
+        {},
+        {"local_weight": 0.6, "anchor_tokens": True, "duplicates": "negative"},
+        {"anchor_tokens": True, "anchor_reduction": "sum", "attention_temperature": 1.0, "word_temperature": 0.7},
+    ],
+    "mgca": [
+        {"num_prototypes": 5},
+        {"num_prototypes": 3, "token_weights": "equal", "token_weight": 0.6, "prototype_weight": 1.7},
+        {"num_prototypes": 4, "anchor_tokens": True, "sinkhorn_epsilon": 0.3, "sinkhorn_steps": 2},
+    ],
 }
 CASES = [(name, options) for name, several in OBJECTIVES.items() for options in several]
+
+
+WORDS = [  # [CLS], pieces, [SEP], padding; words of one, two and three pieces; a text without words
+    [-1, 0, 1, 1, 2, -1, -1],
+    [-1, 0, 0, 0, 1, -1, -1],
+    [-1, 0, -1, -1, -1, -1, -1],
+    [-1, -1, -1, -1, -1, -1, -1],
+    [-1, 0, 1, 2, 3, 4, -1],
+]
 
 
 def build(name: str, **options: Any) -> Objective:
@@ -39,9 +59,14 @@ def batch(objective: Objective, num_pairs: int) -> tuple[Features, Features]:
         about.start + (about.std or 0.1) * torch.randn(about.shape, generator=draws, dtype=torch.float64)
         for _, about in sorted(type(objective).learned(objective.options, DIM).items())
     )
-    ours = Features(image, text, text_ids=draw_ids(num_pairs), temperature=temperature, learned=learned)
+    unit = lambda *shape: normalize(torch.randn(num_pairs, *shape, DIM, generator=draws, dtype=torch.float64), dim=-1)
+    words = torch.tensor(list(itertools.islice(itertools.cycle(WORDS), num_pairs)))
+    ours = Features(image, text, unit(5), unit(7), text_ids=draw_ids(num_pairs), words=words)
+    ours = ours._replace(temperature=temperature, learned=learned)
     leaf = lambda x: x.clone().requires_grad_() if x.is_floating_point() else x
-    return ours.with_tensors({place: leaf(x) for place, x in ours.tensors().items()}), Features(*theirs)
+    return ours.with_tensors({place: leaf(x) for place, x in ours.tensors().items()}), Features(
+        *theirs, unit(5), unit(7)
+    )
 
 
 def gradients(total: Tensor, of: Features) -> dict[str, Tensor]:
@@ -67,7 +92,31 @@ def _anchor_term(options: Any, features: Features, anchors: Features) -> Tensor:
         for ours, theirs in ((features.image, anchors.image), (features.text, anchors.text)):
             squares = [(a - b) ** 2 for a, b in zip(ours[j], theirs[j], strict=True)]
             terms.append(sum(squares) / (len(squares) if options.anchor_reduction == "mean" else 1))
+        if getattr(options, "anchor_tokens", False):
+            theirs = anchors._replace(words=features.words)
+            for of in (_regions, _words):
+                squares = [(a - b).square() for a, b in zip(of(features, j), of(theirs, j), strict=True)]
+                each = [x.mean() if options.anchor_reduction == "mean" else x.sum() for x in squares]
+                terms.append(sum(each) / max(len(each), 1))
     return sum(terms) / len(features.image)  # type: ignore[return-value]
+
+
+def _regions(features: Features, j: int) -> list[Tensor]:
+    """Those of an image, the class token left out."""
+    assert features.image_tokens is not None
+    return list(features.image_tokens[j, 1:])
+
+
+def _words(features: Features, j: int) -> list[Tensor]:
+    """Those of a text: the direction of the mean of each one's pieces."""
+    assert features.words is not None
+    assert features.text_tokens is not None
+    numbers = features.words[j].tolist()
+    pieces = [
+        [features.text_tokens[j, t] for t, n in enumerate(numbers) if n == word] for word in sorted({*numbers} - {-1})
+    ]
+    means = [sum(group) / len(group) for group in pieces]
+    return [mean / mean.norm() for mean in means]  # type: ignore[union-attr]
 
 
 def _info_nce(scores: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -101,7 +150,80 @@ def siglip(options: Any, features: Features) -> Tensor:
     return total / len(features.image)
 
 
-PLAIN = {"convirt": convirt, "siglip": siglip}
+def _softmax(scores: list[Tensor]) -> list[Tensor]:
+    exponentials = [x.exp() for x in scores]
+    return [x / sum(exponentials) for x in exponentials]
+
+
+def gloria(options: Any, features: Features) -> Tensor:
+    """Huang et al. 2021, section 3.2."""
+    size = range(len(features.image))
+    scores: list[list[Tensor]] = []
+    for i in size:
+        regions, row = _regions(features, i), []
+        for k in size:
+            total = torch.zeros((), dtype=torch.float64)
+            for word in _words(features, k):
+                attention = _softmax([word @ region / options.attention_temperature for region in regions])
+                context: Any = sum(a * region for a, region in zip(attention, regions, strict=True))
+                total = total + (context @ word / context.norm() / word.norm() / options.word_temperature).exp()
+            z = total.log() * options.word_temperature if _words(features, k) else torch.zeros((), dtype=torch.float64)
+            row.append(z / options.local_temperature)
+        scores.append(row)
+    everything = [*_info_nce(_similarities(features))]
+    local = _info_nce(scores)
+    terms = [sum(pair) for pair in zip(*everything, strict=True)]
+    return (sum(terms) + options.local_weight * sum(sum(pair) for pair in zip(*local, strict=True))) / len(terms)  # type: ignore
+
+
+def _cross_attention(options: Any, queries: list[Tensor], keys: list[Tensor], whole: Tensor) -> Tensor:
+    """Wang et al. 2022, equations (3) and (4): L_LIA of one pair, without its halves."""
+    tau = options.token_temperature
+    found = []
+    for query in queries:
+        attention = _softmax([query @ key / tau for key in keys])
+        mixed: Any = sum(a * key for a, key in zip(attention, keys, strict=True))
+        found.append(mixed / mixed.norm())
+    weights = [torch.ones((), dtype=torch.float64) / len(queries)] * len(queries)
+    if options.token_weights == "similarity":
+        weights = [x.detach() for x in _softmax([query @ whole / tau for query in queries])]
+    forth, back = _info_nce([[query @ o / tau for o in found] for query in queries])
+    return sum(w * (a + b) for w, a, b in zip(weights, forth, back, strict=True))  # type: ignore[return-value]
+
+
+def _sinkhorn(options: Any, scores: Tensor) -> Tensor:
+    """Caron et al. 2020, appendix A: (pairs, prototypes), each row a distribution."""
+    q = (scores.detach() / options.sinkhorn_epsilon).exp().T
+    q = q / q.sum()
+    for _ in range(options.sinkhorn_steps):
+        q = q / q.sum(1, keepdim=True) / q.shape[0]
+        q = q / q.sum(0, keepdim=True) / q.shape[1]
+    return (q * q.shape[1]).T
+
+
+def mgca(options: Any, features: Features) -> Tensor:
+    """Wang et al. 2022, equations (1) to (10), in the sum of the directions."""
+    terms = [a + b for a, b in zip(*_info_nce(_similarities(features)), strict=True)]
+    (prototypes,) = features.learned
+    centers = [c / c.norm() for c in prototypes]
+    scores = [
+        torch.stack([torch.stack([x @ c for c in centers]) for x in side]) for side in (features.image, features.text)
+    ]
+    assigned = [_sinkhorn(options, side) for side in scores]
+    for j in range(len(terms)):
+        regions, words = _regions(features, j), _words(features, j)
+        if words:
+            visual = _cross_attention(options, regions, words, features.image[j])
+            textual = _cross_attention(options, words, regions, features.text[j])
+            terms[j] = terms[j] + options.token_weight * (visual + textual) / 2
+        for mine, other in ((0, 1), (1, 0)):
+            shares = _softmax(list(scores[mine][j] / options.prototype_temperature))
+            crossed = sum(q * share.log() for q, share in zip(assigned[other][j], shares, strict=True))
+            terms[j] = terms[j] - options.prototype_weight * crossed
+    return sum(terms) / len(terms)  # type: ignore[return-value]
+
+
+PLAIN = {"convirt": convirt, "siglip": siglip, "gloria": gloria, "mgca": mgca}
 
 
 def chance_of(objective: Objective, num_pairs: int) -> float:

@@ -38,6 +38,40 @@ def test_values_and_gradients_are_the_papers(name: str, options: dict[str, Any],
     torch.testing.assert_close(total.to(loss.total.dtype), loss.total.detach())
 
 
+@pytest.mark.parametrize("name", ["gloria", "mgca"])
+def test_chunks_change_nothing_and_bound_the_memory(name: str) -> None:
+    options = dict(OBJECTIVES[name][0])
+    losses, found = [], []
+    for chunk_bytes in (1, 2000, 2**28):  # one pair at a time, a few, all
+        objective = build(name, chunk_bytes=chunk_bytes, **options)
+        ours, theirs = batch(objective, PAIRS)
+        loss = objective(ours, theirs, None)
+        losses.append(loss.per_sample)
+        found.append(gradients(loss.total, ours))
+    for loss, gradient in zip(losses[:-1], found[:-1], strict=True):
+        torch.testing.assert_close(loss, losses[-1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradient, found[-1], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gloria", "mgca"])
+def test_padding_and_special_tokens_are_never_read(name: str) -> None:
+    objective = build(name, anchor_tokens=True, **OBJECTIVES[name][0])
+    ours, theirs = batch(objective, PAIRS)
+    assert ours.text_tokens is not None
+    assert ours.image_tokens is not None
+    assert ours.words is not None
+    nowhere, regions, words = ours.words < 0, ours.image_tokens.detach().clone(), ours.text_tokens.detach().clone()
+    regions[:, 0], words[nowhere] = 100.0, 100.0
+    changed = objective(ours._replace(image_tokens=regions, text_tokens=words), theirs, None)
+    torch.testing.assert_close(changed.total, objective(ours, theirs, None).total)
+    longer = ours._replace(
+        text_tokens=torch.nn.functional.pad(words, (0, 0, 0, 3), value=9.0),
+        words=torch.nn.functional.pad(ours.words, (0, 3), value=-1),
+    )
+    anchors = theirs._replace(text_tokens=torch.nn.functional.pad(theirs.text_tokens, (0, 0, 0, 3)))
+    torch.testing.assert_close(objective(longer, anchors, None).total, changed.total)
+
+
 def tangent(gradient: torch.Tensor, of: Features, place: str) -> torch.Tensor:
     name, _ = place.split()
     if name not in ("image", "text"):
