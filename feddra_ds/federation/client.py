@@ -22,6 +22,7 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
 from feddra_ds.federation.aggregation.admission import validate_update
 from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
+from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.protocol import ClientReport
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.federation.step import LocalStep, StepObserver, anchor_gradient_ratio
@@ -43,6 +44,7 @@ class Client:
     corrections: dict[str, SliceState] = field(
         default_factory=dict
     )  # by part: what Strategy.correct keeps, on the host
+    pairs: Pairs | None = None  # what the objective keeps of each pair, on the host
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class LocalTrainer:
         engine.reset_optimizer()
         engine.set_learning_rates(stage.learning_rates)
         engine.train()
+        self.step.pairs = client.pairs
         correction = self._correction(client, stage, global_state)
         tally, anchor_losses = _Tally(), []
         for step, batch in enumerate(anchors.batches):

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.words import Words
-from feddra_ds.distributed.collectives import all_sum
+from feddra_ds.distributed.collectives import all_sum, gather
 from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.objectives.base import Objective
 from feddra_ds.objectives.features import ROWS, TOKENS, Features, join
@@ -60,6 +61,7 @@ class LocalStep:
         """words: gives Features.words, where the objective needs them."""
         self.engine, self.objective, self.group, self.micro_batch_size = engine, objective, group, micro_batch_size
         self.observer, self.words = observer, words
+        self.pairs: Pairs | None = None  # of the client that trains, where the objective keeps something of its pairs
         self.was_taken = True  # whether the newest step changed the weights
         # of the newest batch, whole and without gradient: for dro.evaluate_on = anchors and anchor_gradient_ratio
         self.last_features: Features | None = None
@@ -74,7 +76,18 @@ class LocalStep:
         self.was_taken = False
         parts = list(self._parts(batch))
         run = self._whole if len(parts) == 1 else self._cached
-        return run(parts, anchors, train_backbone, weight)
+        value = run(parts, anchors, train_backbone, weight)
+        if self.pairs is not None and self.was_taken:
+            self._remember(self.pairs, batch)
+        return value
+
+    def _remember(self, pairs: Pairs, batch: Batch) -> None:
+        """Have the client's pairs keep what the objective wants kept, on every rank of the slot."""
+        assert self.last_features is not None
+        with torch.no_grad():
+            values = self.objective.remember(self.last_features, self.group)
+        ids = pairs.ids(batch.keys).to(values.device)
+        pairs.keep(gather(ids, self.group, "slice"), gather(values, self.group, "slice"))
 
     def _parts(self, batch: Batch) -> Iterator[tuple[slice, Batch]]:
         size = self.micro_batch_size or len(batch)
@@ -94,7 +107,8 @@ class LocalStep:
         if self.words is not None:
             words = self.words(batch.input_ids, batch.attention_mask).to(self.engine.device, non_blocking=True)
         text_ids = batch.text_ids.to(self.engine.device, non_blocking=True)
-        return features_of(out, self.objective)._replace(text_ids=text_ids, words=words), out.hidden
+        kept = None if self.pairs is None else self.pairs.of(batch.keys).to(self.engine.device, non_blocking=True)
+        return features_of(out, self.objective)._replace(text_ids=text_ids, words=words, kept=kept), out.hidden
 
     def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "siglip": "feddra_ds.objectives.siglip:Siglip",
     "gloria": "feddra_ds.objectives.gloria:Gloria",
     "mgca": "feddra_ds.objectives.mgca:Mgca",
+    "gcl": "feddra_ds.objectives.gcl:Gcl",
 }
 
 

@@ -40,6 +40,8 @@ class Objective(ABC):
     """What Features must hold beside the embeddings: features.TOKENS, features.WORDS, or nothing."""
     normalises: ClassVar[bool] = False
     """Whether it normalises embeddings itself: stage 1's anchors then come as they leave the heads, which spares a pass."""
+    num_kept: ClassVar[int] = 0
+    """Numbers that it keeps of each training pair, with the client: Features.kept, from `remember`."""
     loss_scale: float = 1.0
     """Factor that brings L_i to the scale of the two directions' sum, for which dro.step_size is stated."""
 
@@ -66,6 +68,11 @@ class Objective(ABC):
         Features.gathered gives. anchors: the global model's features of the same pairs, without gradient, or None: then
         the loss is without its anchor term. features.text_ids are equal where two pairs have the same report.
         """
+
+    def remember(self, features: Features, group: dist.ProcessGroup | None) -> Tensor:
+        """(B, num_kept) what to keep of this rank's pairs, after a step that was taken. Without gradient; collective over
+        the group. Called only where num_kept > 0."""
+        raise NotImplementedError
 
     def equation_3(self, alignment: Tensor, anchor: Tensor | None) -> DroLoss:
         """ℓ = λ₁ alignment + λ₂ anchor, and its mean, from both terms of every pair of the whole batch, (W·B,) each."""

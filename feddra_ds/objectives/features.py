@@ -31,6 +31,9 @@ class Features(NamedTuple):
     words: Tensor | None = None
     """(B, T) int64: the number of each piece's word in its text, −1 for special tokens and padding; only where an
     objective needs WORDS, and None for anchors."""
+    kept: Tensor | None = None
+    """(B, Objective.num_kept) fp32, a constant: what the objective has kept of each pair, NaN for pairs that were never
+    met; None for anchors, and where it keeps nothing."""
     temperature: Tensor | float = 0.07
     """τ: a number, or fp32 (1,) with a gradient where it is learned."""
     learned: tuple[Tensor, ...] = ()

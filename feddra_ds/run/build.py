@@ -35,6 +35,7 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.anchors import frozen_twin
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
+from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.saving import read_kept, read_residuals
 from feddra_ds.federation.schedule import steps_per_round
 from feddra_ds.federation.server import OwnModels, Server
@@ -82,6 +83,9 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     clients, validation, client_ids, num_samples = build_clients(
         config, dataset, dataset_ids, strategy, topology, tokenizer, processor
     )
+    if objective.num_kept:
+        for client in clients:
+            client.pairs = Pairs(objective.num_kept)
     server = Server(engine, strategy, config, topology) if strategy.averages else OwnModels(engine, clients)
     center = strategy.center(num_samples)
     run = Run(

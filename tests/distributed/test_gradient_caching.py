@@ -111,6 +111,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "siglip": {},
     "gloria": {},
     "mgca": {"num_prototypes": 6},
+    "gcl": {"learnable_temperature": True},
 }
 
 

@@ -34,6 +34,11 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {  # options that change what is c
         {"num_prototypes": 4, "anchor_tokens": True, "sinkhorn_epsilon": 0.3, "sinkhorn_steps": 2},
     ],
 }
+OBJECTIVES["gcl"] = [
+    {},
+    {"learnable_temperature": True, "moving_average": 0.4, "epsilon": 0.05, "rho": 1.3, "temperature": 0.2},
+    {"moving_average": 1.0, "anchor_reduction": "sum"},
+]
 CASES = [(name, options) for name, several in OBJECTIVES.items() for options in several]
 
 
@@ -63,6 +68,10 @@ def batch(objective: Objective, num_pairs: int) -> tuple[Features, Features]:
     words = torch.tensor(list(itertools.islice(itertools.cycle(WORDS), num_pairs)))
     ours = Features(image, text, unit(5), unit(7), text_ids=draw_ids(num_pairs), words=words)
     ours = ours._replace(temperature=temperature, learned=learned)
+    if objective.num_kept:
+        kept = torch.randn(num_pairs, objective.num_kept, generator=draws, dtype=torch.float64)
+        kept[::3] = torch.nan  # every third pair is met for the first time
+        ours = ours._replace(kept=kept)
     leaf = lambda x: x.clone().requires_grad_() if x.is_floating_point() else x
     return ours.with_tensors({place: leaf(x) for place, x in ours.tensors().items()}), Features(
         *theirs, unit(5), unit(7)
@@ -223,7 +232,29 @@ def mgca(options: Any, features: Features) -> Tensor:
     return sum(terms) / len(terms)  # type: ignore[return-value]
 
 
-PLAIN = {"convirt": convirt, "siglip": siglip, "gloria": gloria, "mgca": mgca}
+def gcl(options: Any, features: Features) -> Tensor:
+    """Yuan et al. 2022, algorithm 1, and Wei et al. 2024, equation (7): the estimator of the gradient as a loss.
+
+    A value and a gradient that belong to no one function: log(ε + u), and ∇g / (ε + u).
+    """
+    scores, gamma = _similarities(features), options.moving_average
+    size = range(len(scores))
+    total = torch.zeros((), dtype=torch.float64)
+    assert features.kept is not None
+    for j in size:
+        both = (
+            sum((scores[j][k] - scores[j][j]).exp() for k in size if k != j) / (len(scores) - 1),
+            sum((scores[k][j] - scores[j][j]).exp() for k in size if k != j) / (len(scores) - 1),
+        )
+        for g, before in zip(both, features.kept[j], strict=True):
+            assert isinstance(g, Tensor)
+            u = g.detach() if before.isnan() else (1 - gamma) * before.detach().exp() + gamma * g.detach()
+            total = total + torch.log(options.epsilon + u) + (g - g.detach()) / (options.epsilon + u)
+            total = total + (options.rho if options.learnable_temperature else 0.0)
+    return total.squeeze() / len(scores) * features.temperature.squeeze() / options.temperature  # type: ignore[union-attr]
+
+
+PLAIN = {"convirt": convirt, "siglip": siglip, "gloria": gloria, "mgca": mgca, "gcl": gcl}
 
 
 def chance_of(objective: Objective, num_pairs: int) -> float:
