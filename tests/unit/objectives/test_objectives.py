@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from plain_objectives import CASES, OBJECTIVES, batch, build, chance_of, gradients, plain
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from feddra_ds.losses.reference import normalize
 from feddra_ds.objectives import OBJECTIVES as TABLE
@@ -15,6 +16,18 @@ from feddra_ds.objectives.features import Features
 PAIRS = 7
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 each_name = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return result
 
 
 def test_every_objective_of_the_table_is_here() -> None:
@@ -45,13 +58,18 @@ def combined(name: str, per_sample: torch.Tensor, options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["gloria", "mgca"])
 def test_chunks_change_nothing_and_bound_the_memory(name: str) -> None:
     options = dict(OBJECTIVES[name][0])
-    losses, found = [], []
+    losses, found, largest = [], [], []
     for chunk_bytes in (1, 2000, 2**28):  # one pair at a time, a few, all
         objective = build(name, chunk_bytes=chunk_bytes, **options)
         ours, theirs = batch(objective, PAIRS)
-        loss = objective(ours, theirs, None)
+        with LargestTensor() as seen:
+            loss = objective(ours, theirs, None)
+            found.append(gradients(loss.total, ours))
         losses.append(loss.per_sample)
-        found.append(gradients(loss.total, ours))
+        largest.append(seen.elements)
+    assert largest[0] <= largest[1] <= largest[2]
+    if name == "gloria":  # all scores at once: 7 x 7 pairs, 5 words, 4 regions; mgca's are within a pair
+        assert largest[0] < PAIRS * PAIRS * 5 * 4 <= largest[2]
     for loss, gradient in zip(losses[:-1], found[:-1], strict=True):
         torch.testing.assert_close(loss, losses[-1], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(gradient, found[-1], rtol=1e-8, atol=1e-10)
