@@ -4,6 +4,7 @@
         weights/OWNER/shard-00000-of-00002.safetensors    fp32 fragments: flat ranges of named parameters
         weights/OWNER/buffers.safetensors
     residuals/slot-00000/shard-…      where deltas travel rounded: what rounding has kept of that slot's (compression.py)
+        pairs/CLIENT.safetensors         where the objective keeps numbers of each training pair (federation/pairs.py)
         coordinator.json                 p, the position of each client in its data, the resolved config
         manifest.json                    bytes and sha256 of every file; without it the folder is not a checkpoint
 

@@ -96,7 +96,8 @@ class Replay(NoAnchors):
 @torch.no_grad()
 def embed(model: Any, batch: Batch, engine: Engine, objective: Objective) -> Features:
     """A model's features of a batch, without gradient."""
-    return features_of(model(**model_inputs(batch, engine), return_tokens=TOKENS in objective.needs), objective)
+    out = model(**model_inputs(batch, engine), return_tokens=TOKENS in objective.needs)
+    return features_of(out, objective)._replace(learned=())
 
 
 def frozen_twin(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -15,12 +15,14 @@ from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
+from feddra_ds.data.loading.words import Words
 from feddra_ds.distributed.collectives import all_sum, gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
 from feddra_ds.federation.aggregation.admission import validate_update
 from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
+from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.protocol import ClientReport, Loss
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.federation.step import LocalStep, StepObserver, anchor_gradient_ratio
@@ -43,6 +45,7 @@ class Client:
     corrections: dict[str, SliceState] = field(
         default_factory=dict
     )  # by part: what Strategy.correct keeps, on the host
+    pairs: Pairs | None = None  # what the objective keeps of each pair, on the host
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class LocalTrainer:
         config: Config,
         topology: Topology,
         observer: StepObserver | None = None,
+        words: Words | None = None,
     ):
         self.engine, self.objective, self.strategy = engine, objective, strategy
         self.config, self.topology = config, topology
@@ -118,7 +122,7 @@ class LocalTrainer:
         self.frozen_model = frozen_model  # holds (φ_g, θ_g) in stage 2 where objective.anchors is resident
         self.group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
         self.observer = observer or StepObserver()
-        self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size, self.observer)
+        self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size, self.observer, words)
 
     def run_stage(
         self,
@@ -143,6 +147,7 @@ class LocalTrainer:
         engine.reset_optimizer()
         engine.set_learning_rates(stage.learning_rates)
         engine.train()
+        self.step.pairs = client.pairs
         correction = self._correction(client, stage, global_state, outer or {})
         tally, anchor_losses = _Tally(), []
         for step, batch in enumerate(anchors.batches):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from feddra_ds.checkpoint.format import SHARED, Files, files_of
+from feddra_ds.checkpoint.format import SHARED, Files, described, files_of
 from feddra_ds.checkpoint.load import SavedFragments
 from feddra_ds.checkpoint.write import write_fragments, write_model
 from feddra_ds.common.logs import logger
@@ -31,7 +31,16 @@ def write_server(partial: Path, server: Server, clients: Sequence[Client], topol
     for owner, by_part in kept.items():
         for name, state in _by_name(by_part).items():
             written |= write_fragments(partial / "kept" / owner / name, partial, server.engine, state)
+    for client in clients:
+        if client.pairs is not None and topology.is_slot_leader:  # every rank of the slot has the same
+            path = partial / _pairs_file(client)
+            client.pairs.save(path)
+            written |= described(path, partial)
     return written
+
+
+def _pairs_file(client: Client) -> str:
+    return f"pairs/{client.id}.safetensors"
 
 
 def _by_name(by_part: Mapping[str, SliceState]) -> dict[str, ModelState]:
@@ -44,8 +53,13 @@ def _by_name(by_part: Mapping[str, SliceState]) -> dict[str, ModelState]:
 
 
 def read_kept(folder: Path, server: Server, clients: Iterable[Client]) -> None:
-    """Give the server and this slot's clients what the strategy's hooks had kept when the checkpoint was written."""
+    """Give the server and this slot's clients what the strategy's hooks and the objective had kept when the checkpoint was
+    written."""
     files = files_of(folder)
+    clients = list(clients)
+    for client in clients:
+        if client.pairs is not None and _pairs_file(client) in files:
+            client.pairs.load(folder / _pairs_file(client))
     owners = [("server", server.outer), *((f"client/{client.id}", client.corrections) for client in clients)]
     for owner, into in owners:
         place = f"kept/{owner}/"

@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feddra_ds.data.loading.batch import Batch
-from feddra_ds.distributed.collectives import all_sum
+from feddra_ds.data.loading.words import Words
+from feddra_ds.distributed.collectives import all_sum, gather
 from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.objectives.base import Objective
-from feddra_ds.objectives.features import TOKENS, Features, join
+from feddra_ds.objectives.features import ROWS, TOKENS, Features, join
 
 
 class StepObserver:
@@ -54,9 +56,12 @@ class LocalStep:
         group: dist.ProcessGroup | None,
         micro_batch_size: int | None,
         observer: StepObserver,
+        words: Words | None = None,
     ):
+        """words: gives Features.words, where the objective needs them."""
         self.engine, self.objective, self.group, self.micro_batch_size = engine, objective, group, micro_batch_size
-        self.observer = observer
+        self.observer, self.words = observer, words
+        self.pairs: Pairs | None = None  # of the client that trains, where the objective keeps something of its pairs
         self.was_taken = True  # whether the newest step changed the weights
         # of the newest batch, whole and without gradient: for dro.evaluate_on = anchors and anchor_gradient_ratio
         self.last_features: Features | None = None
@@ -71,7 +76,18 @@ class LocalStep:
         self.was_taken = False
         parts = list(self._parts(batch))
         run = self._whole if len(parts) == 1 else self._cached
-        return run(parts, anchors, train_backbone, weight)
+        value = run(parts, anchors, train_backbone, weight)
+        if self.pairs is not None and self.was_taken:
+            self._remember(self.pairs, batch)
+        return value
+
+    def _remember(self, pairs: Pairs, batch: Batch) -> None:
+        """Have the client's pairs keep what the objective wants kept, on every rank of the slot."""
+        assert self.last_features is not None
+        with torch.no_grad():
+            values = self.objective.remember(self.last_features, self.group)
+        ids = pairs.ids(batch.keys).to(values.device)
+        pairs.keep(gather(ids, self.group, "slice"), gather(values, self.group, "slice"))
 
     def _parts(self, batch: Batch) -> Iterator[tuple[slice, Batch]]:
         size = self.micro_batch_size or len(batch)
@@ -87,8 +103,12 @@ class LocalStep:
             return_hidden=True,
             return_tokens=TOKENS in self.objective.needs,
         )
-        features = features_of(out, self.objective)
-        return features._replace(text_ids=batch.text_ids.to(self.engine.device, non_blocking=True)), out.hidden
+        words = None
+        if self.words is not None:
+            words = self.words(batch.input_ids, batch.attention_mask).to(self.engine.device, non_blocking=True)
+        text_ids = batch.text_ids.to(self.engine.device, non_blocking=True)
+        kept = None if self.pairs is None else self.pairs.of(batch.keys).to(self.engine.device, non_blocking=True)
+        return features_of(out, self.objective)._replace(text_ids=text_ids, words=words, kept=kept), out.hidden
 
     def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]
@@ -117,7 +137,7 @@ class LocalStep:
         value = float(total.detach())
         if not math.isfinite(value):
             return value
-        trained = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
+        trained = {place: x for place, x in leaves.tensors().items() if x.requires_grad}
         found_gradients = torch.autograd.grad(weight * total, list(trained.values()), allow_unused=True)
         gradients = dict(zip(trained, found_gradients, strict=True))
         for (rows, batch), state in zip(parts, states, strict=True):
@@ -132,8 +152,8 @@ class LocalStep:
 
 def _as_leaves(features: Features) -> Features:
     """Constants that collect a gradient, where a field can have one."""
-    leaf = lambda x: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-    return Features(*map(leaf, features))
+    leaf = lambda x: x.detach().requires_grad_() if x.is_floating_point() else x
+    return features.with_tensors({place: leaf(x) for place, x in features.tensors().items()})
 
 
 def anchor_gradient_ratio(
@@ -144,7 +164,7 @@ def anchor_gradient_ratio(
     Two losses on embeddings, nothing of the model. Collective over the group, equal on its ranks.
     """
     leaves = _as_leaves(features)
-    embeddings = [x for x in leaves[:-1] if isinstance(x, Tensor) and x.requires_grad]
+    embeddings = [x for (name, _), x in leaves.tensors().items() if name in ROWS and x.requires_grad]
 
     def gradients(theirs: Features | None) -> list[Tensor]:
         total = objective(leaves, theirs, group).total
@@ -158,17 +178,19 @@ def anchor_gradient_ratio(
     return float((anchor / ita).sqrt())
 
 
-def _carrier(features: Features, gradients: Mapping[int, Tensor | None], rows: slice, num_parts: int) -> Tensor:
+def _carrier(
+    features: Features, gradients: Mapping[tuple[str, int], Tensor | None], rows: slice, num_parts: int
+) -> Tensor:
     """A scalar whose gradient by the features of some rows is what the whole batch's loss gave them."""
     total: Any = 0.0
-    for index, gradient in gradients.items():
-        value = features[index]
-        if gradient is None or not isinstance(value, Tensor):
+    values = features.tensors()
+    for place, gradient in gradients.items():
+        if gradient is None:
             continue  # the loss does not depend on it
-        if index == Features._fields.index("temperature"):  # one for the whole batch: each part carries its share
-            total = total + (value * gradient).sum() / num_parts
-        else:
-            total = total + (value * gradient[rows]).sum()
+        if place[0] in ROWS:
+            total = total + (values[place] * gradient[rows]).sum()
+        else:  # one for the whole batch: each part carries its share
+            total = total + (values[place] * gradient).sum() / num_parts
     return total
 
 
@@ -177,7 +199,9 @@ def features_of(out: Any, objective: Objective) -> Features:
     tokens: dict[str, Tensor] = {}
     if TOKENS in objective.needs:
         tokens = {"image_tokens": out.image_tokens, "text_tokens": out.text_tokens, "text_mask": out.text_mask}
-    return Features(out.image_embeds, out.text_embeds, temperature=out.temperature, **tokens)
+    return Features(
+        out.image_embeds, out.text_embeds, temperature=out.temperature, learned=tuple(out.learned or ()), **tokens
+    )
 
 
 def model_inputs(batch: Batch, engine: Engine) -> dict[str, Tensor]:

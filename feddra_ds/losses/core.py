@@ -25,7 +25,7 @@ class Spec:
 
     kind: Kind
     anchor_weight: float
-    direction_factor: float  # 1 for the sum of the two directions, ½ for their mean
+    directions: tuple[float, float]  # weights of image → text and text → image: (1, 1) is their sum, (½, ½) their mean
     impl: str  # chunked | triton
     duplicates: Duplicates = "negative"
 
@@ -65,7 +65,8 @@ class Exchange(Protocol):
         own: Columns,
         row: Tensor,
         col: Tensor,
-        coef: Tensor,
+        row_coef: Tensor,
+        col_coef: Tensor,
         diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
@@ -94,7 +95,8 @@ class Local:
         own: Columns,
         row: Tensor,
         col: Tensor,
-        coef: Tensor,
+        row_coef: Tensor,
+        col_coef: Tensor,
         diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
@@ -103,7 +105,7 @@ class Local:
         du, dv = (torch.zeros(x.shape, dtype=rx.dtype, device=x.device) for _ in range(2))
         same = spec.same(own.ids, own.ids)
         sums = spec.tiles.block_grads(
-            x, own.y, rx, own.ry, row, col, coef, coef, scale, bias, diagonal, spec.kind, du, dv, same
+            x, own.y, rx, own.ry, row, col, row_coef, col_coef, scale, bias, diagonal, spec.kind, du, dv, same
         )
         return du, dv, *sums
 
@@ -128,7 +130,7 @@ class Saved(NamedTuple):
     ry: Tensor
     row: Tensor  # ita: the logsumexp of a row of S, diagonal and all
     col: Tensor
-    slope: Tensor  # −∂(row loss + column loss)/∂S_jj
+    slope: Tensor  # −∂alignment_j/∂S_jj
     weight_sum: Tensor
 
 
@@ -145,13 +147,14 @@ def forward(
     )
     zero = torch.zeros_like(diag)
     if spec.kind == "siglip":
-        alignment = row + col + 2 * torch.logaddexp(zero, -(diag + bias))
-        slope = 2 * torch.sigmoid(-(diag + bias))
+        on_diagonal = torch.logaddexp(zero, -(diag + bias))
+        row_loss, col_loss = row + on_diagonal, col + on_diagonal
+        row_slope = col_slope = torch.sigmoid(-(diag + bias))
     else:
         row_loss, row_slope, row = _direction(row, diag)
         col_loss, col_slope, col = _direction(col, diag)
-        alignment, slope = row_loss + col_loss, row_slope + col_slope
-    alignment = alignment * spec.direction_factor
+    to_text, to_image = spec.directions
+    alignment, slope = to_text * row_loss + to_image * col_loss, to_text * row_slope + to_image * col_slope
     anchor = image_distance + text_distance
     per_sample = alignment + spec.anchor_weight * anchor
     w = _weights(inputs, rx)
@@ -181,10 +184,10 @@ def backward(
     rx, ry, row, col, slope, weight_sum = saved
     scale, bias = _scalars(inputs, rx)
     per_sample_grad = _weights(inputs, rx) * (grad_total.to(rx.dtype) / weight_sum)
-    coef = per_sample_grad * spec.direction_factor
+    row_coef, col_coef = (per_sample_grad * weight for weight in spec.directions)
     own = Columns(inputs.text, ry, inputs.text_ids)
     du, dv, sum_gs, sum_g = exchange.grads(
-        spec, inputs.image, rx, own, row, col, coef, -coef * slope, scale, bias, kept
+        spec, inputs.image, rx, own, row, col, row_coef, col_coef, -per_sample_grad * slope, scale, bias, kept
     )
     anchor_coef = per_sample_grad * spec.anchor_weight
     image_grad = tiles.finish_grads(inputs.image, rx, inputs.image_anchor, du, scale, anchor_coef)

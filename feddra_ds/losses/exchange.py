@@ -83,27 +83,28 @@ class Gather:
         own: Columns,
         row: Tensor,
         col: Tensor,
-        coef: Tensor,
+        row_coef: Tensor,
+        col_coef: Tensor,
         diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
         kept: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y_all, ry_all, *ids = kept
-        per_column, work = start_gather(torch.cat([col.reshape(-1, len(x)), coef[None]]).T, self.group)
+        per_column, work = start_gather(torch.cat([col.reshape(-1, len(x)), col_coef[None]]).T, self.group)
         work.wait()
-        *col_rows, coef_all = per_column.T.contiguous()
+        *col_rows, col_coef_all = per_column.T.contiguous()
         col_all = col_rows[0] if col.ndim == 1 else torch.stack(col_rows)
         du = torch.zeros(x.shape, dtype=rx.dtype, device=x.device)
         dv_all = torch.zeros(y_all.shape, dtype=rx.dtype, device=x.device)
         sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
         for k in self._others(len(x)):
-            columns = (y_all[k], rx, ry_all[k], row, col_all[..., k], coef, coef_all[k])
+            columns = (y_all[k], rx, ry_all[k], row, col_all[..., k], row_coef, col_coef_all[k])
             same = spec.same(own.ids, ids[0][k] if ids else None)
             sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, None, spec.kind, du, dv_all[k], same))
         dv, work = start_reduce_scatter(dv_all, self.group)  # what the other ranks' rows give to these columns
         dv_own = torch.zeros_like(du)
-        columns = (own.y, rx, own.ry, row, col, coef, coef)
+        columns = (own.y, rx, own.ry, row, col, row_coef, col_coef)
         same = spec.same(own.ids, own.ids)
         sums += torch.stack(spec.tiles.block_grads(x, *columns, scale, bias, diagonal, spec.kind, du, dv_own, same))
         work.wait()
@@ -144,24 +145,25 @@ class Ring:
         own: Columns,
         row: Tensor,
         col: Tensor,
-        coef: Tensor,
+        row_coef: Tensor,
+        col_coef: Tensor,
         diagonal: Tensor,
         scale: Tensor,
         bias: Tensor,
         kept: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, ids = own.y.detach(), [] if own.ids is None else [own.ids]
-        per_column = torch.cat([own.ry[None], col.reshape(-1, len(x)), coef[None]])
+        per_column = torch.cat([own.ry[None], col.reshape(-1, len(x)), col_coef[None]])
         du = torch.zeros(x.shape, dtype=rx.dtype, device=x.device)
         sums = torch.zeros(2, dtype=rx.dtype, device=x.device)
         arriving: RingShift | None = None
         size = group_size(self.group)
         for step in range(size):
             ahead = RingShift([y, per_column, *ids], self.group) if step < size - 1 else None
-            ry, col_k, coef_k = per_column[0], per_column[1:-1].reshape(col.shape), per_column[-1]
+            ry, col_k, col_coef_k = per_column[0], per_column[1:-1].reshape(col.shape), per_column[-1]
             dv = torch.zeros_like(du)
             on_diagonal = diagonal if step == 0 else None
-            block = (x, y, rx, ry, row, col_k, coef, coef_k, scale, bias, on_diagonal, spec.kind)
+            block = (x, y, rx, ry, row, col_k, row_coef, col_coef_k, scale, bias, on_diagonal, spec.kind)
             same = spec.same(own.ids, ids[0] if ids else None)
             sums += torch.stack(spec.tiles.block_grads(*block, du, dv, same))
             if arriving is not None:

@@ -23,7 +23,7 @@ from feddra_ds.losses.core import Local, Spec, check_weights
 from feddra_ds.losses.dispatch import resolve_impl
 from feddra_ds.losses.exchange import Gather, Ring
 from feddra_ds.losses.ops import DroLossFunction, dro_loss
-from feddra_ds.losses.reference import alignment_per_pair, reference_loss
+from feddra_ds.losses.reference import alignment_per_pair, direction_weights, reference_loss
 from feddra_ds.losses.types import DroLoss, Duplicates, Exchange, Impl, Kind, Reduction
 
 __all__ = ["DroLoss", "alignment_per_pair", "fused_dro_loss"]
@@ -40,7 +40,7 @@ def fused_dro_loss(
     temperature: Tensor | float,
     anchor_weight: float = 0.0,
     sample_weight: Tensor | None = None,
-    direction_reduction: Reduction = "sum",
+    direction_reduction: Reduction | tuple[float, float] = "sum",
     group: Group | None = None,
     impl: Impl = "auto",
     kind: Kind = "ita",
@@ -56,7 +56,7 @@ def fused_dro_loss(
     temperature: τ > 0, a number or a one-element tensor that receives its gradient.
     anchor_weight: λ₂; the anchors are constants.
     sample_weight: (B,) ≥ 0, a constant; None weighs all pairs alike. Given on a GPU, the call waits for it once.
-    direction_reduction: sum or mean of image → text and text → image.
+    direction_reduction: sum or mean of image → text and text → image, or the weight of each, ≥ 0 (ConVIRT's λ, 1 − λ).
     group: the ranks of one client, whose texts are this batch's negatives; None is one process, never WORLD.
     kind: ita, equation (1), or siglip, with row_j = Σ_k softplus(−z_jk (S_jk + bias)), z = 1 on the diagonal and −1
         off it, columns alike (with `mean` the total is the SigLIP paper's).
@@ -76,8 +76,8 @@ def fused_dro_loss(
     """
     _check(image, text, image_anchor, text_anchor, temperature, anchor_weight, sample_weight, kind, bias)
     _check_ids(image, text_ids, duplicates, kind)
+    directions = direction_weights(direction_reduction)
     for name, value, known in (
-        ("direction_reduction", direction_reduction, Reduction),
         ("impl", impl, Impl),
         ("kind", kind, Kind),
         ("exchange", exchange, Exchange),
@@ -91,19 +91,16 @@ def fused_dro_loss(
     tau, offset = (_scalar(x, image) for x in (temperature, 0.0 if bias is None else bias))
     ids = None if duplicates == "negative" else text_ids
     tensors = (image, text, image_anchor, text_anchor, sample_weight, tau, offset)
-    spec = Spec(kind, anchor_weight, _FACTORS[direction_reduction], impl, duplicates)
+    spec = Spec(kind, anchor_weight, directions, impl, duplicates)
     if group is not None and group_size(group) > 1:
         return _over_group(group, exchange, spec, *tensors, ids)
     if impl == "reference":
         return _reference(spec, *tensors, ids)
     traced = torch.compiler.is_compiling() or image.is_meta or type(image) not in (Tensor, torch.nn.Parameter)
     if traced and ids is None:
-        total, *reported = dro_loss(*tensors, anchor_weight, spec.direction_factor, kind, impl)[:4]
+        total, *reported = dro_loss(*tensors, anchor_weight, *directions, kind, impl)[:4]
         return DroLoss(total, *(x.detach() for x in reported))
     return DroLoss(*DroLossFunction.apply(spec, Local(), *tensors, ids))
-
-
-_FACTORS = {"sum": 1.0, "mean": 0.5}
 
 
 def _over_group(group: Group, exchange: Exchange, spec: Spec, *tensors: Tensor | None) -> DroLoss:
@@ -139,7 +136,7 @@ def _reference(
     with torch.autocast(image.device.type, enabled=False):
         return reference_loss(
             image, text, image_anchor, text_anchor, sample_weight, temperature, bias, spec.anchor_weight,
-            "mean" if spec.direction_factor == 0.5 else "sum", spec.kind, text_ids, spec.duplicates,
+            spec.directions, spec.kind, text_ids, spec.duplicates,
         )  # fmt: skip
 
 

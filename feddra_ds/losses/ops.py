@@ -23,13 +23,14 @@ def dro_loss(
     temperature: Tensor,
     bias: Tensor,
     anchor_weight: float,
-    direction_factor: float,
+    to_text: float,
+    to_image: float,
     kind: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(total, per_sample, alignment, anchor, rx, ry, row, col, slope, weight_sum) of one process; see core.forward."""
     inputs = Inputs(image, text, image_anchor, text_anchor, sample_weight, temperature, bias)
-    spec = Spec(kind, anchor_weight, direction_factor, impl)  # type: ignore[arg-type]
+    spec = Spec(kind, anchor_weight, (to_text, to_image), impl)  # type: ignore[arg-type]
     with torch.autocast(image.device.type, enabled=False):
         *results, saved, _ = core.forward(inputs, spec, core.Local())
     return (*results, *saved)  # type: ignore[return-value]
@@ -45,7 +46,8 @@ def _(
     temperature: Tensor,
     bias: Tensor,
     anchor_weight: float,
-    direction_factor: float,
+    to_text: float,
+    to_image: float,
     kind: str,
     impl: str,
 ) -> tuple[Tensor, ...]:
@@ -72,13 +74,14 @@ def dro_loss_backward(
     slope: Tensor,
     weight_sum: Tensor,
     anchor_weight: float,
-    direction_factor: float,
+    to_text: float,
+    to_image: float,
     kind: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (image, text, temperature, bias) of one process; see core.backward."""
     inputs = Inputs(image, text, image_anchor, text_anchor, sample_weight, temperature, bias)
-    spec = Spec(kind, anchor_weight, direction_factor, impl)  # type: ignore[arg-type]
+    spec = Spec(kind, anchor_weight, (to_text, to_image), impl)  # type: ignore[arg-type]
     with torch.autocast(image.device.type, enabled=False):
         return core.backward(grad_total, inputs, Saved(rx, ry, row, col, slope, weight_sum), (), spec, core.Local())
 
@@ -100,7 +103,8 @@ def _(
     slope: Tensor,
     weight_sum: Tensor,
     anchor_weight: float,
-    direction_factor: float,
+    to_text: float,
+    to_image: float,
     kind: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,7 +123,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_total: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     image, text, temperature, bias = dro_loss_backward(grad_total, *ctx.saved_tensors, *ctx.constants)
-    return image, text, None, None, None, temperature, bias, None, None, None, None
+    return image, text, None, None, None, temperature, bias, None, None, None, None, None
 
 
 dro_loss.register_autograd(_autograd, setup_context=_setup_context)

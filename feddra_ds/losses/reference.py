@@ -5,6 +5,9 @@ Shape letters: B pairs, D embedding dimensions.
 
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +22,17 @@ def normalize(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=EPS)
 
 
+def direction_weights(reduction: Reduction | tuple[float, float]) -> tuple[float, float]:
+    """The weights of image → text and text → image. Raises ValueError for what is neither a Reduction nor two weights."""
+    if isinstance(reduction, tuple) and len(reduction) == 2:
+        if min(reduction) >= 0 and 0 < sum(reduction) < math.inf:
+            return reduction
+    elif reduction in get_args(Reduction):
+        return (1.0, 1.0) if reduction == "sum" else (0.5, 0.5)
+    known = ", ".join(get_args(Reduction))
+    raise ValueError(f"direction_reduction must be one of {known}, or two weights ≥ 0, not {reduction!r}")
+
+
 def reference_loss(
     image: Tensor,
     text: Tensor,
@@ -28,7 +42,7 @@ def reference_loss(
     temperature: Tensor | float,
     bias: Tensor | float = 0.0,
     anchor_weight: float = 0.0,
-    direction_reduction: Reduction = "sum",
+    direction_reduction: Reduction | tuple[float, float] = "sum",
     kind: Kind = "ita",
     text_ids: Tensor | None = None,
     duplicates: Duplicates = "negative",
@@ -42,7 +56,8 @@ def reference_loss(
         z = 2 * torch.eye(len(u), dtype=u.dtype, device=u.device) - 1
         pair = -F.logsigmoid(z * (logits + bias))
         row, col = pair.sum(1), pair.sum(0)
-    alignment = (row + col) * (0.5 if direction_reduction == "mean" else 1.0)
+    to_text, to_image = direction_weights(direction_reduction)
+    alignment = to_text * row + to_image * col
     anchor = torch.zeros_like(alignment)
     if image_anchor is not None and text_anchor is not None:
         anchor = (u - normalize(image_anchor)).square().mean(1) + (v - normalize(text_anchor)).square().mean(1)
@@ -76,7 +91,7 @@ def alignment_per_pair(
     text: Tensor,
     text_ids: Tensor,
     temperature: float,
-    direction_reduction: Reduction = "sum",
+    direction_reduction: Reduction | tuple[float, float] = "sum",
     duplicates: Duplicates = "negative",
 ) -> Tensor:
     """Equation (1) per pair, (B,), for the losses L_i of equation (4). `duplicates`: see both_directions.
@@ -87,4 +102,5 @@ def alignment_per_pair(
         raise ValueError(f"text_ids must be one id for each of the {len(image)} pairs, not {tuple(text_ids.shape)}")
     logits = normalize(image) @ normalize(text).T / temperature
     row, col = both_directions(logits, text_ids, duplicates)
-    return (row + col) * (0.5 if direction_reduction == "mean" else 1.0)
+    to_text, to_image = direction_weights(direction_reduction)
+    return to_text * row + to_image * col

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from feddra_ds import objectives
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.loading.tokens import load_tokenizer
@@ -54,6 +55,7 @@ def build_model(
         text_pooling=_pooling(config.text, text, "text"),
         temperature=objective.temperature,
         learnable_temperature=objective.learnable_temperature,
+        learned=_learned(objective, config.embedding_dim),
         image_size=image_size,
         text_length=max_text_length,
     )
@@ -110,6 +112,7 @@ def _from_whole(
         "vision_config": whole["vision"].config, "text_config": whole["text"].config,
         "num_top_blocks": config.num_top_blocks, "temperature": objective.temperature,
         "learnable_temperature": objective.learnable_temperature,
+        "learned": _learned(objective, values["embedding_dim"]),
         "image_size": image_size, "text_length": max_text_length,
     }  # fmt: skip
     full = DualEncoderConfig(**{k: v for k, v in values.items() if k in DualEncoderConfig.__annotations__})
@@ -120,6 +123,12 @@ def _from_whole(
         unexpected = getattr(model.aligner, side).load_state_dict(taken, strict=False).unexpected_keys
         assert not unexpected, unexpected
     return model
+
+
+def _learned(objective: ObjectiveOptions, embedding_dim: int) -> dict[str, Any] | None:
+    """What the objective learns itself, as JSON has it, or None."""
+    about = objectives.find(objective.name).learned(objective, embedding_dim)
+    return {name: [list(x.shape), x.start, x.std] for name, x in about.items()} or None
 
 
 def _say_what_is_ignored(config: ModelConfig, values: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from feddra_ds.model import SIDES, encoders, towers
-from feddra_ds.model.heads import ExtraBlock, Head, Temperature, TowerAligner
+from feddra_ds.model.heads import ExtraBlock, Head, Learned, Temperature, TowerAligner
 from feddra_ds.model.towers import TowerHidden
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.tape import CannotDefer
@@ -50,6 +50,7 @@ class DualEncoderConfig(PreTrainedConfig):
     use_poolers: bool = False
     temperature: float = 0.07
     learnable_temperature: bool = False
+    learned: dict | None = None  # what the objective learns itself: heads.Learned
     image_size: int = 224
     text_length: int = 112
     initializer_range: float = 0.02
@@ -81,6 +82,8 @@ class DualEncoderOutput(ModelOutput):
     """(B, T), with return_tokens: 1 for a token of the text, 0 for padding."""
     temperature: Tensor | None = None
     """τ: fp32 (1,), with a gradient where it is learned."""
+    learned: tuple[Tensor, ...] | None = None
+    """fp32, what the objective learns itself, where it does."""
     hidden: Hidden | None = None
     """The backbone's output, with return_hidden."""
 
@@ -104,11 +107,11 @@ class Backbone(nn.Module):
 
 
 class Aligner(nn.Module):
-    """θ: Hidden → embeddings as they leave the heads, not normalised; owns the temperature."""
+    """θ: Hidden → embeddings as they leave the heads, not normalised; owns the temperature and what the objective learns."""
 
-    def __init__(self, vision: TowerAligner, text: TowerAligner, temperature: Temperature):
+    def __init__(self, vision: TowerAligner, text: TowerAligner, temperature: Temperature, learned: Learned | None):
         super().__init__()
-        self.vision, self.text, self.temperature = vision, text, temperature
+        self.vision, self.text, self.temperature, self.learned = vision, text, temperature, learned
 
     def forward(self, hidden: Hidden, with_tokens: bool = False) -> tuple[Tensor | None, ...]:
         """(image, text), each (B, D); with_tokens also (image tokens, text tokens), each (B, T, D). None: did not run."""
@@ -143,7 +146,10 @@ class DualEncoder(PreTrainedModel):
             parts[side] = self._tower(side, encoder, towers.split(encoder, layouts[side], config.num_top_blocks))
         self.backbone = Backbone(whole["vision"], whole["text"], layouts)
         self.aligner = Aligner(
-            parts["vision"], parts["text"], Temperature(config.temperature, config.learnable_temperature)
+            parts["vision"],
+            parts["text"],
+            Temperature(config.temperature, config.learnable_temperature),
+            Learned(config.learned) if config.learned else None,
         )
         self.post_init()
 
@@ -168,7 +174,7 @@ class DualEncoder(PreTrainedModel):
             if any(module is m for block in getattr(self.aligner, side).blocks for m in block.modules()):
                 getattr(self.backbone, side)._init_weights(module)
                 return
-        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, ExtraBlock, Temperature)):
+        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, ExtraBlock, Temperature, Learned)):
             module.reset_parameters()
 
     def encode(
@@ -203,6 +209,7 @@ class DualEncoder(PreTrainedModel):
             text_tokens=tokens[1] if tokens else None,
             text_mask=hidden.text.mask if tokens and hidden.text is not None else None,
             temperature=self.aligner.temperature(),
+            learned=self.aligner.learned() if self.aligner.learned is not None else None,
             hidden=hidden if return_hidden else None,
         )
 

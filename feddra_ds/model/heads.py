@@ -1,4 +1,4 @@
-"""The alignment module θ: top blocks, extra blocks, pooling, projection heads, temperature.
+"""The alignment module θ: top blocks, extra blocks, pooling, projection heads, temperature, what the objective learns.
 
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers parameters by hooks on
 those forwards.
@@ -13,7 +13,8 @@ Legend: B batch, T tokens or patches, H hidden size, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,32 @@ class Temperature(nn.Module):
             return torch.full((1,), self.initial, device=self._placed.device)
         value = self.initial * self.log_ratio.float().exp()
         return value + (value.clamp(min=MIN_TEMPERATURE) - value).detach()
+
+
+class Learned(nn.Module):
+    """What an objective learns beside the model, by name: (shape, mean, standard deviation) of where each starts.
+
+    The parameters are the differences from that mean: near 0 bf16 is dense.
+    """
+
+    def __init__(self, about: Mapping[str, Sequence[Any]]):
+        super().__init__()
+        self.starts, self.stds = {}, {}
+        for name in sorted(about):  # a saved config has sorted them too
+            shape, self.starts[name], self.stds[name] = about[name]
+            self.register_parameter(name, nn.Parameter(torch.zeros(*shape)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            if self.stds[name] > 0:
+                nn.init.normal_(parameter, std=self.stds[name])
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Their values, fp32, in the order of their sorted names."""
+        return tuple(self.starts[name] + parameter.float() for name, parameter in self.named_parameters(recurse=False))
 
 
 class _Float32Statistics(nn.Module):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from feddra_ds.common.plugins import find_class
-from feddra_ds.objectives.base import Objective
+from feddra_ds.objectives.base import Learned, Objective
 from feddra_ds.objectives.features import Features
 from feddra_ds.objectives.options import ObjectiveOptions
 
-__all__ = ["OBJECTIVES", "Features", "Objective", "ObjectiveOptions", "build", "find"]
+__all__ = ["OBJECTIVES", "Features", "Learned", "Objective", "ObjectiveOptions", "build", "find"]
 
 OBJECTIVES = {
     "ita": "feddra_ds.objectives.ita:ImageTextAlignment",
+    "convirt": "feddra_ds.objectives.convirt:Convirt",
+    "siglip": "feddra_ds.objectives.siglip:Siglip",
+    "gloria": "feddra_ds.objectives.gloria:Gloria",
+    "mgca": "feddra_ds.objectives.mgca:Mgca",
+    "gcl": "feddra_ds.objectives.gcl:Gcl",
 }
 
 

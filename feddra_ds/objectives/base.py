@@ -6,7 +6,7 @@ B: pairs of this rank, n: pairs that are looked at, D: embedding size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from feddra_ds.objectives.features import Features
 from feddra_ds.objectives.options import ObjectiveOptions
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from feddra_ds.losses import DroLoss
 
 
+class Learned(NamedTuple):
+    """A tensor that an objective learns beside the model: its shape, and where it starts."""
+
+    shape: tuple[int, ...]
+    start: float = 0.0
+    """Mean of its elements."""
+    std: float = 0.0
+    """Their standard deviation; 0: all alike."""
+
+
 class Objective(ABC):
     """A local objective. Yours is a subclass, named in objective.name as package.module:Class.
 
@@ -27,15 +37,23 @@ class Objective(ABC):
 
     Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What Features must hold beside the embeddings: features.TOKENS, or nothing."""
+    """What Features must hold beside the embeddings: features.TOKENS, features.WORDS, or nothing."""
     normalises: ClassVar[bool] = False
     """Whether it normalises embeddings itself: stage 1's anchors then come as they leave the heads, which spares a pass."""
+    num_kept: ClassVar[int] = 0
+    """Numbers that it keeps of each training pair, with the client: Features.kept, from `remember`."""
     loss_scale: float = 1.0
     """Factor that brings L_i to the scale of the two directions' sum, for which dro.step_size is stated."""
 
     def __init__(self, options: Any):
         """options: an instance of `Options`."""
         self.options = options
+
+    @classmethod
+    def learned(cls, options: Any, embedding_dim: int) -> dict[str, Learned]:
+        """What it learns itself, by name: part of the alignment module, averaged and saved with it. Features.learned has
+        the values, by sorted names."""
+        return {}
 
     @property
     def needs_anchors(self) -> bool:
@@ -50,6 +68,11 @@ class Objective(ABC):
         Features.gathered gives. anchors: the global model's features of the same pairs, without gradient, or None: then
         the loss is without its anchor term. features.text_ids are equal where two pairs have the same report.
         """
+
+    def remember(self, features: Features, group: dist.ProcessGroup | None) -> Tensor:
+        """(B, num_kept) what to keep of this rank's pairs, after a step that was taken. Without gradient; collective over
+        the group. Called only where num_kept > 0."""
+        raise NotImplementedError
 
     def equation_3(self, alignment: Tensor, anchor: Tensor | None) -> DroLoss:
         """ℓ = λ₁ alignment + λ₂ anchor, and its mean, from both terms of every pair of the whole batch, (W·B,) each."""

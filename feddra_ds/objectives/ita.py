@@ -2,81 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
-
-from feddra_ds import losses
-from feddra_ds.common.section import MAY_CHANGE
-from feddra_ds.objectives.base import Objective
-from feddra_ds.objectives.features import Features
-from feddra_ds.objectives.options import ObjectiveOptions
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch import Tensor
+from feddra_ds.objectives.alignment import Alignment, AlignmentOptions
 
 
-class ItaOptions(ObjectiveOptions):
+class ItaOptions(AlignmentOptions):
     """Keys of `ita`."""
 
     direction_reduction: Literal["sum", "mean"] = "sum"
     """Sum (the release) or mean (the CLIP habit) of the two directions; step_size and anchor_weight are rescaled."""
-    duplicates: Literal["negative", "positive", "ignore"] = "negative"
-    """What another pair of the batch with the same report is to a pair, in training and in the losses L_i alike: a negative
-    (the release), a positive, or left out."""
-    impl: Literal["auto", "triton", "chunked", "reference"] = Field("auto", json_schema_extra=MAY_CHANGE)
-    """Which implementation of the loss runs. triton knows duplicates = negative only; for the others auto takes chunked."""
-
-    @field_validator("impl")
-    @classmethod
-    def _knows_duplicates(cls, value: str, info: ValidationInfo) -> str:
-        duplicates = info.data.get("duplicates", "negative")
-        if value == "triton" and duplicates != "negative":
-            raise ValueError(
-                f"triton knows objective.duplicates = negative only, not {duplicates}; must be auto or chunked"
-            )
-        return value
 
 
-class ImageTextAlignment(Objective):
+class ImageTextAlignment(Alignment):
     """ℓ = λ₁ ITA + λ₂ ANC over the client's ranks."""
 
     Options = ItaOptions
-    normalises: ClassVar[bool] = True  # in the fused loss
     options: ItaOptions
 
     def __init__(self, options: ItaOptions):
+        self.directions = (0.5, 0.5) if options.direction_reduction == "mean" else (1.0, 1.0)
         super().__init__(options)
-        self._num_directions = 1.0 if options.direction_reduction == "mean" else 2.0
-        self.loss_scale = 2.0 / self._num_directions
-        # λ₂ is stated for the sum of the two directions; with their mean the alignment halves, and so must the anchor
-        self._anchor_weight = options.anchor_weight / options.alignment_weight / self.loss_scale
-
-    def __call__(self, features: Features, anchors: Features | None, group: dist.ProcessGroup | None) -> losses.DroLoss:
-        # the fused loss takes the mean over the dimensions
-        anchor_scale = features.image.shape[1] if self.options.anchor_reduction == "sum" else 1
-        loss = losses.fused_dro_loss(
-            features.image,
-            features.text,
-            anchors.image if anchors else None,
-            anchors.text if anchors else None,
-            temperature=features.temperature,
-            anchor_weight=self._anchor_weight * anchor_scale if anchors else 0.0,
-            direction_reduction=self.options.direction_reduction,
-            group=group,
-            impl=self.options.impl,
-            text_ids=features.text_ids,
-            duplicates=self.options.duplicates,
-        )
-        return loss._replace(total=self.options.alignment_weight * loss.total, anchor=anchor_scale * loss.anchor)
-
-    def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
-        options, temperature = self.options, float(features.temperature)
-        return losses.alignment_per_pair(
-            features.image, features.text, text_ids, temperature, options.direction_reduction, options.duplicates
-        )
-
-    def chance(self, batch_size: int) -> float:
-        return self._num_directions * math.log(batch_size)

@@ -13,8 +13,8 @@ class ObjectiveOptions(Section):
     """Equation (3) and what it needs of the model."""
 
     name: str = "ita"
-    """Local objective: ita (image-text alignment, equation (1)), or package.module:Class for your own, whose options
-    join these."""
+    """Local objective: ita (image-text alignment, equation (1)) or another of docs/objectives.md, or package.module:Class
+    for your own. Its options join these."""
     temperature: float = Field(0.07, gt=0)
     """τ of equation (1), or its initial value when it is learned."""
     learnable_temperature: bool = False

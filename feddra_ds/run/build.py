@@ -26,6 +26,7 @@ from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
 from feddra_ds.data.loading.streaming import build_data
+from feddra_ds.data.loading.words import Words
 from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan
 from feddra_ds.distributed.topology import Topology
@@ -34,6 +35,7 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.anchors import frozen_twin
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
+from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.references import References
 from feddra_ds.federation.saving import read_kept, read_residuals
 from feddra_ds.federation.schedule import steps_per_round
@@ -46,6 +48,7 @@ from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.deferred import Weights, defer, make_room
 from feddra_ds.objectives import Objective
 from feddra_ds.objectives import build as build_objective
+from feddra_ds.objectives.features import WORDS
 from feddra_ds.run.checks import Checked, check, reference_checkpoint
 from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
@@ -77,11 +80,14 @@ def build(config: Config, checked: Checked | None = None) -> Run:
         _say_what_starts(config, layout, device, model, step_factor)
         _say_what_is_held_out(dataset)
     resumed = agree_on_checkpoint(config, topology)
-    trainer = build_trainer(config, model, initial, objective, strategy, topology)
+    trainer = build_trainer(config, model, initial, objective, strategy, topology, tokenizer)
     engine = trainer.engine
     clients, validation, client_ids, num_samples = build_clients(
         config, dataset, dataset_ids, strategy, topology, tokenizer, processor
     )
+    if objective.num_kept:
+        for client in clients:
+            client.pairs = Pairs(objective.num_kept)
     server = Server(engine, strategy, config, topology) if strategy.averages else OwnModels(engine, clients)
     center = strategy.center(num_samples)
     reference = None if config.dro.reference is None else reference_checkpoint(config.dro.reference)
@@ -154,6 +160,7 @@ def build_trainer(
     objective: Objective,
     strategy: Strategy,
     topology: Topology,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> LocalTrainer:
     """The engine over the model, and what trains clients on it. Raises ConfigError. Collective over the slot."""
     device, ranks = topology.device, topology.plan.ranks_per_slot
@@ -178,7 +185,8 @@ def build_trainer(
         if twin is not None:
             make_room(twin, device, engine.dtype)
     observer = recorder(config.debug, engine, topology, Path(config.run.output_dir))
-    return LocalTrainer(engine, frozen_aligner, frozen_model, objective, strategy, config, topology, observer)
+    words = Words(tokenizer) if WORDS in objective.needs else None
+    return LocalTrainer(engine, frozen_aligner, frozen_model, objective, strategy, config, topology, observer, words)
 
 
 def _resume(run: Run, folder: Path) -> dict[str, Any]:

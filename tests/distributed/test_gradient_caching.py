@@ -104,3 +104,29 @@ def test_pairs_with_the_same_report_know_no_ranks_and_no_micro_batches(dataset: 
     assert largest_difference(plain, step(1, None)) > 1e-2  # the batch has such pairs
     for num_ranks, micro_batch_size in ((1, None), (2, None), (2, 2)):
         assert largest_difference(plain, step(num_ranks, micro_batch_size, duplicates="positive")) <= 1e-5
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "convirt": {},
+    "siglip": {},
+    "gloria": {},
+    "mgca": {"num_prototypes": 6},
+    "gcl": {"learnable_temperature": True},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_knows_ranks_or_micro_batches(dataset: Path, tmp_path: Path, name: str) -> None:
+    def step(num_ranks: int, micro_batch_size: int | None) -> Any:
+        config = tree(
+            dataset, tmp_path, topology__ranks_per_slot=num_ranks, objective__anchor_weight=0.0,
+            objective__name=name, data__batch_size=BATCH_SIZE, data__micro_batch_size=micro_batch_size,
+            **{f"objective__{key}": value for key, value in OBJECTIVES[name].items()},
+        )  # fmt: skip
+        ranks = on_ranks(one_step, num_ranks, config)
+        return [assemble([rank[key] for rank in ranks]) for key in ("before", "after")]
+
+    before, plain = step(1, None)
+    assert largest_difference(before, plain) > 1e-2
+    for num_ranks, micro_batch_size in ((1, 5), (2, 3)):
+        assert largest_difference(plain, step(num_ranks, micro_batch_size)[1]) <= 1e-5

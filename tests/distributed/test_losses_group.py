@@ -29,7 +29,8 @@ CASES = {
     "everything": Case("ita", True, True, True),
     "mean": Case("ita", False, True, True, "mean"),
     "cold": Case("ita", True, True, True, temperature=0.01),
-    "siglip": Case("siglip", True, True, True),
+    "directions": Case("ita", True, True, True, (0.75, 0.25)),
+    "siglip": Case("siglip", True, True, True, (0.75, 0.25)),
     "positive": Case("ita", True, True, True, duplicates="positive"),
     "ignore": Case("ita", True, True, True, duplicates="ignore"),
 }

@@ -26,7 +26,7 @@ class Case:
     anchors: bool = False
     weights: bool = False
     learnable: bool = False
-    reduction: str = "sum"
+    reduction: str | tuple[float, float] = "sum"
     temperature: float = 0.07
     duplicates: str = "negative"
 
@@ -40,11 +40,12 @@ def all_cases(kind: str) -> Iterator[Case]:
 
 
 def some_cases(kind: str) -> Iterator[Case]:
-    """Four of them, in which every two options meet in every pair of values but one."""
+    """Four of them, in which every two options meet in every pair of values but one, and unequal directions."""
     yield Case(kind, True, True, True, "sum")
     yield Case(kind, False, False, True, "mean")
     yield Case(kind, True, False, False, "mean")
     yield Case(kind, False, True, False, "sum")
+    yield Case(kind, True, True, True, (0.75, 0.25))
 
 
 def draw(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Tensor]:

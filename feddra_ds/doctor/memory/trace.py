@@ -99,6 +99,8 @@ class StepTracer:
         loss = out.image_embeds.sum() + out.text_embeds.sum()
         if isinstance(out.temperature, Tensor):
             loss = loss + out.temperature.sum()
+        for x in out.learned or ():
+            loss = loss + x.sum()
         loss.backward()
 
     @contextlib.contextmanager

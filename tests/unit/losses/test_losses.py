@@ -298,6 +298,7 @@ U = torch.ones(4, 3)
         ((U, U), {"kind": "clip"}, "kind must be one of ita, siglip, not 'clip'"),
         ((U, U), {"impl": "cuda"}, "impl must be one of"),
         ((U, U), {"direction_reduction": "max"}, "direction_reduction must be one of sum, mean"),
+        ((U, U), {"direction_reduction": (1.5, -0.5)}, r"or two weights ≥ 0, not \(1.5, -0.5\)"),
         ((U, U), {"exchange": "mesh"}, "exchange must be one of"),
         ((U, U), {"duplicates": "twice", "text_ids": torch.arange(4)}, "duplicates must be one of"),
         ((U, U), {"duplicates": "positive"}, "duplicates='positive' needs text_ids"),
@@ -380,7 +381,8 @@ def test_the_operators_pass_torchs_own_checks(kind: str) -> None:
         tau,
         bias,
         0.7,
-        0.5,
+        0.75,
+        0.25,
         kind,
         "chunked",
     )

@@ -1,0 +1,69 @@
+"""Every objective with every strategy that it is meant for, on two slots; and what `gcl` keeps of each pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import largest_difference, metrics_of, on_each, run_all, tree, weights_of
+from safetensors.numpy import load_file
+
+from feddra_ds.objectives import OBJECTIVES
+
+SMALL = {"schedule__rounds": 1, "schedule__stage1_steps": 1, "schedule__stage2_steps": 2}
+MORE: dict[str, dict[str, Any]] = {
+    "gloria": {"objective__anchor_tokens": True},
+    "mgca": {"objective__num_prototypes": 6, "objective__anchor_tokens": True},
+}
+
+
+def test_every_objective_trains_with_every_strategy(dataset: Path, tmp_path: Path) -> None:
+    combinations = [(name, strategy) for name in OBJECTIVES for strategy in ("fedavg", "feddra")]
+    configs = [
+        (
+            tree(
+                dataset, tmp_path / f"{name}-{strategy}", objective__name=name, strategy__name=strategy,
+                **SMALL, **MORE.get(name, {}),
+            ),
+        )
+        for name, strategy in combinations
+    ]  # fmt: skip
+    on_each(run_all, configs, world_size=2)
+    weights = {}
+    for name, strategy in combinations:
+        (line,) = metrics_of(tmp_path / f"{name}-{strategy}")
+        assert all(np.isfinite(loss) for loss in line["client_losses"]), (name, strategy)
+        ratios = line["anchor_gradient_ratio"].values()
+        assert all((ratio is None) == (strategy == "fedavg") for ratio in ratios), (name, strategy)
+        weights[name, strategy] = weights_of(tmp_path / f"{name}-{strategy}", 0)
+    for (name, strategy), found in weights.items():
+        shared = [key for key in found if "learned" not in key and "log_ratio" not in key]
+        for other in OBJECTIVES:
+            if other != name:
+                theirs = weights[other, strategy]
+                difference = largest_difference({k: found[k] for k in shared}, {k: theirs[k] for k in shared})
+                assert difference > 1e-5, (name, other, strategy)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_kept_of_the_pairs_outlives_a_restart(dataset: Path, tmp_path: Path, ranks: int) -> None:
+    def run(folder: str, rounds: int, ranks: int) -> Path:
+        config = tree(
+            dataset, tmp_path / folder, objective__name="gcl", topology__ranks_per_slot=ranks,
+            **{**SMALL, "schedule__rounds": rounds},
+        )  # fmt: skip
+        on_each(run_all, [(config,)], world_size=ranks)
+        return tmp_path / folder / "checkpoints" / f"round-{rounds - 1:06d}" / "pairs"
+
+    straight = run("straight", 2, 1)
+    first = run("resumed", 1, 1)
+    resumed = run("resumed", 2, ranks)
+    for path in sorted(straight.glob("*.safetensors")):
+        before, one, two = (load_file(folder / path.name) for folder in (first, straight, resumed))
+        assert set(before["ids"]) <= set(one["ids"])
+        assert not np.array_equal(before["values"], one["values"])
+        assert np.array_equal(one["ids"], two["ids"])
+        assert np.isfinite(one["values"]).all()
+        np.testing.assert_allclose(two["values"], one["values"], atol=1e-4)
