@@ -59,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dry-run", action="store_true", help="read the rows and some images, say what would be written, write nothing"
     )
+    add("--frame", type=int, metavar="N", help="which to take of a DICOM file with several frames, from 0 (default: leave "
+        "such files out)")  # fmt: skip
     add("--label-columns", metavar="C,C", default="", help="columns kept as labels, separated by commas")
     add(
         "--val-fraction",
@@ -114,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         sections=_sections(args.sections),
         max_no_report=args.max_no_report,
         dry_run=args.dry_run,
+        frame=args.frame,
     )
     source = _source(args, columns)
     _report(args, ingest(source, args.out, options, track), source.unit)
@@ -179,6 +182,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
                         f"{args.test_fraction}")  # fmt: skip
     if args.image_size is not None and args.image_size < 8:
         problems.append(f"--image-size: must be at least 8, got {args.image_size}")
+    if args.frame is not None and args.frame < 0:
+        problems.append(f"--frame: must be at least 0, got {args.frame}")
+    if not 0 <= args.max_no_report <= 1:
+        problems.append(f"--max-no-report: must be from 0 to 1, got {args.max_no_report}")
     if args.max_shard_bytes < 1 << 16:
         problems.append(f"--max-shard-bytes: must be at least 65536, got {args.max_shard_bytes}")
     if problems:
@@ -202,6 +209,8 @@ def _report(args: argparse.Namespace, done: Ingested, unit: str) -> None:
     if args.dry_run:
         next_step("the same command without --dry-run")
         return
+    if done.scaled:
+        _print_scaled(done)
     uneven = []
     for client, count in [] if done.own_split else sorted(counts.items()):
         wanted = args.val_fraction * count.total()
@@ -213,4 +222,14 @@ def _report(args: argparse.Namespace, done: Ingested, unit: str) -> None:
     next_step(
         f"feddra-ds data inspect {args.out}",
         f"feddra-ds train --config cxr_regions --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
+    )
+
+
+def _print_scaled(done: Ingested) -> None:
+    shares = [one.clipped for one, _ in done.scaled]
+    windowed = sum(one.how == "window" for one, _ in done.scaled)
+    most = done.scaled[shares.index(max(shares))][1]
+    print(
+        f"{len(shares)} grey pictures came to 8 bits, {windowed} by their window and {len(shares) - windowed} by percentiles; "
+        f"clipped to black or white: {sum(shares) / len(shares):.1%} of the pixels, at most {max(shares):.1%} ({most})"
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,16 +19,16 @@ from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.samples import text_id
 from feddra_ds.data.format.text import is_lfs_pointer, no_report
 from feddra_ds.data.format.writer import MAX_SHARD_BYTES, DatasetWriter, image_digest, safe_name
-from feddra_ds.data.loading.images import MAX_PIXELS, BadSample, to_rgb
+from feddra_ds.data.loading.images import MAX_PIXELS, WIDE_MODES, BadSample, orientation, stretch, to_rgb
 from feddra_ds.data.loading.order import permutation
 from feddra_ds.data.progress import Track, untracked
 from feddra_ds.data.sources.base import Row, Skip, Source
+from feddra_ds.data.sources.dicom import DicomError, Scaled, is_dicom, read_dicom
 from feddra_ds.data.sources.reports import choose_sections
 from feddra_ds.data.sources.split import choose_validation, components
 from feddra_ds.data.sources.spool import Spool
 
 _READABLE = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
-_EXIF_ORIENTATION = 0x0112
 _SHOWN = 20
 _REHEARSED = 200
 _NO_REPORT = ("no report", "git lfs pointer")
@@ -43,7 +43,8 @@ class IngestOptions:
     are shrunk to on their shorter side; None keeps them. repeated_texts: a text that several groups share may be on both
     sides of the split. seed: of the split and of the order in the shards. sections: the parts of a report that are taken; ()
     takes the whole text, None what the source takes. max_no_report: the share of rows whose text may be no report, such as
-    `nan`, before all is refused. dry_run: write nothing, and look at some of the pictures only."""
+    `nan`, before all is refused. dry_run: write nothing, and look at some of the pictures only. frame: which to take of
+    a DICOM file with several."""
 
     val_fraction: float = 0.1
     test_fraction: float = 0.0
@@ -55,16 +56,18 @@ class IngestOptions:
     sections: tuple[str, ...] | None = None
     max_no_report: float = 0.1
     dry_run: bool = False
+    frame: int | None = None
 
 
 @dataclass(frozen=True)
 class Ingested:
     """counts: {client's folder: {split: pairs}}. skipped: the rows that were left out, in the source's order. own_split:
-    whether rows came with a split of their own."""
+    whether rows came with a split of their own. scaled: how grey pictures of more than 8 bits came to 8, with their names."""
 
     counts: dict[str, Counter[str]]
     skipped: list[Skip]
     own_split: bool = False
+    scaled: tuple[tuple[Scaled, str], ...] = ()
 
 
 def ingest(source: Source, out: Path, options: IngestOptions, track: Track = untracked) -> Ingested:
@@ -80,9 +83,10 @@ def ingest(source: Source, out: Path, options: IngestOptions, track: Track = unt
         writer = DatasetWriter(out, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite)
         if options.dry_run:
             return _rehearse(source, rows, folders, options, skipped, track)
+        scaled: list[tuple[Scaled, str]] = []
         with writer:
             numbers, splits, own_split = _deal_out(source, rows, options, skipped, track)
-            counts = _write(writer, source, rows, numbers, splits, folders, options, skipped, track)
+            counts = _write(writer, source, rows, numbers, splits, folders, options, skipped, scaled, track)
             if not counts:
                 raise _nothing_usable(source, skipped)
             skipped.sort(key=lambda skip: (skip.file, skip.line))
@@ -94,7 +98,7 @@ def ingest(source: Source, out: Path, options: IngestOptions, track: Track = unt
                 "skipped_rows": dict(sorted(Counter(skip.reason for skip in skipped).items())),
             }
             _list_skipped(writer.aside / SKIPPED_NAME, skipped)
-    return Ingested(counts, skipped, own_split)
+    return Ingested(counts, skipped, own_split, tuple(scaled))
 
 
 def _nothing_usable(source: Source, skipped: list[Skip]) -> DataError:
@@ -246,9 +250,9 @@ def _unreadable(row: Row, error: Exception) -> Skip:
     return Skip(row.line, "image file cannot be read", f"{row.image}: {detail}", row.file)
 
 
-def _encode(source: Source, row: Row, options: IngestOptions) -> tuple[bytes, str] | Skip:
+def _encode(source: Source, row: Row, options: IngestOptions) -> Encoded | Skip:
     try:
-        return encode_image(_image_of(source, row), options.image_size)
+        return encode_image(_image_of(source, row), options.image_size, options.frame)
     except BadSample as error:
         return Skip(row.line, error.reason.replace("_", " "), row.image, row.file)
     except (OSError, ValueError) as error:
@@ -264,12 +268,13 @@ def _write(
     folders: dict[str, str],
     options: IngestOptions,
     skipped: list[Skip],
+    scaled: list[tuple[Scaled, str]],
     track: Track,
 ) -> dict[str, Counter[str]]:
     """Write the pairs in a seeded order, so that a shard is a fair sample; {client: {split: pairs}}."""
     order = [(numbers[i], splits[i]) for i in permutation(len(numbers), "shards", options.seed)]
 
-    def work(item: tuple[int, str]) -> tuple[Row, tuple[bytes, str] | Skip]:
+    def work(item: tuple[int, str]) -> tuple[Row, Encoded | Skip]:
         row = rows[item[0]]
         image = _encode(source, row, options)
         row.picture = None
@@ -281,6 +286,8 @@ def _write(
         if isinstance(image, Skip):
             skipped.append(image)
             continue
+        if image.scaled is not None:
+            scaled.append((image.scaled, row.image))
         client = folders[row.client]
         info = {
             "labels": row.labels,
@@ -291,30 +298,48 @@ def _write(
         }
         file = files.setdefault(row.file, len(files))  # lines of two files may be equal
         key = f"{safe_name(Path(row.image).stem)[:48]}-{f'{file}_' if file else ''}{row.line}"
-        writer.add(client, split, key, image=image[0], suffix=image[1], text=row.text, info=info)
+        writer.add(client, split, key, image=image.data, suffix=image.suffix, text=row.text, info=info)
         counts.setdefault(client, Counter())[split] += 1
     return counts
 
 
-def encode_image(data: bytes, shorter_side: int | None) -> tuple[bytes, str]:
-    """(bytes, suffix) of a checked image: the JPEG or PNG itself where nothing has to change, else encoded anew.
+class Encoded(NamedTuple):
+    """An image for a shard: its bytes, their suffix, and how grey of more than 8 bits came to 8, where it did."""
 
-    Larger images are shrunk to `shorter_side`, photographs turned upright, other formats become PNG. Raises BadSample.
+    data: bytes
+    suffix: str
+    scaled: Scaled | None = None
+
+
+def encode_image(data: bytes, shorter_side: int | None, frame: int | None = None) -> Encoded:
+    """A checked image: the JPEG or PNG itself where nothing has to change, else encoded anew, without any metadata.
+
+    Larger images are shrunk to `shorter_side`, photographs turned upright, other formats become PNG, DICOM among them, of
+    which `frame` chooses one of several. Raises BadSample, and DicomError, a ValueError.
     """
+    scaled: Scaled | None = None
     try:
+        if is_dicom(data):
+            picture, scaled = read_dicom(data, frame)
+            plain = io.BytesIO()
+            picture.save(plain, "PNG", compress_level=1)
+            data = plain.getvalue()
         opened = Image.open(io.BytesIO(data), formats=_READABLE)
         if opened.width * opened.height > MAX_PIXELS:
             raise BadSample("oversized_image")
         suffix = {"JPEG": "jpg", "PNG": "png"}.get(opened.format or "", "")
-        upright = opened.getexif().get(_EXIF_ORIENTATION, 1) in (0, 1)
+        upright = orientation(opened) == 1
         shrink = shorter_side is not None and min(opened.size) > shorter_side
         opened.load()
         if suffix and upright and not shrink:
-            return data, suffix
+            return Encoded(data, suffix, scaled)
         image: Image.Image = ImageOps.exif_transpose(opened)
+        if image.mode in WIDE_MODES:
+            grey, clipped = stretch(np.asarray(image))
+            image, scaled = Image.fromarray(grey), Scaled("percentiles", clipped)
     except Image.DecompressionBombError as error:
         raise BadSample("oversized_image") from error
-    except BadSample:
+    except (BadSample, DicomError, DataError):
         raise
     except Exception as error:  # Pillow raises many types for broken files
         raise BadSample("corrupt_image") from error
@@ -326,10 +351,12 @@ def encode_image(data: bytes, shorter_side: int | None) -> tuple[bytes, str]:
         image = image.resize(size, Image.Resampling.BICUBIC)
     out = io.BytesIO()
     if suffix == "jpg":
+        image.info.clear()
         image.save(out, "JPEG", quality=92)
-        return out.getvalue(), "jpg"
+        return Encoded(out.getvalue(), "jpg", scaled)
+    image.info.clear()  # Pillow would write comments and EXIF again
     image.save(out, "PNG")
-    return out.getvalue(), "png"
+    return Encoded(out.getvalue(), "png", scaled)
 
 
 def _in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[tuple[_In, _Out]]:

@@ -290,20 +290,20 @@ def stored(image: Image.Image, form: str, **options: object) -> bytes:
 
 def test_images_are_kept_shrunk_turned_or_made_png() -> None:
     jpeg, png = encoded(1, (100, 60)), encoded(1, (100, 60), "PNG")
-    assert encode_image(jpeg, None) == (jpeg, "jpg")
-    assert encode_image(png, 60) == (png, "png")
-    small, suffix = encode_image(jpeg, 30)
+    assert encode_image(jpeg, None) == (jpeg, "jpg", None)
+    assert encode_image(png, 60) == (png, "png", None)
+    small, suffix, _ = encode_image(jpeg, 30)
     assert (Image.open(io.BytesIO(small)).size, suffix) == ((50, 30), "jpg")
     turned = Image.Exif()
     turned[0x0112] = 6
-    upright, _ = encode_image(stored(Image.new("RGB", (100, 60)), "JPEG", exif=turned), None)
+    upright, *_ = encode_image(stored(Image.new("RGB", (100, 60)), "JPEG", exif=turned), None)
     assert Image.open(io.BytesIO(upright)).size == (60, 100)
     for form in ("BMP", "TIFF", "WEBP"):
-        data, suffix = encode_image(stored(Image.new("RGB", (20, 10), (9, 200, 30)), form), None)
+        data, suffix, _ = encode_image(stored(Image.new("RGB", (20, 10), (9, 200, 30)), form), None)
         assert suffix == "png"
         assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - (9, 200, 30)).max() < 12
     deep = Image.fromarray((np.arange(6400).reshape(80, 80) * 10).astype(np.uint16))
-    data, _ = encode_image(stored(deep, "PNG"), 40)
+    data, *_ = encode_image(stored(deep, "PNG"), 40)
     grey = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
     assert (grey.min() < 10, grey.max() > 245) == (True, True)
     assert Image.open(io.BytesIO(encode_image(stored(Image.new("1", (64, 64), 1), "PNG"), 16)[0])).mode == "L"
