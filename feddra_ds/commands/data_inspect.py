@@ -11,6 +11,7 @@ import numpy as np
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
+from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import INDEX_NAME, Dataset, open_dataset
 from feddra_ds.data.format.look import Look, Seen, look
 from feddra_ds.data.format.writer import index_bare_folders
@@ -32,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs per client that are read for sizes (default %(default)s)",
     )
     add("--write-index", action="store_true", help="make index.json for folders of WebDataset tars that have none")
+    add(
+        "--text-field",
+        metavar="F",
+        help="with --write-index: field of a sample's json that is its text where it has no .txt",
+    )
+    add("--max-bad-fraction", type=float, default=DataConfig().max_bad_fraction, metavar="F", help="share of unreadable pairs "
+        "of a client above which this is a problem (default %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,10 +47,13 @@ def run(args: argparse.Namespace) -> int:
     if args.samples < 1:
         raise DataError(f"--samples: must be at least 1, got {args.samples}")
     if args.write_index:
-        for folder, counts in index_bare_folders(args.root):
+        notes: list[str] = []
+        for folder, counts in index_bare_folders(args.root, args.text_field, notes):
             print(f"{folder / INDEX_NAME}: {', '.join(f'{n} {split}' for split, n in counts.items())} samples")
+        for note in notes:
+            print(f"note     {note}")
     dataset = open_dataset(args.root)
-    found = look(dataset, samples=args.samples, verify=args.verify, track=track)
+    found = look(dataset, samples=args.samples, verify=args.verify, max_bad_fraction=args.max_bad_fraction, track=track)
     _print_clients(args.root, dataset, found)
     _print_labels(found.seen)
     _print_checks(dataset, found, args.verify)
@@ -97,6 +108,10 @@ def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:
     if found.leaks:
         print(
             f"note     {found.leaks} texts are in train and in another split too; identical reports count as positives"
+        )
+    if found.patients:
+        print(
+            f"note     {len(found.patients)} patients are at more than one client, by their ids: {listed(found.patients)}"
         )
     smallest = min(dataset.client_ids, key=lambda client: dataset.num_samples(client, "train"), default=None)
     if found.problems:

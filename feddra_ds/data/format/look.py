@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from feddra_ds.common.text import listed
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.format.preflight import lost_folders, preflight
 from feddra_ds.data.format.samples import Samples
+from feddra_ds.data.format.text import no_report
 from feddra_ds.data.loading.images import BadSample, open_image
 from feddra_ds.data.progress import Track, untracked
 
@@ -28,16 +30,21 @@ class Seen:
 @dataclass(frozen=True)
 class Look:
     """splits: in the order train, val, test, others. problems: a line each. seen: by client, empty where there are
-    problems. leaks: different texts that train shares with another split."""
+    problems. leaks: different texts that train shares with another split. patients: those that
+    several clients have."""
 
     splits: list[str]
     problems: list[str]
     seen: dict[str, Seen]
     leaks: int
+    patients: list[str] = field(default_factory=list)
 
 
-def look(dataset: Dataset, *, samples: int, verify: bool, track: Track = untracked) -> Look:
+def look(
+    dataset: Dataset, *, samples: int, verify: bool, max_bad_fraction: float = 0.05, track: Track = untracked
+) -> Look:
     """Look at all clients, the held-out ones too. samples: pairs per client that are read. verify: check sha256 too.
+    max_bad_fraction: the share of unreadable pairs above which a client is a problem.
 
     Raises DataError where a client's index cannot be read.
     """
@@ -50,7 +57,46 @@ def look(dataset: Dataset, *, samples: int, verify: bool, track: Track = untrack
         steps = track(range(shards), shards, "verifying")
         problems += dataset.verify(progress=lambda shard: (next(steps, None), None)[1])
     seen = {} if problems else {client: _look_at_client(dataset, client, samples) for client in clients}
-    return Look(splits, problems, seen, _leaks(dataset, splits))
+    problems += _unreadable(seen, max_bad_fraction)
+    patients, both = _patients(dataset, clients) if dataset.store is None and seen else ([], [])
+    return Look(splits, [*problems, *patients], seen, _leaks(dataset, splits), both)
+
+
+def _unreadable(seen: dict[str, Seen], most: float) -> list[str]:
+    """A line for each client with more unreadable pairs, among those looked at, than training bears with."""
+    problems = []
+    for client, own in seen.items():
+        looked, bad = own.bad.total() + len(own.words), own.bad.total()
+        if bad > (max(1.0, most * looked) if most > 0 else 0):  # one bad pair alone does not stop a training either
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(own.bad.items()))
+            problems.append(f"{client}: {bad} of the {looked} pairs looked at are unreadable ({reasons}), more than "
+                            f"data.max_bad_fraction ({most:.0%}) bears with")  # fmt: skip
+    return problems
+
+
+def _patients(dataset: Dataset, clients: list[str]) -> tuple[list[str], list[str]]:
+    """(a line for each client with patients in train and in another split, patients that several clients have)."""
+    problems: list[str] = []
+    owners: dict[str, set[str]] = {}
+    for client in clients:
+        sides: dict[str, set[str]] = {}
+        for split in dataset.splits(client):
+            part = dataset.samples(client, split)
+            for index in range(len(part)):
+                try:
+                    patient = part.read_info(index).get("patient")
+                except (ValueError, EOFError, AttributeError):  # counted among the unreadable
+                    continue
+                if patient not in (None, ""):
+                    sides.setdefault(str(patient), set()).add(split)
+        split_ones = sorted(patient for patient, own in sides.items() if "train" in own and len(own) > 1)
+        if split_ones:
+            problems.append(f"{client}: {len(split_ones)} patients are in train and in another split too, which makes "
+                            f"evaluation look better than it is, e.g. {listed(split_ones, 3)}; convert with "
+                            "--group-column")  # fmt: skip
+        for patient in sides:
+            owners.setdefault(patient, set()).add(client)
+    return problems, sorted(patient for patient, own in owners.items() if len(own) > 1)
 
 
 def _look_at_client(dataset: Dataset, client: str, limit: int) -> Seen:
@@ -71,10 +117,11 @@ def _look_at_pair(part: Samples, index: int, seen: Seen) -> None:
         if image is None:
             raise BadSample("missing_image")
         seen.sides.append(min(open_image(image).size))
-        words = (text or b"").decode().split()
-        if not words:
-            raise BadSample("empty_text")
-        seen.words.append(len(words))
+        told = (text or b"").decode()
+        reason = no_report(told)
+        if reason is not None:
+            raise BadSample(reason)
+        seen.words.append(len(told.split()))
     except BadSample as error:
         seen.bad[error.reason] += 1
         return

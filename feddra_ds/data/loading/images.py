@@ -36,6 +36,8 @@ REASONS = (
     "oversized_image",
     "missing_text",
     "empty_text",
+    "no_report",
+    "git_lfs_pointer",
     "corrupt_text",
     "truncated_shard",
 )
