@@ -15,6 +15,7 @@ from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import INDEX_NAME, Dataset, open_dataset
 from feddra_ds.data.format.look import Look, Seen, look
 from feddra_ds.data.format.writer import index_bare_folders
+from feddra_ds.data.loading.tokens import load_tokenizer
 
 _LABELS_SHOWN = 12
 _CLIENTS_SHOWN = 8
@@ -38,6 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="with --write-index: field of a sample's json that is its text where it has no .txt",
     )
+    add("--text-length", type=int, default=DataConfig().text_length, metavar="N", help="say how many texts data.text_length N "
+        "would cut (default %(default)s)")  # fmt: skip
+    add(
+        "--tokenizer",
+        metavar="T",
+        help="count tokens with this tokenizer (model.text.tokenizer; default: the shipped one)",
+    )
+    add("--max-pictures", type=int, default=20_000, metavar="N", help="look for pictures that are alike where there are at most "
+        "N of them; 0 leaves that out (default %(default)s)")  # fmt: skip
     add("--max-bad-fraction", type=float, default=DataConfig().max_bad_fraction, metavar="F", help="share of unreadable pairs "
         "of a client above which this is a problem (default %(default)s)")  # fmt: skip
 
@@ -53,9 +63,21 @@ def run(args: argparse.Namespace) -> int:
         for note in notes:
             print(f"note     {note}")
     dataset = open_dataset(args.root)
-    found = look(dataset, samples=args.samples, verify=args.verify, max_bad_fraction=args.max_bad_fraction, track=track)
+    tokenizer = load_tokenizer(args.tokenizer)
+    found = look(
+        dataset,
+        samples=args.samples,
+        verify=args.verify,
+        max_bad_fraction=args.max_bad_fraction,
+        max_pictures=args.max_pictures,
+        num_tokens=lambda text: len(tokenizer(text).input_ids),
+        track=track,
+    )
     _print_clients(args.root, dataset, found)
     _print_labels(found.seen)
+    _print_texts(found.seen, args.text_length)
+    if not found.problems or found.seen:
+        _print_alike(found.pictures, args.max_pictures)
     _print_checks(dataset, found, args.verify)
     return 1 if found.problems else 0
 
@@ -68,8 +90,10 @@ def _print_clients(root: Path, dataset: Dataset, found: Look) -> None:
         counts = [dataset.num_samples(client, split) for split in found.splits]
         shards = dataset.shards(client)
         size = sum(shard["bytes"] for _, shard in shards)
-        rows.append((name, *counts, len(shards), _megabytes(size), _range(own.words), _range(own.sides)))
-    columns = ["client", *found.splits, "shards", "MB", "words per text", "image side"]
+        rows.append(
+            (name, *counts, len(shards), _megabytes(size), _range(own.words), _range(own.tokens), _range(own.sides))
+        )
+    columns = ["client", *found.splits, "shards", "MB", "words per text", "tokens per text", "image side"]
     print_table(f"{root}: {dataset.info.get('source', 'no description')}", columns, rows)
 
 
@@ -88,6 +112,34 @@ def _print_labels(seen: dict[str, Seen]) -> None:
         shares = [sum(o.labels[name] for o in own) / max(1, sum(len(o.words) for o in own)) for own in groups.values()]
         rows.append((name, *(f"{share:.0%}" for share in shares)))
     print_table(f"Labels, share of the pairs looked at{more}", ["label", *groups], rows)
+
+
+def _print_texts(seen: dict[str, Seen], text_length: int) -> None:
+    """What data.text_length would cut, and how many texts come again, among those looked at."""
+    cut = {client: sum(n > text_length for n in own.tokens) / max(1, len(own.tokens)) for client, own in seen.items()}
+    if any(cut.values()):
+        shares = [f"{client} {share:.0%}" for client, share in sorted(cut.items(), key=lambda item: -item[1]) if share]
+        print(f"note     data.text_length {text_length} cuts texts: {listed(shares)} of those looked at")
+    repeated: Counter[int] = sum((own.repeated for own in seen.values()), Counter())
+    again = sum(count for count in repeated.values() if count > 1)
+    if again:
+        print(f"note     {again} of the {repeated.total()} texts looked at are not the only ones of their wording, the most "
+              f"frequent comes {max(repeated.values())} times")  # fmt: skip
+
+
+def _print_alike(pictures: list[tuple[str, str]] | None, most: int) -> None:
+    """Pictures that look alike, those of two clients or two splits by name."""
+    if pictures is None:
+        print(
+            f"note     pictures were not compared: there are more than --max-pictures {most}, or they are not on this disk"
+        )
+        return
+    for part, what in ((0, "at two clients"), (1, "in two splits")):
+        apart = [f"{a} and {b}" for a, b in pictures if a.split("/")[part] != b.split("/")[part]]
+        if apart:
+            print(f"note     {len(apart)} pictures that look alike are {what}: {listed(apart, 3)}")
+    if pictures:
+        print(f"note     {len(pictures)} pictures look like another one in the data")
 
 
 def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from feddra_ds.common.text import listed
 from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.format.likeness import alike, thumbnail
 from feddra_ds.data.format.preflight import lost_folders, preflight
-from feddra_ds.data.format.samples import Samples
+from feddra_ds.data.format.samples import Samples, text_id
 from feddra_ds.data.format.text import no_report
 from feddra_ds.data.loading.images import BadSample, open_image
 from feddra_ds.data.progress import Track, untracked
@@ -18,10 +20,13 @@ from feddra_ds.data.progress import Track, untracked
 
 @dataclass
 class Seen:
-    """What a look at some of a client's pairs showed: the words of each text, the shorter side of each image in pixels,
+    """What a look at some of a client's pairs showed: the words and tokens of each text, how often each text id came,
+    the shorter side of each image in pixels,
     how many pairs have each label, and how many could not be read for each reason."""
 
     words: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    repeated: Counter[int] = field(default_factory=Counter)
     sides: list[int] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
@@ -31,20 +36,29 @@ class Seen:
 class Look:
     """splits: in the order train, val, test, others. problems: a line each. seen: by client, empty where there are
     problems. leaks: different texts that train shares with another split. patients: those that
-    several clients have."""
+    several clients have. pictures: places of pictures that look alike; None where they were not compared."""
 
     splits: list[str]
     problems: list[str]
     seen: dict[str, Seen]
     leaks: int
     patients: list[str] = field(default_factory=list)
+    pictures: list[tuple[str, str]] | None = None
 
 
 def look(
-    dataset: Dataset, *, samples: int, verify: bool, max_bad_fraction: float = 0.05, track: Track = untracked
+    dataset: Dataset,
+    *,
+    samples: int,
+    verify: bool,
+    max_bad_fraction: float = 0.05,
+    max_pictures: int = 0,
+    num_tokens: Callable[[str], int] | None = None,
+    track: Track = untracked,
 ) -> Look:
     """Look at all clients, the held-out ones too. samples: pairs per client that are read. verify: check sha256 too.
-    max_bad_fraction: the share of unreadable pairs above which a client is a problem.
+    max_bad_fraction: the share of unreadable pairs above which a client is a problem. max_pictures: pictures are compared
+    where there are at most so many. num_tokens: counts a text's tokens.
 
     Raises DataError where a client's index cannot be read.
     """
@@ -56,10 +70,27 @@ def look(
         shards = sum(len(dataset.shards(client)) for client in dataset.client_ids)
         steps = track(range(shards), shards, "verifying")
         problems += dataset.verify(progress=lambda shard: (next(steps, None), None)[1])
-    seen = {} if problems else {client: _look_at_client(dataset, client, samples) for client in clients}
+    seen = {} if problems else {client: _look_at_client(dataset, client, samples, num_tokens) for client in clients}
     problems += _unreadable(seen, max_bad_fraction)
     patients, both = _patients(dataset, clients) if dataset.store is None and seen else ([], [])
-    return Look(splits, [*problems, *patients], seen, _leaks(dataset, splits), both)
+    total = sum(dataset.num_samples(client, split) for client in clients for split in dataset.splits(client))
+    compared = bool(seen) and dataset.store is None and total <= max_pictures
+    pictures = _alike(dataset, clients, total, track) if compared else None
+    return Look(splits, [*problems, *patients], seen, _leaks(dataset, splits), both, pictures)
+
+
+def _alike(dataset: Dataset, clients: list[str], total: int, track: Track) -> list[tuple[str, str]]:
+    """Places (client/split/key) of pictures that look alike, a pair for each that looks like an earlier one."""
+    parts = [dataset.samples(client, split) for client in clients for split in dataset.splits(client)]
+    places, thumbnails = [], []
+    pairs = ((own, i) for own in parts for i in range(len(own)))
+    for part, index in track(pairs, total, "comparing pictures"):
+        try:
+            thumbnails.append(thumbnail(part.read_image(index) or b""))
+        except (BadSample, EOFError):  # counted among the unreadable
+            continue
+        places.append(f"{part.client}/{part.split}/{part.keys[index]}")
+    return [(places[i], places[j]) for i, j in alike(np.array(thumbnails))]
 
 
 def _unreadable(seen: dict[str, Seen], most: float) -> list[str]:
@@ -99,7 +130,7 @@ def _patients(dataset: Dataset, clients: list[str]) -> tuple[list[str], list[str
     return problems, sorted(patient for patient, own in owners.items() if len(own) > 1)
 
 
-def _look_at_client(dataset: Dataset, client: str, limit: int) -> Seen:
+def _look_at_client(dataset: Dataset, client: str, limit: int, num_tokens: Callable[[str], int] | None) -> Seen:
     """Read up to `limit` evenly spaced samples of the client, over its splits."""
     parts = [dataset.samples(client, split) for split in dataset.splits(client)]
     total = sum(len(part) for part in parts)
@@ -107,11 +138,11 @@ def _look_at_client(dataset: Dataset, client: str, limit: int) -> Seen:
     for part in parts:
         number = max(1, min(len(part), round(limit * len(part) / total)))
         for index in np.linspace(0, len(part) - 1, number).astype(int).tolist():
-            _look_at_pair(part, index, seen)
+            _look_at_pair(part, index, seen, num_tokens)
     return seen
 
 
-def _look_at_pair(part: Samples, index: int, seen: Seen) -> None:
+def _look_at_pair(part: Samples, index: int, seen: Seen, num_tokens: Callable[[str], int] | None) -> None:
     try:
         text, image, info = part.read_text(index), part.read_image(index), part.read_info(index)
         if image is None:
@@ -122,6 +153,9 @@ def _look_at_pair(part: Samples, index: int, seen: Seen) -> None:
         if reason is not None:
             raise BadSample(reason)
         seen.words.append(len(told.split()))
+        seen.repeated[text_id(told)] += 1
+        if num_tokens is not None:
+            seen.tokens.append(num_tokens(told))
     except BadSample as error:
         seen.bad[error.reason] += 1
         return
