@@ -1,4 +1,4 @@
-"""`feddra-ds data convert`: a CSV with a folder of images, or a source of the user's own, becomes shards per client."""
+"""`feddra-ds data convert`: a table with its images, or another source, becomes shards per client."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from feddra_ds.common.errors import DataError
 from feddra_ds.common.section import Section
 from feddra_ds.common.text import listed
 from feddra_ds.data.format.writer import MAX_SHARD_BYTES
-from feddra_ds.data.sources import source_class
+from feddra_ds.data.sources import SOURCES, source_class
 from feddra_ds.data.sources.base import Columns, Source
 from feddra_ds.data.sources.ingest import SKIPPED_NAME, Ingested, IngestOptions, ingest, skipped_lines
+from feddra_ds.data.sources.reports import SECTIONS
+from feddra_ds.data.sources.table import CsvTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--csv",
         type=Path,
         metavar="FILE",
-        help="table with a header line, UTF-8; comma, ; or tab separated",
+        help="table with a header line; comma, ; or tab separated; short for --from csv --path FILE",
     )
     add(
         "--from",
         dest="kind",
-        metavar="CLASS",
-        help="instead of --csv: package.module:Class, a Source of your own (docs/data.md)",
+        metavar="KIND",
+        help=f"instead of --csv: {', '.join(SOURCES)}, or package.module:Class, a Source of your own (docs/data.md)",
     )
     add("--path", type=Path, metavar="PATH", help="where that source's data lie")
     add(
@@ -42,11 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="an option of that source (repeatable)",
     )
-    add("--image-column", metavar="C", help="column of image paths, relative to the CSV's folder (needed with --csv)")
-    add("--text-column", metavar="C", help="column of reports or captions (needed with --csv)")
+    add(
+        "--image-column", metavar="C", help="column of images or their paths, relative to the table (needed for tables)"
+    )
+    add("--text-column", metavar="C", help="column of reports or captions (needed for tables)")
     add("--client-column", metavar="C", help="column that says whose pair it is (default: all in one client, `all`)")
     add("--group-column", metavar="C", help="column, such as the patient, whose rows stay on one side of train and val")
     add("--site-column", metavar="C", help="column kept as the pair's site (default: the client column)")
+    add("--split-column", metavar="C", help="column of train, val or test, where the data have a split of their own")
+    add("--sections", metavar="S,S", help="sections of a report to take, such as findings,impression, or `all` "
+        "(default: what the source takes; the whole text of a table)")  # fmt: skip
+    add("--max-no-report", type=float, default=0.1, metavar="F", help="share of texts such as nan or ___ above which nothing "
+        "is written (default %(default)s)")  # fmt: skip
+    add(
+        "--dry-run", action="store_true", help="read the rows and some images, say what would be written, write nothing"
+    )
+    add("--frame", type=int, metavar="N", help="which to take of a DICOM file with several frames, from 0 (default: leave "
+        "such files out)")  # fmt: skip
     add("--label-columns", metavar="C,C", default="", help="columns kept as labels, separated by commas")
     add(
         "--val-fraction",
@@ -89,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         args.group_column,
         args.site_column,
         labels,
+        args.split_column,
     )
     options = IngestOptions(
         val_fraction=args.val_fraction,
@@ -98,26 +113,46 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_shard_bytes=args.max_shard_bytes,
         overwrite=args.overwrite,
+        sections=_sections(args.sections),
+        max_no_report=args.max_no_report,
+        dry_run=args.dry_run,
+        frame=args.frame,
     )
-    _report(args, ingest(_source(args, columns), args.out, options, track))
+    source = _source(args, columns)
+    _report(args, ingest(source, args.out, options, track), source.unit)
     return 0
+
+
+def _sections(given: str | None) -> tuple[str, ...] | None:
+    """The names in --sections; () for `all`, None where it is not given. Raises DataError for a name that is none."""
+    if given is None or given == "all":
+        return None if given is None else ()
+    names = tuple(name.strip().lower() for name in given.split(",") if name.strip())
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        raise DataError(f"--sections: unknown {listed(unknown)}; there are: all, {listed(SECTIONS, 50)}")
+    return names
 
 
 def _source(args: argparse.Namespace, columns: Columns) -> Source:
     """What --csv or --from and its options name. Raises ConfigError and DataError."""
-    needed = ["kind", "path"] if args.csv is None else ["csv", "image_column", "text_column"]
-    stray = [] if args.csv is None else [name for name in ("kind", "path", "source_option") if getattr(args, name)]
-    option = lambda name: "--from" if name == "kind" else f"--{name.replace('_', '-')}"
     if args.csv is None and args.kind is None:
-        raise DataError("--csv: is needed, or --from and --path for a source of your own")
-    problems = [f"{option(name)}: is needed with {option(needed[0])}" for name in needed if getattr(args, name) is None]
-    problems += [f"{option(name)}: does not go with --csv" for name in stray]
+        raise DataError("--csv: is needed, or --from and --path for another source")
+    if args.csv is not None:
+        kind: type[Source]
+        kind, path, named = CsvTable, args.csv, "--csv"
+        problems = [f"--{name}: does not go with --csv" for name in ("from", "path")
+                    if getattr(args, "kind" if name == "from" else name) is not None]  # fmt: skip
+    else:
+        kind, path, named = source_class(args.kind), args.path, "--from"
+        problems = ["--path: is needed with --from"] if path is None else []
+    if kind.needs_columns:
+        named = named if args.csv is not None else f"--from {args.kind}"
+        missing = [name for name in ("image", "text") if getattr(args, f"{name}_column") is None]
+        problems += [f"--{name}-column: is needed with {named}" for name in missing]
     if problems:
         raise DataError(problems)
-    if args.csv is not None:
-        return source_class("csv")(args.csv, columns)
-    kind = source_class(args.kind)
-    return kind(args.path, columns, _source_options(kind, args.source_option))
+    return kind(path, columns, _source_options(kind, args.source_option))
 
 
 def _source_options(kind: type[Source], given: Sequence[str]) -> Section:
@@ -147,13 +182,17 @@ def _check_numbers(args: argparse.Namespace) -> None:
                         f"{args.test_fraction}")  # fmt: skip
     if args.image_size is not None and args.image_size < 8:
         problems.append(f"--image-size: must be at least 8, got {args.image_size}")
+    if args.frame is not None and args.frame < 0:
+        problems.append(f"--frame: must be at least 0, got {args.frame}")
+    if not 0 <= args.max_no_report <= 1:
+        problems.append(f"--max-no-report: must be from 0 to 1, got {args.max_no_report}")
     if args.max_shard_bytes < 1 << 16:
         problems.append(f"--max-shard-bytes: must be at least 65536, got {args.max_shard_bytes}")
     if problems:
         raise DataError(problems)
 
 
-def _report(args: argparse.Namespace, done: Ingested) -> None:
+def _report(args: argparse.Namespace, done: Ingested, unit: str) -> None:
     counts, skipped = done.counts, done.skipped
     total = sum(counts.values(), Counter())
     splits = ["train", "val", *(["test"] if total["test"] else [])]
@@ -162,12 +201,18 @@ def _report(args: argparse.Namespace, done: Ingested) -> None:
         for client, count in [*sorted(counts.items()), ("all", total)]
     ]
     columns = ["client", *(f"{split} pairs" for split in splits), "val fraction"]
-    print_table(f"{args.out}", columns, rows, total=True)
+    print_table(f"{args.out}{' (a rehearsal: nothing was written)' if args.dry_run else ''}", columns, rows, total=True)
     if skipped:
-        print(f"{len(skipped)} rows were left out ({args.out / SKIPPED_NAME} lists them all):")
-        print("\n".join(f"  {line}" for line in skipped_lines(skipped)))
+        where = "" if args.dry_run else f" ({args.out / SKIPPED_NAME} lists them all)"
+        print(f"{len(skipped)} rows {'would be' if args.dry_run else 'were'} left out{where}:")
+        print("\n".join(f"  {line}" for line in skipped_lines(skipped, unit)))
+    if args.dry_run:
+        next_step("the same command without --dry-run")
+        return
+    if done.scaled:
+        _print_scaled(done)
     uneven = []
-    for client, count in sorted(counts.items()):
+    for client, count in [] if done.own_split else sorted(counts.items()):
         wanted = args.val_fraction * count.total()
         if abs(count["val"] - wanted) > max(1.0, 0.05 * count.total()):
             uneven.append(f"{client} ({count['val']} of {count.total()} pairs are val, {wanted:.0f} were wanted)")
@@ -177,4 +222,14 @@ def _report(args: argparse.Namespace, done: Ingested) -> None:
     next_step(
         f"feddra-ds data inspect {args.out}",
         f"feddra-ds train --config cxr_regions --data.root {args.out} --run.output_dir runs/{Path(args.out).name}",
+    )
+
+
+def _print_scaled(done: Ingested) -> None:
+    shares = [one.clipped for one, _ in done.scaled]
+    windowed = sum(one.how == "window" for one, _ in done.scaled)
+    most = done.scaled[shares.index(max(shares))][1]
+    print(
+        f"{len(shares)} grey pictures came to 8 bits, {windowed} by their window and {len(shares) - windowed} by percentiles; "
+        f"clipped to black or white: {sum(shares) / len(shares):.1%} of the pixels, at most {max(shares):.1%} ({most})"
     )

@@ -11,9 +11,11 @@ import numpy as np
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
+from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import INDEX_NAME, Dataset, open_dataset
 from feddra_ds.data.format.look import Look, Seen, look
 from feddra_ds.data.format.writer import index_bare_folders
+from feddra_ds.data.loading.tokens import load_tokenizer
 
 _LABELS_SHOWN = 12
 _CLIENTS_SHOWN = 8
@@ -32,6 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs per client that are read for sizes (default %(default)s)",
     )
     add("--write-index", action="store_true", help="make index.json for folders of WebDataset tars that have none")
+    add(
+        "--text-field",
+        metavar="F",
+        help="with --write-index: field of a sample's json that is its text where it has no .txt",
+    )
+    add("--text-length", type=int, default=DataConfig().text_length, metavar="N", help="say how many texts data.text_length N "
+        "would cut (default %(default)s)")  # fmt: skip
+    add(
+        "--tokenizer",
+        metavar="T",
+        help="count tokens with this tokenizer (model.text.tokenizer; default: the shipped one)",
+    )
+    add("--max-pictures", type=int, default=20_000, metavar="N", help="look for pictures that are alike where there are at most "
+        "N of them; 0 leaves that out (default %(default)s)")  # fmt: skip
+    add("--max-bad-fraction", type=float, default=DataConfig().max_bad_fraction, metavar="F", help="share of unreadable pairs "
+        "of a client above which this is a problem (default %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,12 +57,27 @@ def run(args: argparse.Namespace) -> int:
     if args.samples < 1:
         raise DataError(f"--samples: must be at least 1, got {args.samples}")
     if args.write_index:
-        for folder, counts in index_bare_folders(args.root):
+        notes: list[str] = []
+        for folder, counts in index_bare_folders(args.root, args.text_field, notes):
             print(f"{folder / INDEX_NAME}: {', '.join(f'{n} {split}' for split, n in counts.items())} samples")
+        for note in notes:
+            print(f"note     {note}")
     dataset = open_dataset(args.root)
-    found = look(dataset, samples=args.samples, verify=args.verify, track=track)
+    tokenizer = load_tokenizer(args.tokenizer)
+    found = look(
+        dataset,
+        samples=args.samples,
+        verify=args.verify,
+        max_bad_fraction=args.max_bad_fraction,
+        max_pictures=args.max_pictures,
+        num_tokens=lambda text: len(tokenizer(text).input_ids),
+        track=track,
+    )
     _print_clients(args.root, dataset, found)
     _print_labels(found.seen)
+    _print_texts(found.seen, args.text_length)
+    if not found.problems or found.seen:
+        _print_alike(found.pictures, args.max_pictures)
     _print_checks(dataset, found, args.verify)
     return 1 if found.problems else 0
 
@@ -57,8 +90,10 @@ def _print_clients(root: Path, dataset: Dataset, found: Look) -> None:
         counts = [dataset.num_samples(client, split) for split in found.splits]
         shards = dataset.shards(client)
         size = sum(shard["bytes"] for _, shard in shards)
-        rows.append((name, *counts, len(shards), _megabytes(size), _range(own.words), _range(own.sides)))
-    columns = ["client", *found.splits, "shards", "MB", "words per text", "image side"]
+        rows.append(
+            (name, *counts, len(shards), _megabytes(size), _range(own.words), _range(own.tokens), _range(own.sides))
+        )
+    columns = ["client", *found.splits, "shards", "MB", "words per text", "tokens per text", "image side"]
     print_table(f"{root}: {dataset.info.get('source', 'no description')}", columns, rows)
 
 
@@ -79,6 +114,34 @@ def _print_labels(seen: dict[str, Seen]) -> None:
     print_table(f"Labels, share of the pairs looked at{more}", ["label", *groups], rows)
 
 
+def _print_texts(seen: dict[str, Seen], text_length: int) -> None:
+    """What data.text_length would cut, and how many texts come again, among those looked at."""
+    cut = {client: sum(n > text_length for n in own.tokens) / max(1, len(own.tokens)) for client, own in seen.items()}
+    if any(cut.values()):
+        shares = [f"{client} {share:.0%}" for client, share in sorted(cut.items(), key=lambda item: -item[1]) if share]
+        print(f"note     data.text_length {text_length} cuts texts: {listed(shares)} of those looked at")
+    repeated: Counter[int] = sum((own.repeated for own in seen.values()), Counter())
+    again = sum(count for count in repeated.values() if count > 1)
+    if again:
+        print(f"note     {again} of the {repeated.total()} texts looked at are not the only ones of their wording, the most "
+              f"frequent comes {max(repeated.values())} times")  # fmt: skip
+
+
+def _print_alike(pictures: list[tuple[str, str]] | None, most: int) -> None:
+    """Pictures that look alike, those of two clients or two splits by name."""
+    if pictures is None:
+        print(
+            f"note     pictures were not compared: there are more than --max-pictures {most}, or they are not on this disk"
+        )
+        return
+    for part, what in ((0, "at two clients"), (1, "in two splits")):
+        apart = [f"{a} and {b}" for a, b in pictures if a.split("/")[part] != b.split("/")[part]]
+        if apart:
+            print(f"note     {len(apart)} pictures that look alike are {what}: {listed(apart, 3)}")
+    if pictures:
+        print(f"note     {len(pictures)} pictures look like another one in the data")
+
+
 def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:
     for line in found.problems:
         print(f"PROBLEM  {line}")
@@ -97,6 +160,10 @@ def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:
     if found.leaks:
         print(
             f"note     {found.leaks} texts are in train and in another split too; identical reports count as positives"
+        )
+    if found.patients:
+        print(
+            f"note     {len(found.patients)} patients are at more than one client, by their ids: {listed(found.patients)}"
         )
     smallest = min(dataset.client_ids, key=lambda client: dataset.num_samples(client, "train"), default=None)
     if found.problems:

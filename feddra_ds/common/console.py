@@ -12,8 +12,8 @@ from rich.table import Table
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items, with a progress bar on a terminal (stderr) and nothing in a pipe."""
+def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
+    """The items, with a progress bar on a terminal (stderr) and nothing in a pipe. total: None where it is not known."""
     console = Console(stderr=True)
     return iter(rich_track(items, what, total=total, console=console, transient=True, disable=not console.is_terminal))
 

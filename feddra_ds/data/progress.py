@@ -9,11 +9,14 @@ T = TypeVar("T")
 
 
 class Track(Protocol):
-    """Passes the `total` items on, one by one; `what` says what is being done. `common.console.track` draws a bar."""
+    """Passes the `total` items (None: so far nobody knows how many) on, one by one; `what` says what is being done.
 
-    def __call__(self, items: Iterable[T], total: int, what: str) -> Iterator[T]: ...
+    `common.console.track` draws a bar.
+    """
+
+    def __call__(self, items: Iterable[T], total: int | None, what: str) -> Iterator[T]: ...
 
 
-def untracked(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def untracked(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
     """Passes the items on and shows nothing."""
     return iter(items)

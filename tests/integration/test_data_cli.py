@@ -70,7 +70,9 @@ def test_bad_pairs_are_noted_by_inspect(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "data") as writer:
         for n, change in enumerate(({}, {"image": b"?"}, {"text": ""}, {"image": None}, {"text": None})):
             writer.add("a", "train", f"k{n}", **{**good, **change})
-    seen = feddra("inspect", tmp_path / "data").stdout
+    line = "PROBLEM  a: 4 of the 5 pairs looked at are unreadable (1 corrupt_image, 2 empty_text, 1 missing_image), more than"
+    assert line in feddra("inspect", tmp_path / "data", expect=1).stdout
+    seen = feddra("inspect", tmp_path / "data", "--max-bad-fraction", 1).stdout
     assert (
         "note     unreadable among the pairs looked at: a (1 corrupt_image, 2 empty_text, 1 missing_image among 5)"
         in seen

@@ -61,7 +61,7 @@ USED = {name for package in IMPORTED for name in distributions_of(package)}
 
 
 def test_what_is_imported_is_declared() -> None:
-    known = declared() | declared("gpu") | declared("wandb")
+    known = set().union(declared(), *(declared(extra) for extra in PROJECT["optional-dependencies"] if extra != "dev"))
     missing = {name: str(path) for name, path in IMPORTED.items() if not distributions_of(name) & known}
     assert not missing, "pyproject.toml does not declare what these files import"
 

@@ -138,6 +138,7 @@ class Dataset:
         ).reshape(len(rows), 2)
         return Samples(
             store=self.store,
+            text_field=self.index(client).get("text_field"),
             client=client,
             split=split,
             paths=[self._place(client, shard) for shard in part["shards"]],

@@ -24,12 +24,23 @@ def text_id(text: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def text_of_json(data: bytes, field_name: str) -> bytes | None:
+    """The text in a field of a sample's json member, as UTF-8; None where there is none."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    value = found.get(field_name) if isinstance(found, dict) else None
+    return value.encode() if isinstance(value, str) else None
+
+
 @dataclass
 class Samples:
     """Where one client's samples of one split lie.
 
     paths: the shards, or their addresses where `store` fetches them. shard: (n,) int32, each sample's place in paths.
     image, text, info: (n, 2) int64, offset and length of the member; -1 says that it is missing. text_ids: (n,) int64.
+    text_field: the field of the json member that is the text of a sample without a txt.
     """
 
     client: str
@@ -42,6 +53,7 @@ class Samples:
     info: np.ndarray
     text_ids: np.ndarray
     store: Store | None = None
+    text_field: str | None = None
     _files: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -72,6 +84,9 @@ class Samples:
 
     def read_text(self, index: int) -> bytes | None:
         """The text as UTF-8 bytes, or None where the sample has none. Raises EOFError when the shard ends too early."""
+        if self.text_field is not None and int(self.text[index, 0]) < 0:
+            data = self._read(index, self.info)
+            return None if data is None else text_of_json(data, self.text_field)
         return self._read(index, self.text)
 
     def read_info(self, index: int) -> dict[str, Any]:

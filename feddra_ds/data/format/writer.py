@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
 from feddra_ds.data.format.dataset import DATASET_NAME, FORMAT, IMAGE_SUFFIXES, INDEX_NAME, VERSION
-from feddra_ds.data.format.samples import text_id
+from feddra_ds.data.format.samples import text_id, text_of_json
 
 MAX_SHARD_BYTES = 256 * 1024 * 1024
 _HEADER_BYTES = tarfile.BLOCKSIZE  # of a member's header; the data behind it are padded to a multiple of this
@@ -158,56 +158,122 @@ class _ClientWriter:
             writer.close()
 
 
-def write_index(folder: Path, client: str, splits: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """Write a client's index.json, one line per shard and sample. splits: {split: {shards: […], samples: […]}}."""
+def write_index(
+    folder: Path, client: str, splits: dict[str, dict[str, list[dict[str, Any]]]], text_field: str | None = None
+) -> None:
+    """Write a client's index.json, one line per shard and sample. splits: {split: {shards: […], samples: […]}}.
+
+    text_field: the field of a sample's json that is its text where it has no txt."""
     lines = lambda rows: "[\n" + ",\n".join("   " + json.dumps(row) for row in rows) + "\n  ]" if rows else "[]"
     parts = ",\n".join(
         f' {json.dumps(split)}: {{\n  "shards": {lines(part["shards"])},\n  "samples": {lines(part["samples"])}\n }}'
         for split, part in sorted(splits.items())
     )
     head = f'"format": {json.dumps(FORMAT)}, "version": {VERSION}, "client": {json.dumps(client)}'
+    head += "" if text_field is None else f', "text_field": {json.dumps(text_field)}'
     _write_text(folder / INDEX_NAME, f'{{{head}, "splits": {{\n{parts}\n}}}}\n')
 
 
-def index_folder(folder: Path) -> dict[str, int]:
+def index_folder(folder: Path, text_field: str | None = None, notes: list[str] | None = None) -> dict[str, int]:
     """Write index.json for a folder of WebDataset tars made elsewhere; returns {split: samples}.
 
-    A shard's split is its name up to the last `-`. Members that are not jpg, jpeg, png, txt or json are left out.
-    Raises DataError for a folder without tars, and for a tar that is compressed or cut off.
+    A shard's split is its name up to the last `-`. Names are read as webdataset reads them: a sample is a folder with a file
+    name up to its first dot. Members of a sample need not be adjacent; the same name again is another sample. Members that
+    are not jpg, jpeg, png, txt or json are left out. text_field: the field of a sample's json that is its text where it has
+    no txt. notes: gets a line for each thing that was left out or read otherwise than one may think, counted and with an
+    example. Raises DataError for a folder without tars, a tar that is compressed or cut off, or one without a sample.
     """
     splits: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    odd: dict[str, list[str]] = {}
+    used: dict[str, set[str]] = {}
     for path in sorted(folder.glob("*.tar")):
-        part = splits.setdefault(path.stem.rsplit("-", 1)[0], {"shards": [], "samples": []})
-        rows: dict[str, dict[str, Any]] = {}
+        split = path.stem.rsplit("-", 1)[0]
+        part = splits.setdefault(split, {"shards": [], "samples": []})
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    key, _, suffix = member.name.partition(".")
-                    suffix = suffix.lower()
-                    if not member.isfile() or suffix not in (*IMAGE_SUFFIXES, "txt", "json"):
-                        continue
-                    row = rows.setdefault(key, {"key": key, "shard": len(part["shards"])})
-                    row[suffix] = [member.offset_data, member.size]
-                    if suffix == "txt":
-                        text = tar.extractfile(member)
-                        row["text_id"] = f"{text_id((text or io.BytesIO()).read().decode(errors='replace')):016x}"
+            rows, members = _read_shard(path, len(part["shards"]), text_field, odd, used.setdefault(split, set()))
         except (tarfile.TarError, OSError) as error:
             raise DataError(f"{path}: is not a whole, uncompressed tar: {error}") from error
+        if not rows:
+            why = next((f"{len(names)} {what}, e.g. {names[0]}" for what, names in odd.items()), "it is empty")
+            raise DataError(f"{path}: has no sample among its {members} members ({why}); a sample is NAME.jpg or .png with "
+                            "NAME.txt or NAME.json, where NAME has no dot")  # fmt: skip
         part["shards"].append(
             {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "samples": len(rows)}
         )
-        part["samples"] += rows.values()
+        part["samples"] += rows
     if not splits:
         raise DataError(f"{folder}: has no .tar shards")
-    write_index(folder, folder.name, splits)
+    if notes is not None:
+        notes += [f"{folder}: {len(names)} {what}, e.g. {names[0]}" for what, names in odd.items()]
+    write_index(folder, folder.name, splits, text_field)
     return {split: len(part["samples"]) for split, part in sorted(splits.items())}
 
 
-def index_bare_folders(root: Path) -> Iterator[tuple[Path, dict[str, int]]]:
-    """Write the index of every folder under `root` that has tars but none; (folder, {split: samples}) as each is done."""
+def _read_shard(
+    path: Path, shard: int, text_field: str | None, odd: dict[str, list[str]], used: set[str]
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a shard's samples, and how many files it has. odd gets what is strange by kind, used the keys."""
+    rows: list[dict[str, Any]] = []
+    latest: dict[str, dict[str, Any]] = {}
+    before, members = "", 0
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            members += 1
+            name, suffix = _as_webdataset(member.name)
+            if suffix not in (*IMAGE_SUFFIXES, "txt", "json"):
+                known = suffix.rpartition(".")[2] in (*IMAGE_SUFFIXES, "txt", "json")
+                what = "members with dots in their names" if known and name else "members of other kinds"
+                odd.setdefault(f"{what} were left out", []).append(f"{path.name}/{member.name}")
+                continue
+            row = latest.get(name)
+            if row is None or suffix in row:
+                if row is not None:
+                    odd.setdefault("names come twice, each a sample of its own", []).append(
+                        f"{path.name}/{member.name}"
+                    )
+                row = latest[name] = {"key": _unused(name, used), "shard": shard}
+                rows.append(row)
+            elif name != before:
+                odd.setdefault("members are not beside the others of their sample", []).append(
+                    f"{path.name}/{member.name}"
+                )
+            before = name
+            row[suffix] = [member.offset_data, member.size]
+            if suffix == "txt" or (suffix == "json" and text_field is not None and "text_id" not in row):
+                data = (tar.extractfile(member) or io.BytesIO()).read()
+                text = data if suffix == "txt" else text_of_json(data, str(text_field)) or b""
+                row["text_id"] = f"{text_id(text.decode(errors='replace')):016x}"
+    return rows, members
+
+
+def _as_webdataset(name: str) -> tuple[str, str]:
+    """(sample, suffix in lower case) of a member's name: its folder stays, the file name ends at its first dot."""
+    found = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.S)
+    return (found[1], found[2].lower()) if found else ("", "")
+
+
+def _unused(key: str, used: set[str]) -> str:
+    """The key, with a number behind it where it is used already; it is then used."""
+    number, new = 1, key
+    while new in used:
+        number += 1
+        new = f"{key}#{number}"
+    used.add(new)
+    return new
+
+
+def index_bare_folders(
+    root: Path, text_field: str | None = None, notes: list[str] | None = None
+) -> Iterator[tuple[Path, dict[str, int]]]:
+    """Write the index of every folder under `root` that has tars but none; (folder, {split: samples}) as each is done.
+
+    text_field, notes: as in `index_folder`.
+    """
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if folder.is_dir() and not (folder / INDEX_NAME).exists() and any(folder.glob("*.tar")):
-            yield folder, index_folder(folder)
+            yield folder, index_folder(folder, text_field, notes)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from feddra_ds.common.errors import DataError
 from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.format.samples import Samples, text_id
+from feddra_ds.data.format.text import no_report
 from feddra_ds.data.loading.images import BadSample, evaluation_pixels, training_pixels
 from feddra_ds.data.loading.order import EvaluationOrder, Order, Position
 from feddra_ds.data.loading.tokens import pad_batch
@@ -216,8 +217,9 @@ def fill(out: np.ndarray, image: bytes | None, text: bytes | None, source: Sourc
         decoded = text.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSample("corrupt_text") from error
-    if not decoded:
-        raise BadSample("empty_text")
+    reason = no_report(decoded)
+    if reason is not None:
+        raise BadSample(reason)
     if epoch < 0:
         out[...] = evaluation_pixels(image, source.image_size)
     else:

@@ -1,81 +1,107 @@
-"""A table (CSV) beside a folder of images, as a source."""
+"""Tables of text (CSV, TSV) beside a folder of images, as a source."""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from feddra_ds.common.errors import DataError
-from feddra_ds.data.sources.base import Columns, Row, Skip, Source, nearest
+from feddra_ds.data.sources.base import Skip
+from feddra_ds.data.sources.records import RecordFile, RecordOptions, Records, data_files
 
 _MAX_CELL = 10_000_000
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+# what a file that is no table begins with, and the source that reads it
+_OTHERS = ((b"PAR1", "Parquet", "parquet"), (b"PK\x03\x04", "an Excel workbook", "excel"))
 
 
-class Table(Source):
-    """A CSV with a header line, UTF-8, separated by commas, semicolons or tabs; image paths are relative to its folder."""
+class TableOptions(RecordOptions):
+    """Options of a table."""
+
+    encoding: str | None = None
+    """Encoding of the text, such as cp1252 or latin-1; null takes UTF-8, or UTF-16 where the file begins with its mark."""
+    delimiter: str | None = None
+    """What separates the cells; null takes the most frequent of comma, semicolon and tab in the header line."""
+
+
+class Table(Records):
+    """CSV or TSV with a header line, one file or a folder of them, .gz too; image paths are relative to its folder."""
+
+    Options = TableOptions
+
+    def files(self) -> Iterator[RecordFile]:
+        """Its files. Raises DataError for a file that cannot be read or is not in its encoding."""
+        for path in data_files(self.path, self.option, (".csv", ".tsv", ".csv.gz", ".tsv.gz")):
+            yield read_table(path, self.option, self.options.encoding, self.options.delimiter)
+
+
+class CsvTable(Table):
+    """The table that --csv names."""
 
     option = "--csv"
 
-    def rows(self) -> Iterator[Row | Skip]:
-        """A Skip has the wrong number of cells, no image, no text or no client; blank lines are passed over.
 
-        Raises DataError for a file that cannot be read, is not UTF-8, or lacks a column (all such columns are named).
-        """
-        try:
-            with self.path.open(encoding="utf-8-sig", newline="") as file:
-                header_line = file.readline()
-                file.seek(0)
-                csv.field_size_limit(_MAX_CELL)
-                reader = csv.reader(file, delimiter=max(",;\t", key=header_line.count))
-                header = [name.strip() for name in next(reader, [])]
-                _check_columns(self.path, header, self.columns)
-                end = reader.line_num
-                for cells in reader:
-                    line, end = end + 1, reader.line_num
-                    if any(cell.strip() for cell in cells):
-                        yield _row(line, header, cells, self.columns)
-        except OSError as error:
-            raise DataError(f"--csv: cannot read {self.path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"--csv: {self.path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        except csv.Error as error:
-            raise DataError(f"--csv: {self.path}: {error}") from error
+def read_table(path: Path, option: str, encoding: str | None = None, delimiter: str | None = None) -> RecordFile:
+    """A table as records, a Skip for a row with the wrong number of cells; blank lines are passed over.
 
-    def read_image(self, row: Row) -> bytes:
-        """The file's bytes. Raises OSError, and ValueError for a path that cannot be one."""
-        return (self.path.parent / row.image).read_bytes()
+    Raises DataError, beginning with `option`, for a file that cannot be read, or is not in its encoding.
+    """
+    lines = _lines(path, option, encoding, delimiter)
+    _, header = next(lines)
+
+    def records() -> Iterator[tuple[int, dict[str, Any] | Skip]]:
+        for line, cells in lines:
+            if len(cells) != len(header):
+                detail = f"{len(cells)} instead of {len(header)}"
+                yield line, Skip(line, "wrong number of cells", detail, path.name)
+            else:
+                yield line, dict(zip(header, cells, strict=True))
+
+    return RecordFile(path, header, records())
 
 
-def _check_columns(path: Path, header: list[str], columns: Columns) -> None:
-    problems = []
-    if not any(header):
-        raise DataError(f"--csv: {path} is empty; its first line must name the columns")
-    repeated = sorted({name for name in header if header.count(name) > 1} & {name for _, name in columns.given()})
-    for name in repeated:
-        problems.append(f"--csv: {path} has two columns named {name}")
-    for option, name in columns.given():
-        if name not in header:
-            near = nearest(name, header) or "."
-            problems.append(f"{option}: {path} has no column {name}{near} Its columns are: {', '.join(header)}")
-    if problems:
-        raise DataError(problems)
+def _lines(path: Path, option: str, encoding: str | None, delimiter: str | None) -> Iterator[tuple[int, list[str]]]:
+    """(line it begins at, cells) of the header and of every row that is not blank."""
+    try:
+        name = encoding or _encoding(path, option)
+        with _open(path, name) as file:
+            header_line = file.readline()
+            file.seek(0)
+            csv.field_size_limit(_MAX_CELL)
+            reader = csv.reader(file, delimiter=delimiter or max(",;\t", key=header_line.count))
+            yield 1, [cell.strip() for cell in next(reader, [])]
+            end = reader.line_num
+            for cells in reader:
+                line, end = end + 1, reader.line_num
+                if any(cell.strip() for cell in cells):
+                    yield line, cells
+    except (OSError, EOFError) as error:
+        raise DataError(f"{option}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeError as error:
+        where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        readable = "UTF-8" if name == "utf-8-sig" else name
+        raise DataError(f"{option}: {path} is not {readable}{where}; save it as UTF-8, or name its encoding, "
+                        "as in --source-option encoding=cp1252") from error  # fmt: skip
+    except LookupError as error:
+        raise DataError(f"--source-option encoding: there is no encoding {encoding}") from error
+    except (csv.Error, TypeError) as error:  # a TypeError: a delimiter that is not one character
+        raise DataError(f"{option}: {path}: {error}") from error
 
 
-def _row(line: int, header: list[str], cells: list[str], columns: Columns) -> Row | Skip:
-    if len(cells) != len(header):
-        return Skip(line, "wrong number of cells", f"{len(cells)} instead of {len(header)}")
-    cell = dict(zip(header, (c.strip() for c in cells), strict=True))
-    row = Row(
-        line=line,
-        image=cell[columns.image],
-        text=cell[columns.text],
-        client=cell[columns.client] if columns.client else "all",
-        group=cell[columns.group] if columns.group else "",
-        labels={name: cell[name] or None for name in columns.labels},
-    )
-    row.site = cell[columns.site] if columns.site else row.client
-    for value, what in ((row.image, "no image"), (row.text, "empty text"), (row.client, "no client")):
-        if not value:
-            return Skip(line, what)
-    return row
+def _open(path: Path, encoding: str) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
+
+
+def _encoding(path: Path, option: str) -> str:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        start = file.read(4)
+    for mark, what, kind in _OTHERS:
+        if start.startswith(mark):
+            raise DataError(f"{option}: {path} is {what}; read it with --from {kind} --path {path}")
+    return next((encoding for mark, encoding in _MARKS if start.startswith(mark)), "utf-8-sig")

@@ -62,7 +62,7 @@ def test_a_source_of_ones_own_is_ingested(folders: Source, tmp_path: Path) -> No
         return iter(items)
 
     done = ingest(folders, tmp_path / "out", IngestOptions(val_fraction=0.25), track)
-    assert seen == ["reading images 15", "writing shards 14"]
+    assert seen == ["reading rows None", "reading images 15", "writing shards 14"]
     assert done.counts == {"hospital_0": {"train": 5, "val": 2}, "hospital_1": {"train": 5, "val": 2}}
     bad = f"{tmp_path / 'source' / 'hospital 1' / '12.pair'}: has no picture"
     assert done.skipped == [Skip(3, "empty text", "03.pair"), Skip(12, "image file cannot be read", bad)]
@@ -115,7 +115,7 @@ def test_a_source_of_the_user_s_own_is_converted_without_a_fork(own_folders: Pat
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        ([], ["--csv: is needed, or --from and --path for a source of your own"]),
+        ([], ["--csv: is needed, or --from and --path for another source"]),
         (["--csv", "x.csv"], ["--image-column: is needed with --csv", "--text-column: is needed with --csv"]),
         (["--from", OWN], ["--path: is needed with --from"]),
         (
