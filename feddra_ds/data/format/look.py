@@ -21,8 +21,7 @@ from feddra_ds.data.progress import Track, untracked
 @dataclass
 class Seen:
     """What a look at some of a client's pairs showed: the words and tokens of each text, how often each text id came,
-    the shorter side of each image in pixels,
-    how many pairs have each label, and how many could not be read for each reason."""
+    the shorter side of each image in pixels, how many pairs have each label, and how many could not be read for each reason."""
 
     words: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
