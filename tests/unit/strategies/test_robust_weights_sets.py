@@ -15,7 +15,7 @@ from feddra_ds.strategies.robust_weights import MixtureSet, Vector
 
 KINDS = ("chi2", "kl", "cvar", "simplex")
 NAN = float("nan")
-ASCENTS = ("projected", "closed_form", "exponentiated")
+ASCENTS = ("projected", "from_center", "closed_form", "exponentiated")
 
 
 def ceiling_of(inside: MixtureSet) -> float:
@@ -324,12 +324,11 @@ def histories(seed: int, count: int, rounds: int) -> None:
             if ascent == "closed_form":
                 residual = kkt_residual(p, relative(losses), 0.0, inside)
             else:
-                q = (
-                    before + step_size * losses
-                    if ascent == "projected"
-                    else before * np.exp(step_size * (losses - losses.max()))
-                )
-                residual = kkt_residual(p, q if ascent == "projected" else q / q.sum(), 1.0, inside)
+                q = before * np.exp(step_size * (losses - losses.max()))
+                q /= q.sum()
+                if ascent != "exponentiated":
+                    q = (before if ascent == "projected" else inside.center) + step_size * losses
+                residual = kkt_residual(p, q, 1.0, inside)
             assert residual <= 1e-9, (inside, ascent, step_size, losses)
 
 
