@@ -30,8 +30,8 @@ class DroOptions(Section):
     """The step of p: projected (p + η L onto the set), from_center (c + η L onto it, which adds up no noise), closed_form
     (the worst mixture of the losses), or exponentiated (the release), which keeps a weight of 0 at 0 unless minimum_weight
     lifts it."""
-    minimum_weight: float = Field(0.0, ge=0, le=1)
-    """Least p_i, as a part of the centre c_i."""
+    minimum_weight: float = Field(0.1, ge=0, le=1)
+    """Least p_i, as a part of the centre c_i: from there a client that becomes the worst comes back within rounds."""
     maximum_weight: float | None = Field(None, ge=1)
     """Largest p_i, as a multiple of the centre c_i; null for no bound."""
     step_size: float = Field(0.5, ge=0)
