@@ -91,7 +91,7 @@ def test_the_worst_mixture_is_the_sets(tmp_path: Path) -> None:
     for key in ("loss", "recall@5"):
         assert told["intervals"][key]["low"] < told[key] < told["intervals"][key]["high"]
         assert set(told["held_out"]["far"]) == {"loss", "recall@5"}
-    assert told["set"] == {"kind": "chi2", "radius": 0.2, "minimum": 0.0, "maximum": None}
+    assert told["set"] == {"kind": "chi2", "radius": 0.2, "minimum": 0.1, "maximum": None}
     assert json.loads(json.dumps(told)) == told
 
 

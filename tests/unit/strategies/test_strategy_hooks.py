@@ -101,7 +101,10 @@ def test_scaffold_s_control_is_moved_by_those_who_took_part() -> None:
 def test_afl_is_feddra_where_the_ball_holds_the_simplex() -> None:
     rng, center = np.random.default_rng(0), np.full(5, 0.2)
     afl = strategy("afl", {"step_size": 0.1})
-    ball = strategy("feddra", {"ascent": "projected", "step_size": 0.1, "radius": full_simplex_radius(center)})
+    ball = strategy(
+        "feddra",
+        {"ascent": "projected", "step_size": 0.1, "radius": full_simplex_radius(center), "minimum_weight": 0.0},
+    )
     p = q = center
     for _ in range(20):
         losses = rng.uniform(0, 7, 5)
