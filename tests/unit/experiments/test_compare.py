@@ -132,8 +132,13 @@ def test_metrics_of_an_evaluation() -> None:
     assert "worst_mixture_p" not in found
     losses = loss_metrics({"a": (2.0, False), "b": (3.0, False), "c": (9.0, True)})
     assert losses == {"loss/a": 2.0, "loss/b": 3.0, "loss/c": 9.0, "loss": 2.5, "worst_loss": 3.0}
-    line = {"client_ids": ["a", "b"], "client_weights": [0.5, 0.5], "next_client_weights": [0.3, 0.7], "client_losses": [1.5, 0.5],
-            "client_train_losses": [1.25, None]}  # fmt: skip
+    line = {
+        "client_ids": ["a", "b"],
+        "client_weights": [0.5, 0.5],
+        "next_client_weights": [0.3, 0.7],
+        "client_losses": [1.5, 0.5],
+        "client_train_losses": [1.25, None],
+    }
     assert round_metrics(line) == {
         "p/a": 0.3,
         "p/b": 0.7,
