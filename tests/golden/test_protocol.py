@@ -91,10 +91,12 @@ def trace(config_tree: dict[str, Any], curvature: float = 0.0, spoils: bool = Tr
             with torch.set_grad_enabled(not freeze_backbone and torch.is_grad_enabled()):
                 of_backbone = self.backbone(x[:, 2:])
             value = self.aligner(x[:, :2]) + of_backbone
-            return types.SimpleNamespace(image_embeds=value, text_embeds=value, temperature=1.0, hidden=None)
+            return types.SimpleNamespace(
+                image_embeds=value, text_embeds=value, temperature=1.0, hidden=None, learned=None
+            )
 
     class Objective:
-        needs_anchors, needs, loss_scale = False, frozenset(), 1.0
+        needs_anchors, needs, loss_scale, num_kept = False, frozenset(), 1.0, 0
 
         def chance(self, batch_size: int) -> float:
             return math.inf

@@ -280,7 +280,16 @@ def test_doctor_on_a_config(exported: tuple[Path, Path], tmp_path: Path, capsys:
     out = tmp_path / "run"
     path = tmp_path / "c.yaml"
     path.write_text(
-        yaml.safe_dump(tree(data, out, evaluation__every=0, data__batch_size=4, dro__evaluation_batch_size=4))
+        yaml.safe_dump(
+            tree(
+                data,
+                out,
+                evaluation__every=0,
+                data__batch_size=4,
+                dro__evaluation_batch_size=4,
+                dro__evaluate_on="train",
+            )
+        )
     )
     words = ["doctor", "--no-self-test", "--config", str(path)]
     assert main([*words, "--num-ranks", "2", "--dro.evaluation_pairs", "64"]) == 0
@@ -289,7 +298,7 @@ def test_doctor_on_a_config(exported: tuple[Path, Path], tmp_path: Path, capsys:
     assert "slots host 1 or 2 clients" in text
     assert "36 train pairs: north 12, south_and_the_islands 12, west 12" in text
     assert "a round shows every client 20 pairs, 1.7 × all of north's" in text
-    assert "12 of 64, as north has no more" in text
+    assert "of train pairs, fewer than dro.evaluation_pairs = 64 move p: north 12, " in text
     assert "in the alignment module" in text
     assert "0 problems" in text
     assert (

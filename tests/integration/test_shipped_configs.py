@@ -26,7 +26,7 @@ SIZES = {
     "data.batch_size": 8,
     "data.image_size": 32,
     "data.text_length": 24,
-    "dro.evaluation_batch_size": 8,
+    "dro.evaluation_batch_size": 6,
     "schedule.rounds": 1,
     "schedule.stage1_steps": 1,
     "schedule.stage2_steps": 2,

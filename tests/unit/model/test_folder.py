@@ -365,7 +365,7 @@ def test_exporting_an_adapted_run(run: tuple[DualEncoder, Path], tmp_path: Path)
     assert run_command(folder, "--out", tmp_path / "merged") == 0
     loaded, proc = load_pretrained(tmp_path / "merged")
     for one, two in zip(embed(loaded, proc), embed(model, proc), strict=True):
-        assert torch.allclose(one, two, atol=1e-6)
+        assert torch.allclose(one, two, atol=1e-5)  # B is drawn with SD 1, which makes large weights to merge
     assert run_command(folder, "--out", tmp_path / "adapter", "--format", "adapter") == 0
     factors = load_file(tmp_path / "adapter" / "text" / "adapter_model.safetensors")
     name = "encoder.layer.0.attention.self.query.lora_B"
