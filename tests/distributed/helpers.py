@@ -170,9 +170,12 @@ def _pool() -> RankPool:
 
 
 # ---- inside a rank
-def run_all(config_tree: dict[str, Any]) -> dict[str, Any]:
-    """Build and run all rounds, as `feddra-ds train` does; returns what a test may want to know of this rank."""
-    run = build_run(config_tree)
+def run_all(config_tree: dict[str, Any], clips: bool = False) -> dict[str, Any]:
+    """Build and run all rounds, as `feddra-ds train` does; returns what a test may want to know of this rank.
+
+    clips: see build_run; True where the run stands beside one of the command.
+    """
+    run = build_run(config_tree, clips=clips)
     run.rounds()
     finish(run)
     return {"rank": run.topology.rank, "first_round": run.next_round}

@@ -369,7 +369,7 @@ def _kill_in_round_3(dataset: Path, out: Path, environments: list[dict[str, str]
 @pytest.mark.slow
 def test_kill_9_in_round_3_and_the_same_command_again(dataset: Path, tmp_path: Path) -> None:
     more = {"schedule__rounds": 6, **MORE}
-    on_each(run_all, [(tree(dataset, tmp_path / "whole", **more),)])
+    on_each(run_all, [(tree(dataset, tmp_path / "whole", **more), True)])
     _kill_in_round_3(dataset, tmp_path / "killed", [{}], more)
     whole, killed = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "killed")
     assert [line["round"] for line in killed] == list(range(6))
@@ -382,7 +382,7 @@ def test_kill_9_in_round_3_and_the_same_command_again(dataset: Path, tmp_path: P
 @pytest.mark.slow
 def test_kill_9_in_round_3_of_four_ranks(dataset: Path, tmp_path: Path) -> None:
     more = {"schedule__rounds": 6, "deepspeed": zero(2), "topology__ranks_per_slot": 2, **MORE}
-    on_ranks(run_all, 4, tree(dataset, tmp_path / "whole", **more))
+    on_ranks(run_all, 4, tree(dataset, tmp_path / "whole", **more), True)
     port = str(free_port())
     place = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_PORT": port}
     ranks = [{**place(r), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} for r in range(4)]
