@@ -52,9 +52,9 @@ class DroOptions(Section):
     """Most pairs of a client in the losses that move p; a smaller client gives all it has, in whole batches."""
     evaluation_batch_size: int = Field(32, ge=2)
     """Batch size of those losses, the same for every client (chance is 2 log of it)."""
-    evaluate_on: Literal["val", "train", "anchors"] = "val"
-    """Pairs of the losses that move p. val: the val split, or, for a client that has none, a slice kept out of its training.
-    train: training pairs, whose loss falls by memorising. anchors: read off the next round's stage-1 anchor pass, no extra
+    evaluate_on: Literal["val", "train", "anchors"] = "train"
+    """Pairs of the losses that move p. train: training pairs, whose loss falls by memorising. val: the val split, or, for a client
+    that has none, a slice kept out of its training; p then runs to clients whose pairs are few (docs/experiments.md). anchors: read off the next round's stage-1 anchor pass, no extra
     forward."""
     evaluation_sample: Literal["fresh", "fixed"] = "fresh"
     """Whether each round draws its own pairs (seeded), or all rounds have the same."""

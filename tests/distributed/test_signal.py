@@ -55,7 +55,7 @@ def pairs_seen(config_tree: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
 
 # ---- which pairs
 def test_a_client_without_a_val_split_keeps_a_slice_of_its_training_pairs(without_val: Path, tmp_path: Path) -> None:
-    more = {"dro__holdout_fraction": 0.5, "data__batch_size": 6, **FAST}
+    more = {"dro__evaluate_on": "val", "dro__holdout_fraction": 0.5, "data__batch_size": 6, **FAST}
     a, b = on_each(pairs_seen, [(tree(without_val, tmp_path / name, **more),) for name in ("a", "b")])
     assert a == b
     for seen in a[0].values():
@@ -116,7 +116,7 @@ def test_too_few_val_pairs_are_refused_by_client(dataset: Path, tmp_path: Path) 
     from feddra_ds.distributed.launch import Launch
     from feddra_ds.run.checks import check
 
-    config = make_config(dataset, tmp_path, dro__evaluation_batch_size=8)
+    config = make_config(dataset, tmp_path, dro__evaluate_on="val", dro__evaluation_batch_size=8)
     with pytest.raises(
         ConfigError, match=r"dro\.evaluation_batch_size: fewer val pairs than 8: north \(6\), .*set it to 6"
     ):
