@@ -53,9 +53,9 @@ class DroOptions(Section):
     evaluation_batch_size: int = Field(32, ge=2)
     """Batch size of those losses, the same for every client (chance is 2 log of it)."""
     evaluate_on: Literal["val", "train", "anchors"] = "train"
-    """Pairs of the losses that move p. train: training pairs, whose loss falls by memorising. val: the val split, or, for a client
-    that has none, a slice kept out of its training; p then runs to clients whose pairs are few (docs/experiments.md). anchors: read off the next round's stage-1 anchor pass, no extra
-    forward."""
+    """Pairs of the losses that move p. train: training pairs, whose loss falls by memorising. val: the val split, or, for a
+    client that has none, a slice kept out of its training; p then runs to clients whose pairs are few (docs/experiments.md).
+    anchors: read off the next round's stage-1 anchor pass, no extra forward."""
     evaluation_sample: Literal["fresh", "fixed"] = "fresh"
     """Whether each round draws its own pairs (seeded), or all rounds have the same."""
     holdout_fraction: float = Field(0.1, gt=0, lt=1)
