@@ -39,7 +39,7 @@ class Client:
     index: int
     id: str
     data: ClientData
-    held_out: ClientData | None = None  # pairs whose losses move p; None where training pairs do (dro.evaluate_on)
+    val: ClientData | None = None  # pairs whose losses move p; None where training pairs do (dro.evaluate_on)
     position: Position = field(default_factory=lambda: Position(0, 0))
     aligner: dict[str, PartState] | None = None  # its own θ_i (and buffers) after stage 1, on the host
     corrections: dict[str, SliceState] = field(

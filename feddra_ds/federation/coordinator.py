@@ -59,7 +59,7 @@ class Coordinator:
             logger.warning("round %d, %s: excluded, because %s: %s", round_index, stage, reason, listed(clients))
         told = {str(index): report.loss for index, report in reports.items()}
         if any(told.values()) and round_index > 0:  # of the model that the last round ended with (dro.evaluate_on)
-            self.mixture = self.next_mixture(self._means(told))
+            self.mixture = self.next_mixture(_means(self._told(told)))
         out = {item["id"] for item in excluded}
         included = [index for index in self.present if self.client_ids[index] not in out]
         weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture), self.center)
@@ -161,16 +161,9 @@ class Coordinator:
             if np.isnan(value) or loss > _FAR * value:  # a little above chance is how a run begins
                 logger.warning("the loss that %s reports is not believed: %s", client, reported)
 
-    def _means(self, told: Mapping[str, Loss | None]) -> list[float | None]:
-        """By client, in order, from what was told by index."""
-        by_index = {int(index): loss for index, loss in told.items() if loss is not None}
-        return [by_index[i].mean if i in by_index else None for i in range(len(self.client_ids))]
-
-    def _columns(self, told: Mapping[str, Loss | None]) -> tuple[list[float | None], list[float | None]]:
-        """The losses that were told, and their standard errors, by client in order."""
-        by_index = {int(index): loss for index, loss in told.items() if loss is not None}
-        rows = [by_index.get(i, Loss(math.nan, math.nan)) for i in range(len(self.client_ids))]
-        return _finite([row.mean for row in rows]), _finite([row.error for row in rows])
+    def _told(self, by_index: Mapping[str, Loss | None]) -> list[Loss | None]:
+        """By client, in order, what was told by index."""
+        return [by_index.get(str(index)) for index in range(len(self.client_ids))]
 
     def end_round(self, round_index: int, *, moves_mixture: bool) -> RoundRecord:
         """Hear all ranks, move p where the round's losses do, tell all; the round's record, but for the times."""
@@ -180,27 +173,26 @@ class Coordinator:
         self._stale = self.protocol.keys_of_round(round_index)
         for report in reports:
             self.positions |= report.positions
-        told = {index: loss for report in reports for index, loss in report.losses.items()}
-        trained = {index: loss for report in reports for index, loss in report.train_losses.items()}
+        losses = self._told({index: loss for report in reports for index, loss in report.losses.items()})
+        trained = self._told({index: loss for report in reports for index, loss in report.train_losses.items()})
         references = self._references(reports)
         used, self.excluded, excluded = self.mixture, [], self.excluded
         if moves_mixture:
-            self.mixture = self.next_mixture(self._means(told), references)
+            self.mixture = self.next_mixture(_means(losses), references)
         self.protocol.tell_mixture(round_index, self.mixture.tolist())
         clipped, self.clipped = self.clipped, []
-        believed = self._believed(self._means(told), references)
-        losses, errors = self._columns(told)
-        train_losses, train_errors = self._columns(trained)
-        known = [loss for loss in losses if loss is not None]
+        believed = self._believed(_means(losses), references)
+        finite = _finite(_means(losses))
+        known = [loss for loss in finite if loss is not None]
         return {
             "round": round_index,
             "client_ids": self.client_ids,
             "client_weights": used.tolist(),
             "next_client_weights": self.mixture.tolist() if moves_mixture else None,
-            "client_losses": losses,
-            "client_losses_se": errors,
-            "client_train_losses": train_losses,
-            "client_train_losses_se": train_errors,
+            "client_losses": finite,
+            "client_losses_se": _finite(_errors(losses)),
+            "client_train_losses": _finite(_means(trained)),
+            "client_train_losses_se": _finite(_errors(trained)),
             "reference_losses": [None] * len(self.client_ids) if references is None else _finite(references.tolist()),
             "followed_losses": [] if self.followed is None else _finite(self.followed.tolist()),
             "mean_loss": float(np.mean(known)) if known else None,
@@ -248,6 +240,14 @@ def _in_order(val: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return {name: val[name] for name in sorted(val, key=lambda name: (name == "all", name))}
 
 
-def _finite(values: Sequence[float]) -> list[float | None]:
+def _means(losses: Sequence[Loss | None]) -> list[float | None]:
+    return [None if loss is None else loss.mean for loss in losses]
+
+
+def _errors(losses: Sequence[Loss | None]) -> list[float | None]:
+    return [None if loss is None else loss.error for loss in losses]
+
+
+def _finite(values: Sequence[float | None]) -> list[float | None]:
     """JSON knows no number that is not finite."""
-    return [value if math.isfinite(value) else None for value in values]
+    return [value if value is not None and math.isfinite(value) else None for value in values]

@@ -28,7 +28,7 @@ class References:
         if draw is None and client.id in self._of_fixed_samples:
             return self._of_fixed_samples[client.id]
         self.engine.write(SavedModel(self.checkpoint, client.id).read_state(self.engine))
-        loss = measure(client.held_out or client.data, draw).mean
+        loss = measure(client.val or client.data, draw).mean
         if draw is None:
             self._of_fixed_samples[client.id] = loss
         return loss

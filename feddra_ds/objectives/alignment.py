@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -38,6 +38,25 @@ class AlignmentOptions(ObjectiveOptions):
         return value
 
 
+def fused(objective: Objective, features: Features, anchors: Features | None, **how: Any) -> losses.DroLoss:
+    """The fused loss of λ₁ times what `how` names (losses.fused_dro_loss) + λ₂ ANC, by the objective's options."""
+    options = objective.options
+    # the fused loss takes the mean over the dimensions
+    anchor_scale = features.image.shape[1] if options.anchor_reduction == "sum" else 1
+    # λ₂ is stated for the sum of the two directions; where the alignment is smaller, so must the anchor be
+    anchor_weight = options.anchor_weight / options.alignment_weight / objective.loss_scale
+    loss = losses.fused_dro_loss(
+        features.image,
+        features.text,
+        anchors.image if anchors else None,
+        anchors.text if anchors else None,
+        temperature=features.temperature,
+        anchor_weight=anchor_weight * anchor_scale if anchors else 0.0,
+        **how,
+    )
+    return loss._replace(total=options.alignment_weight * loss.total, anchor=anchor_scale * loss.anchor)
+
+
 class Alignment(Objective):
     """ℓ = λ₁ ITA + λ₂ ANC over the client's ranks, with a weight for each direction of ITA."""
 
@@ -52,24 +71,16 @@ class Alignment(Objective):
         self.loss_scale = 2.0 / sum(self.directions)
 
     def __call__(self, features: Features, anchors: Features | None, group: dist.ProcessGroup | None) -> losses.DroLoss:
-        # the fused loss takes the mean over the dimensions
-        anchor_scale = features.image.shape[1] if self.options.anchor_reduction == "sum" else 1
-        # λ₂ is stated for the sum of the two directions; where the alignment is smaller, so must the anchor be
-        anchor_weight = self.options.anchor_weight / self.options.alignment_weight / self.loss_scale
-        loss = losses.fused_dro_loss(
-            features.image,
-            features.text,
-            anchors.image if anchors else None,
-            anchors.text if anchors else None,
-            temperature=features.temperature,
-            anchor_weight=anchor_weight * anchor_scale if anchors else 0.0,
+        return fused(
+            self,
+            features,
+            anchors,
             direction_reduction=self.directions,
             group=group,
             impl=self.options.impl,
             text_ids=features.text_ids,
             duplicates=self.options.duplicates,
         )
-        return loss._replace(total=self.options.alignment_weight * loss.total, anchor=anchor_scale * loss.anchor)
 
     def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
         return losses.alignment_per_pair(

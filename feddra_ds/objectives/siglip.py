@@ -16,6 +16,7 @@ from pydantic import Field
 
 from feddra_ds import losses
 from feddra_ds.common.section import MAY_CHANGE
+from feddra_ds.objectives.alignment import fused
 from feddra_ds.objectives.base import Learned, Objective
 from feddra_ds.objectives.features import Features
 from feddra_ds.objectives.options import ObjectiveOptions
@@ -52,23 +53,16 @@ class Siglip(Objective):
 
     def __call__(self, features: Features, anchors: Features | None, group: dist.ProcessGroup | None) -> losses.DroLoss:
         (bias,) = features.learned
-        # the fused loss takes the mean over the dimensions, and λ₂ is stated for the sum of the two directions
-        anchor_scale = features.image.shape[1] if self.options.anchor_reduction == "sum" else 1
-        anchor_weight = self.options.anchor_weight / self.options.alignment_weight / self.loss_scale
-        loss = losses.fused_dro_loss(
-            features.image,
-            features.text,
-            anchors.image if anchors else None,
-            anchors.text if anchors else None,
-            temperature=features.temperature,
+        return fused(
+            self,
+            features,
+            anchors,
             bias=bias,
-            anchor_weight=anchor_weight * anchor_scale if anchors else 0.0,
             direction_reduction="mean",
             group=group,
             impl=self.options.impl,
             kind="siglip",
         )
-        return loss._replace(total=self.options.alignment_weight * loss.total, anchor=anchor_scale * loss.anchor)
 
     def per_pair(self, features: Features, text_ids: Tensor) -> Tensor:
         """With the bias that is best for these n pairs; the learned one is that of a training batch's 1 : B − 1."""

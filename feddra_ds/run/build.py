@@ -78,7 +78,7 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     step_factor = strategy.step_factor(len(dataset_ids))
     if topology.is_coordinator:
         _say_what_starts(config, layout, device, model, step_factor)
-        _say_what_is_held_out(dataset)
+        _say_what_is_kept_out(dataset)
     resumed = agree_on_checkpoint(config, topology)
     trainer = build_trainer(config, model, initial, objective, strategy, topology, tokenizer)
     engine = trainer.engine
@@ -139,7 +139,7 @@ def _say_what_starts(
         )
 
 
-def _say_what_is_held_out(dataset: Dataset) -> None:
+def _say_what_is_kept_out(dataset: Dataset) -> None:
     if dataset.without_val:
         told = listed([f"{client} {dataset.num_samples(client, 'val')}" for client in dataset.without_val])
         logger.info("kept out of training, as there is no val split (dro.holdout_fraction): %s pairs", told)
@@ -291,7 +291,7 @@ def build_clients(
                 validation[member] = build_data(dataset, [member], config.evaluation.split, **common)
         if config.dro.evaluate_on == "val":
             is_built = config.evaluation.split == "val" and members[name] == [name] and name in validation
-            clients[-1].held_out = validation[name] if is_built else build_data(dataset, members[name], "val", **common)
+            clients[-1].val = validation[name] if is_built else build_data(dataset, members[name], "val", **common)
     return clients, validation, client_ids, num_samples
 
 

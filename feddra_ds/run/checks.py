@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 from feddra_ds import strategies
-from feddra_ds.checkpoint.format import check as check_checkpoint
 from feddra_ds.checkpoint.format import read_coordinator
 from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.common.text import listed
@@ -31,7 +30,7 @@ def _cannot_be_made(folder: Path) -> list[str]:
     return []
 
 
-def hold_out(dataset: Dataset, config: Config) -> None:
+def make_val_splits(dataset: Dataset, config: Config) -> None:
     """For dro.evaluate_on=val: take a slice out of the training pairs of each client that has no val split."""
     if config.dro.evaluate_on != "val":
         return
@@ -41,7 +40,7 @@ def hold_out(dataset: Dataset, config: Config) -> None:
             and not dataset.num_samples(client, "val")
             and dataset.num_samples(client, "train")
         ):
-            dataset.hold_out(client, config.dro.holdout_fraction, config.dro.evaluation_batch_size, config.run.seed)
+            dataset.make_val(client, config.dro.holdout_fraction, config.dro.evaluation_batch_size, config.run.seed)
 
 
 def _reference_problem(config: Config, ids: list[str]) -> str | None:
@@ -63,9 +62,9 @@ def _reference_problem(config: Config, ids: list[str]) -> str | None:
 
 
 def reference_checkpoint(run_dir: str) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    newest_first = sorted((Path(run_dir) / "checkpoints").glob("round-*"), reverse=True)
-    return next((folder for folder in newest_first if check_checkpoint(folder) is None), None)
+    """The newest checkpoint of a run, or None. Its manifest came last: a folder that has one was written to its end."""
+    manifests = sorted((Path(run_dir) / "checkpoints").glob("round-*/manifest.json"))
+    return manifests[-1].parent if manifests else None
 
 
 Checked = tuple[Dataset, list[str], Plan]
@@ -81,7 +80,7 @@ def check(config: Config, launch: Launch) -> Checked:
     dataset = None
     try:
         dataset = open_dataset(str(config.data.root), options=config.data.streaming)
-        hold_out(dataset, config)
+        make_val_splits(dataset, config)
         problems += preflight(
             dataset,
             config.clients.ids,

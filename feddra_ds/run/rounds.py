@@ -204,26 +204,28 @@ class Run:
         with self.timed("evaluate"):
             every, last = self.config.evaluation.every, self.config.schedule.rounds - 1
             told = (
-                self.losses(round_index) if self.measures_losses(round_index) else RankReport(losses=self.anchor_losses)
+                self.measure_losses(round_index)
+                if self.measures_losses(round_index)
+                else RankReport(losses=self.anchor_losses)
             )
             due = every > 0 and ((round_index + 1) % every == 0 or round_index == last)
             val = self.retrieve() if due else {}
         skipped: dict[str, dict[str, int]] = {}
         for client in self.clients:
-            held_out = [] if client.held_out is None else [client.held_out]
-            sources = [client.data, *held_out, *([self.validation[client.id]] if client.id in self.validation else [])]
-            skipped[client.id] = dict(sum((Counter(source.take_skipped()) for source in sources), Counter()))
+            sources = {client.data, client.val, self.validation.get(client.id)}  # the last two may be one
+            counts = (Counter(source.take_skipped()) for source in sources if source is not None)
+            skipped[client.id] = dict(sum(counts, Counter()))
         if not self.topology.is_slot_leader:
             return RankReport(val=val, skipped=skipped)
         positions = {client.id: client.position.to_dict() for client in self.clients}
         return replace(told, positions=positions, val=val, skipped=skipped, skipped_steps=self.skipped_steps)
 
-    def losses(self, round_index: int) -> RankReport:
+    def measure_losses(self, round_index: int) -> RankReport:
         """L_i of this slot's clients; on training pairs too, and of the clients' own models, where they are asked for."""
         draw = round_index if self.config.dro.evaluation_sample == "fresh" else None
         told = RankReport()
         for client in self.clients:
-            index, data = str(client.index), client.held_out or client.data
+            index, data = str(client.index), client.val or client.data
             self.server.show(client)
             told.losses[index] = self.loss_of(data, draw)
             if data is not client.data:

@@ -45,7 +45,7 @@ def pairs_seen(config_tree: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
     for client in run.clients:
         train = [key for batch in client.data.batches(client.position, 8) for key in batch.keys]
         rounds = [
-            [key for batch in client.held_out.evaluation_batches(12, 6, draw=draw) for key in batch.keys]
+            [key for batch in client.val.evaluation_batches(12, 6, draw=draw) for key in batch.keys]
             for draw in (0, 1, 0)
         ]
         out[client.id] = {"train": train, "rounds": rounds}

@@ -51,7 +51,7 @@ class Dataset:
         held_out = set(self.info.get("held_out", []))
         self.held_out = [c for c in self.clients if c in held_out]
         self._indexes: dict[str, dict[str, Any]] = {}
-        self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `hold_out`
+        self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `make_val`
         self.client_ids: list[str] = []
         self.choose(ids)
 
@@ -90,7 +90,7 @@ class Dataset:
         """The client's splits, those with samples."""
         return [name for name, part in self.index(client)["splits"].items() if part["samples"]]
 
-    def hold_out(self, client: str, fraction: float, at_least: int, seed: int) -> None:
+    def make_val(self, client: str, fraction: float, at_least: int, seed: int) -> None:
         """Take a seeded slice out of the train split of a client that has no val split: it is that from now on.
 
         It has `fraction` of the pairs, or `at_least` so many; all pairs of one report are on one side. For this object
@@ -107,7 +107,7 @@ class Dataset:
 
     @property
     def without_val(self) -> list[str]:
-        """The clients whose val split is a slice of train (`hold_out`)."""
+        """The clients whose val split is a slice of train (`make_val`)."""
         return list(self._own_val)
 
     def num_samples(self, client: str, split: str) -> int:
