@@ -44,7 +44,8 @@ def commands(path: Path, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the documents expect it: configs/, launch/, metadata.csv with images of three hospitals, own classes."""
+    """A folder as the documents expect it: configs/, launch/, metadata.csv with images of three hospitals, scans/ with a
+    folder of each, own classes."""
     work = tmp_path_factory.mktemp("work")
     for name in ("configs", "launch", "hostfile.example", "benchmarks", "Makefile"):
         (work / name).symlink_to(REPOSITORY / name)
@@ -52,6 +53,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (REPOSITORY / "docs" / "own_classes.md").read_text()
     for name, code in re.findall(r"^`(hospital/\w+\.py)`:\n\n```python\n(.*?)^```", text, re.M | re.S):
         (work / name).write_text(code)
+    (source,) = re.findall(
+        r"^```python\n(.*?class Folders.*?)^```", (REPOSITORY / "docs" / "data.md").read_text(), re.M | re.S
+    )
+    (work / "hospital" / "folders.py").write_text(source)
+    (work / "hospital" / "__init__.py").touch()
     (work / "images").mkdir()
     draw = np.random.default_rng(0)
     rows = []
@@ -60,6 +66,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(draw.integers(0, 255, (48, 48), dtype=np.uint8)).save(work / image)
         hospital = ("north", "south", "west")[number % 3]
         finding = ("opacity", "nodule", "none")[number // 6 % 3]
+        scan = work / "scans" / hospital / f"{number}.png"
+        scan.parent.mkdir(parents=True, exist_ok=True)
+        scan.write_bytes((work / image).read_bytes())
+        scan.with_suffix(".txt").write_text(f"finding {number}")
         rows.append((image, f"finding {number} of {draw.integers(1, 99)} mm", hospital, f"p{number // 2}", finding))
     for name, column in (("metadata.csv", "hospital"),):
         with open(work / name, "w", newline="") as file:
