@@ -199,6 +199,9 @@ class AggregateConfig(Section):
     """What travels between peers: fp32 or bf16 weights, or blockwise quantised deltas with error feedback."""
     block_size: int = Field(256, ge=16)
     """Elements that share one scale in int8 and int4."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """β of an average of the global models of all rounds so far, that of t rounds ago weighted ∝ β^t, kept beside the global
+    model: `evaluate --ema` measures it, `export --ema` writes it. Training does not see it. null: none."""
     after_stage1: bool = True
     """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
 
