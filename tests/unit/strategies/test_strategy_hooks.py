@@ -189,7 +189,9 @@ def test_what_does_not_compose_is_refused_by_name(name: str, tree: dict[str, Any
     assert remedy in line
 
 
-@pytest.mark.parametrize("name", ["fedprox", "moon", "fedavgm", "fedadam", "fedyogi", "diloco", "scaffold", "afl", "drfa"])
+@pytest.mark.parametrize(
+    "name", ["fedprox", "moon", "fedavgm", "fedadam", "fedyogi", "diloco", "scaffold", "afl", "drfa"]
+)
 def test_what_composes_is_accepted(name: str) -> None:
     tree = {"data": {"root": "x"}, "strategy": {"name": name}, "objective": {"anchor_weight": 1.0}}
     from_dict(tree | {"aggregate": {"precision": "int8"}, "model": {"adapter": {"type": "lora"}}})
