@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from helpers import assemble, metrics_of, on_ranks, tree, write_dataset, zero
+from helpers import assemble, metrics_of, on_ranks, tree, weights_of, write_dataset, zero
 from numpy.typing import NDArray
 from test_protocol import GRADIENTS, SIDES, trace
 
@@ -320,6 +320,17 @@ def test_the_paper_s_formulas(dataset: Path, tmp_path: Path, strategy: str, layo
     for number, (w, p) in enumerate(predict(kind, SCHEDULES[schedule][1], seen["present"], seen["snapshots"])):
         np.testing.assert_allclose(seen["w"][number], w, atol=5e-6, err_msg=f"round {number}")
         np.testing.assert_allclose(seen["p"][number], p, atol=2e-6, err_msg=f"round {number}")
+
+
+def test_the_average_over_rounds(dataset: Path, tmp_path: Path) -> None:
+    """Of the global models after rounds 0 to t, weighted as β^(t − k), on two slots of two ranks, resumed in the middle."""
+    run(dataset, tmp_path, "fedavg", "zero3", "two", aggregate__ema=0.7)
+    models = [w for w, _ in predict(Plain, SCHEDULES["two"][1])]
+    for last in range(ROUNDS):
+        shares = 0.7 ** np.arange(last, -1, -1)
+        saved = weights_of(tmp_path, last, "ema")
+        found = np.concatenate([saved["aligner.w"], saved["backbone.w"]])
+        np.testing.assert_allclose(found, shares / shares.sum() @ np.array(models[: last + 1]), atol=5e-6)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
