@@ -145,7 +145,8 @@ class ClientsConfig(Section):
     ids: list[str] | None = None
     """Clients to train on, in this order; null takes all under data.root, sorted."""
     per_round: int | None = Field(None, ge=1)
-    """Clients that train in a round, drawn by run.seed for each round; null: all. L_i is measured on all clients."""
+    """Clients that train in a round, drawn by run.seed for each round; null: all. L_i is measured on all clients. With
+    strategy.name = drfa it is the number of draws by p, and null takes as many as there are clients."""
     minimum: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
     """The run stops when fewer clients than this give a valid update in a round."""
     timeout_s: float = Field(1800.0, gt=0, json_schema_extra=MAY_CHANGE)
