@@ -245,7 +245,8 @@ def _losses_of(saved: list[float | None] | None) -> Vector | None:
 
 
 def _say_where_p_moves(inside: MixtureSet, client_ids: list[str]) -> None:
-    """The smallest and the largest weight that each client can come to have."""
+    """The smallest and the largest weight that each client can come to have; a warning where a radius bounds nothing, which
+    is what the simplex is asked for."""
     if inside.is_point:
         return
     low, high = inside.reach()
