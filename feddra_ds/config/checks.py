@@ -87,10 +87,11 @@ def contradictions(config: Config) -> list[str]:
             )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use val")
-    if c.aggregate.ema is not None and (c.model.adapter or {}).get("aggregation") == "product":
+    rule = (c.model.adapter or {}).get("aggregation") or "factors"
+    if c.aggregate.ema is not None and rule not in ("factors", "freeze_a"):
         out.append(
-            "aggregate.ema: model.adapter.aggregation=product gives each round new factors, whose average over rounds is no "
-            "adapter of the model; use factors or freeze_a, or null"
+            f"aggregate.ema: is an average of factors, which is no model's where model.adapter.aggregation={rule}; use factors or "
+            "freeze_a, or null"
         )
     both_stages = c.schedule.stage1_steps > 0 and c.schedule.stage2_steps > 0
     if both_stages and c.schedule.stage2_start == "global" and not c.aggregate.after_stage1:

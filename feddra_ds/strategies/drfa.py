@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from feddra_ds.strategies.afl import AFL
 from feddra_ds.strategies.base import Draws
+from feddra_ds.strategies.limits import adapters_are_not
 from feddra_ds.strategies.robust_weights import Vector
 
 
@@ -42,9 +43,5 @@ class DRFA(AFL):
                 f"clients.minimum: {config.clients.minimum} is more than may train where strategy.name=drfa draws one client "
                 "again and again; use 1"
             )
-        if (config.model.adapter or {}).get("aggregation") == "product":
-            out.append(
-                "model.adapter.aggregation: product is no mean of factors, and the snapshot of strategy.name=drfa is one; "
-                "use factors or freeze_a"
-            )
-        return out
+        snapshot = "the snapshot of strategy.name=drfa, which is a mean of factors"
+        return out + adapters_are_not(config, ("factors", "freeze_a"), snapshot)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from feddra_ds.strategies.fedavg import FedAvg
+from feddra_ds.strategies.limits import adapters_are_not
 from feddra_ds.strategies.options import StrategyOptions
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Moon(FedAvg):
 
     Options: ClassVar[type[StrategyOptions]] = MoonOptions
     num_kept: ClassVar[int] = 1
+
+    def problems(self, config: Any) -> list[str]:
+        own_last = "the client's own last model, which strategy.name=moon keeps without frozen weights"
+        return adapters_are_not(config, ("factors", "product", "freeze_a"), own_last)
 
     def added_loss(self, features: Features, anchors: Features, previous: Features) -> Tensor:
         import torch.nn.functional as F

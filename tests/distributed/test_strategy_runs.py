@@ -36,7 +36,7 @@ def test_compression_anchors_and_adapters_go_with_every_strategy(dataset: Path, 
         )
         for (name, how), own in ((row, STRATEGIES[row[0]]) for row in rows)
     ]
-    on_each(run_all, configs, world_size=2)
+    on_each(run_all, configs, world_size=2, timeout=600)
     for name in STRATEGIES:
         lines = {how: metrics_of(tmp_path / f"{name}-{how}") for how in HOW}
         for how, told in lines.items():
@@ -58,6 +58,24 @@ def test_compression_anchors_and_adapters_go_with_every_strategy(dataset: Path, 
 
 
 @pytest.mark.slow
+def test_moon_looks_at_its_last_model_under_averaged_products(dataset: Path, tmp_path: Path) -> None:
+    product = {
+        "model__adapter": ADAPTER | {"aggregation": "product"},
+        "model__num_top_blocks": 1,
+        "schedule__rounds": 2,
+    }
+    arms = {"moon": {"strategy__mu": 20.0}, "fedavg": {}}
+    configs = [
+        (tree(dataset, tmp_path / name, strategy__name=name, evaluation__every=0, **BASE, **own, **product),)
+        for name, own in arms.items()
+    ]
+    on_each(run_all, configs, world_size=2, timeout=600)
+    first, last = ([weights_of(tmp_path / name, number) for name in arms] for number in (0, 1))
+    assert same_bits(*first)
+    assert largest_difference(*last) > 1e-5, "the term acts"
+
+
+@pytest.mark.slow
 def test_moon_knows_no_ranks_and_no_micro_batches_and_at_weight_0_is_fedavg(dataset: Path, tmp_path: Path) -> None:
     own = {"strategy__mu": 5.0, "schedule__rounds": 3, "evaluation__every": 0, "objective__direction_reduction": "mean"}
     one = tree(dataset, tmp_path / "one", strategy__name="moon", **BASE, **own)
@@ -68,8 +86,8 @@ def test_moon_knows_no_ranks_and_no_micro_batches_and_at_weight_0_is_fedavg(data
     off = tree(dataset, tmp_path / "off", strategy__name="moon", **BASE, **(own | {"strategy__mu": 0.0}))
     del own["strategy__mu"]
     plain = tree(dataset, tmp_path / "plain", strategy__name="fedavg", **BASE, **own)
-    on_each(run_all, [(one,), (off,), (plain,)])
-    on_each(run_all, [(two,)], world_size=2)
+    on_each(run_all, [(one,), (off,), (plain,)], timeout=600)
+    on_each(run_all, [(two,)], world_size=2, timeout=600)
     ends = {name: weights_of(tmp_path / name, 2) for name in ("one", "two", "off", "plain")}
     assert same_bits(ends["off"], ends["plain"])
     assert largest_difference(ends["one"], ends["plain"]) > 1e-4, "the term acts"
@@ -87,7 +105,7 @@ def test_drfa_with_one_local_step_looks_at_the_model_of_the_round(dataset: Path,
         (tree(dataset, out, strategy__name="drfa", schedule__stage2_steps=steps, clients__per_round=2, **own),)
         for steps, out in by_steps.items()
     ]
-    on_each(run_all, configs, world_size=2)
+    on_each(run_all, configs, world_size=2, timeout=600)
     one, four = (metrics_of(by_steps[steps]) for steps in (1, 4))
     assert all(line["followed_losses"] == line["client_losses"] for line in one)
     assert any(line["followed_losses"] != line["client_losses"] for line in four)
