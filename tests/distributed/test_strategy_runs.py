@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import largest_difference, metrics_of, on_each, run_all, same_bits, tree, weights_of, zero
+from helpers import largest_difference, make_config, metrics_of, on_each, run_all, same_bits, tree, weights_of, zero
+
+from feddra_ds.common.errors import ConfigError
+from feddra_ds.distributed.launch import Launch
+from feddra_ds.run.checks import check
 
 # Plain SGD for 2 + 2 steps; server steps of the size of the clients' changes, so that rounding cannot turn their sign.
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -94,6 +98,12 @@ def test_moon_knows_no_ranks_and_no_micro_batches_and_at_weight_0_is_fedavg(data
     assert largest_difference(ends["one"], ends["two"]) <= 1e-5
     first = {name: weights_of(tmp_path / name, 0) for name in ("one", "plain")}
     assert same_bits(first["one"], first["plain"]), "in the first round a client has no model of its own yet"
+
+
+def test_an_average_over_rounds_needs_a_global_model(dataset: Path, tmp_path: Path) -> None:
+    config = make_config(dataset, tmp_path, strategy__name="local", aggregate__ema=0.9)
+    with pytest.raises(ConfigError, match=r"aggregate\.ema: strategy\.name=local has no global model"):
+        check(config, Launch.from_environment())
 
 
 @pytest.mark.slow
