@@ -13,7 +13,7 @@ from feddra_ds.common.errors import ConfigError
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.run.checks import check
 
-# Plain SGD for 2 + 2 steps; server steps of the size of the clients' changes, so that rounding cannot turn their sign.
+# Server steps of the size of the clients' changes, so that rounding cannot turn their sign.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fedadam": {"strategy__server_lr": 0.05, "strategy__tau": 0.05},
     "scaffold": {},
@@ -22,9 +22,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 BASE = {"schedule__stage1_steps": 2, "schedule__stage2_steps": 2, "schedule__stage2_start": "global"}
 ADAPTER = {"type": "lora", "r": 2, "alpha": 4.0, "target_modules": ["query", "value"]}
+ONE_STAGE = {"schedule__stage1_steps": 0}
 HOW: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "int8": {"aggregate__precision": "int8", "aggregate__block_size": 64},
+    "plain": ONE_STAGE,
+    "int8": ONE_STAGE | {"aggregate__precision": "int8", "aggregate__block_size": 64},
     "lora": {"model__adapter": ADAPTER, "model__num_top_blocks": 1, "objective__anchor_weight": 1.0},
 }
 
@@ -47,10 +48,11 @@ def test_compression_anchors_and_adapters_go_with_every_strategy(dataset: Path, 
             assert len(told) == 2
             assert all(np.isfinite(line["client_losses"]).all() for line in told), (name, how)
             assert not any(line["excluded_clients"] for line in told), (name, how)
-        exact, rounded = (weights_of(tmp_path / f"{name}-{how}", 1) for how in ("plain", "int8"))
-        # int8 rounds a change by 1/254 of the largest of its block, once a stage; drfa's p, too, follows rounded weights
-        moved = largest_difference(exact, weights_of(tmp_path / f"{name}-plain", 0))
-        assert 0 < largest_difference(exact, rounded) < 0.1 * moved, name
+        # int8 rounds a change by 1/254 of the largest of its block, twice. Only the first average is compared: later ones
+        # may differ by whole gradients, where a hidden unit is on in the one run and off in the other.
+        exact, rounded = (weights_of(tmp_path / f"{name}-{how}", 0) for how in ("plain", "int8"))
+        moved = largest_difference(exact, weights_of(tmp_path / f"{name}-plain", 1))
+        assert 0 < largest_difference(exact, rounded) < 0.03 * moved, name
         sent = [lines[how][-1]["bytes_sent_per_rank"] for how in ("plain", "int8")]
         assert sent[1] < 0.3 * sent[0], (name, "what travels is compressed, a snapshot too")
         first, last = (weights_of(tmp_path / f"{name}-lora", number) for number in (0, 1))
