@@ -36,7 +36,7 @@ def test_compression_anchors_and_adapters_go_with_every_strategy(dataset: Path, 
     configs = [
         (
             tree(
-                dataset, tmp_path / f"{name}-{how}", strategy__name=name, evaluation__every=0, **BASE, **own, **HOW[how]
+                dataset, tmp_path / f"{name}-{how}", strategy__name=name, evaluation__every=0, **(BASE | own | HOW[how])
             ),
         )
         for (name, how), own in ((row, STRATEGIES[row[0]]) for row in rows)
