@@ -87,6 +87,12 @@ def contradictions(config: Config) -> list[str]:
             )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use val")
+    rule = (c.model.adapter or {}).get("aggregation") or "factors"
+    if c.aggregate.ema is not None and rule not in ("factors", "freeze_a"):
+        out.append(
+            f"aggregate.ema: averages factors, which is no model's average where model.adapter.aggregation={rule}; use factors "
+            "or freeze_a, or null"
+        )
     both_stages = c.schedule.stage1_steps > 0 and c.schedule.stage2_steps > 0
     if both_stages and c.schedule.stage2_start == "global" and not c.aggregate.after_stage1:
         out.append(

@@ -145,7 +145,8 @@ class ClientsConfig(Section):
     ids: list[str] | None = None
     """Clients to train on, in this order; null takes all under data.root, sorted."""
     per_round: int | None = Field(None, ge=1)
-    """Clients that train in a round, drawn by run.seed for each round; null: all. L_i is measured on all clients."""
+    """Clients that train in a round, drawn by run.seed for each round; null: all. L_i is measured on all clients. With
+    strategy.name = drfa it is the number of draws by p, and null takes as many as there are clients."""
     minimum: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
     """The run stops when fewer clients than this give a valid update in a round."""
     timeout_s: float = Field(1800.0, gt=0, json_schema_extra=MAY_CHANGE)
@@ -199,6 +200,9 @@ class AggregateConfig(Section):
     """What travels between peers: fp32 or bf16 weights, or blockwise quantised deltas with error feedback."""
     block_size: int = Field(256, ge=16)
     """Elements that share one scale in int8 and int4."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """β of an average of the global models of all rounds so far, that of t rounds ago weighted ∝ β^t, kept beside the global
+    model: `evaluate --ema` measures it, `export --ema` writes it. Training does not see it. null: none."""
     after_stage1: bool = True
     """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
 

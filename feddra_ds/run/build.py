@@ -167,7 +167,7 @@ def build_trainer(
     # the twins are made before DeepSpeed partitions the model
     place = torch.device("cpu" if initial is None else "meta")
     frozen_aligner = frozen_twin(model.aligner, place, torch.float32)
-    is_resident = config.objective.anchors == "resident" and objective.needs_anchors
+    is_resident = config.objective.anchors == "resident" and (objective.needs_anchors or strategy.adds_loss)
     frozen_model = frozen_twin(model, place, torch.float32) if is_resident else None
     if device.type == "cpu" and ranks > 1 and (key := config.model.head.batchnorm_key):
         raise ConfigError(
