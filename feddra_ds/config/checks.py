@@ -119,6 +119,11 @@ def contradictions(config: Config) -> list[str]:
     stage = get_path(c.deepspeed, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         out.append(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
+    if c.optimizer.name == "muon" and stage in (1, 2, 3):
+        out.append(
+            f"deepspeed.zero_optimization.stage: {stage} cuts matrices into flat parts, and optimizer.name=muon makes whole "
+            "matrices orthogonal; take stage 0, or optimizer.name=adamw"
+        )
     if get_path(c.deepspeed, "bf16.enabled") and get_path(c.deepspeed, "fp16.enabled"):
         out.append("deepspeed.fp16.enabled: contradicts deepspeed.bf16.enabled; give one of them")
     return out

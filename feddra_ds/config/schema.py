@@ -171,8 +171,9 @@ class ScheduleConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Local optimizer."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """Local optimizer. muon: Muon for the encoders' matrices, AdamW for embeddings, heads, norms and biases
+    (docs/optimizers.md); ZeRO 0 alone."""
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -185,6 +186,8 @@ class OptimizerConfig(Section):
     """Weight decay on all parameters (the release)."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's momentum, of Nesterov's kind."""
     max_skipped_steps: int = Field(5, ge=1)
     """Steps in a row with a non-finite loss or gradient, which are skipped, after which a client's update is excluded. The
     steps in which fp16's loss scaler looks for its scale count too."""

@@ -82,7 +82,9 @@ class Engine:
                 initial = {}
             else:
                 initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-            groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.decay_all)
+            options = config.optimizer
+            matrices = model.matrix_parameter_names() if options.name == "muon" else ()  # type: ignore[operator]
+            groups = parameter_groups(model, options.weight_decay, options.decay_all, matrices)
             self._group_parts = [group["part"] for group in groups]
             optimizer = pass_over_frozen_groups(build_optimizer(groups, config, ds_config))
             if (

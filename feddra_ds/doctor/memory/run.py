@@ -226,7 +226,7 @@ class Miniature:
         new = set(parts) - self._has_moments
         self._has_moments |= new
         options = self.config.optimizer
-        copies = 2 if options.name == "adamw" else int(options.momentum > 0)
+        copies = int(options.momentum > 0) if options.name == "sgd" else 2  # muon has one of matrices: a bound
         for _ in range(copies):
             self.optimizer.hold("optimizer state", self.layout.state(new))
 
