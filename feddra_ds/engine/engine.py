@@ -1,7 +1,8 @@
 """The one DeepSpeed engine of a rank: build it, step it, read and write its fp32 masters.
 
 The model has two parts, `aligner` and `backbone` (the prefixes of its parameter names), which are optimizer groups of
-one engine, built once for the run. A part's weights travel as `PartState`: host copies of its slices.
+one engine, built once for the run. A part's weights travel as `PartState`: host copies of its slices. Frozen weights that
+the server moves have slices too, `FROZEN`, which lie on the host and are no part: they are equal for all clients.
 """
 
 from __future__ import annotations
@@ -12,12 +13,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
+from feddra_ds.distributed.collectives import start_gather
 from feddra_ds.engine.bootstrap import close_when_leaving, import_deepspeed, launched_as
-from feddra_ds.engine.masters import Fragment, Slice, find_masters, full_gradient, write_frozen
+from feddra_ds.engine.masters import (
+    Fragment,
+    Slice,
+    find_masters,
+    full_gradient,
+    share_of,
+    write_frozen,
+    write_frozen_share,
+)
 from feddra_ds.engine.optimizer import (
     bucket_elements,
     build_optimizer,
@@ -26,7 +37,9 @@ from feddra_ds.engine.optimizer import (
     reset_state,
     skip_bad_steps,
 )
-from feddra_ds.engine.parts import BUFFERS, PARTS, PartState
+from feddra_ds.engine.parts import BUFFERS, FROZEN, PARTS, PartState
+from feddra_ds.model import lora, lora_options
+from feddra_ds.model.lora_options import FactorName
 from feddra_ds.model.weights.deferred import Weights, lay_out
 from feddra_ds.model.weights.host_memory import returned_when_freed
 
@@ -63,6 +76,8 @@ class Engine:
         self.zero_stage = int(get_path(ds_config, "zero_optimization.stage") or 0)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        self.adapter = lora_options.parse(config.model.adapter)
+        frozen = self._lay_out_frozen()
         per_rank = max(1, config.data.batch_size // ranks_per_slot)
         micro_batch = min(per_rank, config.data.micro_batch_size or per_rank)
         self.num_micro_batches = -(-per_rank // micro_batch)
@@ -82,8 +97,14 @@ class Engine:
                 initial = {}
             else:
                 initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-            groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.decay_all)
+                for name, p in model.named_parameters():
+                    self._keep_frozen(frozen, name, p.detach().view(-1))
+            alternates = self.adapter is not None and self.adapter.aggregation == "alternate"
+            decay = (config.optimizer.weight_decay, config.optimizer.decay_all)
+            groups = parameter_groups(model, *decay, factors_apart=alternates)
             self._group_parts = [group["part"] for group in groups]
+            self._group_factors = [group["factor"] for group in groups]
+            self._factors = {which: [p for g in groups if g["factor"] == which for p in g["params"]] for which in "ab"}
             optimizer = pass_over_frozen_groups(build_optimizer(groups, config, ds_config))
             if (
                 self.zero_stage == 0 and self.dtype == torch.float32
@@ -102,6 +123,7 @@ class Engine:
         self._slices: dict[str, list[Slice]] = {
             part: [s for s in masters.slices if self._group_parts[s.group] == part] for part in PARTS
         }
+        self._slices[FROZEN] = frozen
         # The cast to bf16 rounded the masters, and some optimizers take a step at construction: write what was meant.
         if weights is not None:
             self._fill(weights)
@@ -147,10 +169,43 @@ class Engine:
                 flat = value.view(-1)
                 for fragment, view in views.get(name, ()):
                     view.copy_(flat[fragment.start : fragment.start + fragment.length])
+                self._keep_frozen(self._slices[FROZEN], name, flat)
                 if name in frozen:
                     write_frozen(frozen[name], flat, self.slot_rank)
         weights.leave_generator()
         self._refresh()
+
+    # ---- frozen weights that the server moves
+    def _lay_out_frozen(self) -> list[Slice]:
+        """This rank's shares of them, without content; without partitions every rank has the whole."""
+        if self.adapter is None or not self.adapter.moves_frozen:
+            return []
+        shares, rank = (self.ranks_per_slot, self.slot_rank) if self.zero_stage > 0 else (1, 0)
+        names = [lora.frozen_weight(a) for a, _ in lora.pairs(list(self.shapes))]
+        return [share_of(name, self.shapes[name], rank, shares) for name in names]
+
+    @staticmethod
+    def _keep_frozen(slices: Sequence[Slice], name: str, values: Tensor) -> None:
+        for one in slices:
+            for fragment, view in one.views():
+                if fragment.name == name:
+                    view.copy_(values[fragment.start : fragment.start + fragment.length])
+
+    @torch.no_grad()
+    def show_frozen(self) -> None:
+        """Make the next forward use the slices `FROZEN` as they are now. Collective over the slot for ZeRO 1-3."""
+        parameters = dict(self.module.named_parameters())
+        for one in self._slices[FROZEN]:
+            parameter, mine = parameters[one.fragments[0].name], one.tensor.to(self.device, self.dtype)
+            if self.zero_stage == 3:
+                write_frozen_share(parameter, mine[: one.fragments[0].length])
+            else:
+                if self.zero_stage > 0 and self.ranks_per_slot > 1:
+                    mine, work = start_gather(mine, dist.group.WORLD)  # the slot, for DeepSpeed too
+                    work.wait()
+                write_frozen(parameter, mine[: parameter.numel()], self.slot_rank)
+        if self._slices[FROZEN]:
+            self._refresh()
 
     # ---- training
     def __call__(self, **batch: Any) -> Any:
@@ -172,10 +227,21 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self._ds.train(mode)
 
-    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
-        """Learning rate of each part; 0 freezes it to the bit, weight decay included."""
-        for group, part in zip(self._ds.optimizer.param_groups, self._group_parts, strict=True):
-            group["lr"] = rates[part]
+    def set_learning_rates(self, rates: Mapping[str, float], resting: FactorName | None = None) -> None:
+        """Learning rate of each part; 0 freezes it to the bit, weight decay included.
+
+        resting: the factor of the adapters that is frozen too, and has no gradient, where they lie apart.
+        """
+        groups = zip(self._ds.optimizer.param_groups, self._group_parts, self._group_factors, strict=True)
+        for group, part, factor in groups:
+            group["lr"] = 0.0 if resting is not None and factor == resting else rates[part]
+        for factor, parameters in self._factors.items():
+            for parameter in parameters:
+                parameter.requires_grad_(factor != resting)
+
+    def holds(self, part: str, factor: FactorName | None) -> list[bool]:
+        """Of each slice of a part, whether it holds this factor of the adapters; none does where they do not lie apart."""
+        return [factor is not None and self._group_factors[s.group] == factor for s in self._slices[part]]
 
     def reset_optimizer(self) -> None:
         """Forget the moments and step counts, as at the start of each stage."""
@@ -225,10 +291,12 @@ class Engine:
         for one in self._slices[part]:
             yield from one.views()
 
-    def views_of(self, part: str, state: PartState) -> Iterator[tuple[Fragment, Tensor]]:
-        """Each fragment of a part with its elements in a host state of that part."""
-        for one, tensor in zip(self._slices[part], state, strict=True):
-            for fragment in one.fragments:
+    def views_of(
+        self, part: str, state: PartState, without: Sequence[bool] | None = None
+    ) -> Iterator[tuple[Fragment, Tensor]]:
+        """Each fragment of a part with its elements in a host state of that part, but those of slices that are left out."""
+        for index, (one, tensor) in enumerate(zip(self._slices[part], state, strict=True)):
+            for fragment in () if without is not None and without[index] else one.fragments:
                 yield fragment, tensor.narrow(0, fragment.offset, fragment.length)
 
     def load(self, read: Any) -> None:
@@ -238,6 +306,12 @@ class Engine:
                 for fragment, view in self.views(part):
                     view.copy_(read(fragment))
         self._refresh()
+
+    def load_frozen(self, read: Callable[[Fragment], Tensor]) -> None:
+        """Write the frozen weights that the server moves from `read(fragment) -> flat fp32 tensor`, and show them."""
+        for fragment, view in self.views(FROZEN):
+            view.copy_(read(fragment))
+        self.show_frozen()
 
     # ---- a second look at a part
     def copy_part(self, part: nn.Module, into: nn.Module) -> None:

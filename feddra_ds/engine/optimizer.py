@@ -12,6 +12,7 @@ from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 from feddra_ds.engine.build_locks import stale_locks
 from feddra_ds.engine.parts import PARTS
+from feddra_ds.model import lora
 
 
 def pass_over_frozen_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -62,16 +63,24 @@ def reset_state(engine: Any) -> None:
                 state[key] = 0
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
-    """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature)."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_all: bool = False, *, factors_apart: bool = False
+) -> list[dict[str, Any]]:
+    """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature).
+
+    factors_apart: the adapters' A and B are in groups of their own, so that one of them can rest.
+    """
     decays = {n for n, _ in model.named_parameters()} if decay_all else set(model.decay_parameter_names())  # type: ignore[operator]
     groups = []
     for part in PARTS:
         named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
-        for decay in (True, False) if weight_decay > 0 else (None,):
-            parameters = [p for n, p in named if decay is None or (n in decays) == decay]
-            if parameters:
-                groups.append({"params": parameters, "part": part, "weight_decay": weight_decay if decay else 0.0})
+        factor = {n: lora.factor_of(n) if factors_apart else None for n, _ in named}
+        for which in sorted(set(factor.values()), key=str):
+            for decay in (True, False) if weight_decay > 0 else (None,):
+                chosen = [p for n, p in named if factor[n] == which and (decay is None or (n in decays) == decay)]
+                about = {"part": part, "factor": which, "weight_decay": weight_decay if decay else 0.0}
+                if chosen:
+                    groups.append({"params": chosen, **about})
     return groups
 
 

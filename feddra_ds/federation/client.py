@@ -46,6 +46,7 @@ class Client:
         default_factory=dict
     )  # by part: what Strategy.correct keeps, on the host
     pairs: Pairs | None = None  # what the objective keeps of each pair, on the host
+    adapter_rank: int | None = None  # where it is below that of the engine's adapters
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class LocalTrainer:
             engine.write(client.aligner)
         client.aligner = None
         engine.reset_optimizer()
-        engine.set_learning_rates(stage.learning_rates)
+        engine.set_learning_rates(stage.learning_rates, stage.resting_factor)
         engine.train()
         self.step.pairs = client.pairs
         correction = self._correction(client, stage, global_state, outer or {})

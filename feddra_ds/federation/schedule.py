@@ -8,6 +8,8 @@ from typing import Literal
 
 from feddra_ds.config.schema import Config, ScheduleConfig
 from feddra_ds.data.loading.order import permutation
+from feddra_ds.model import lora_options
+from feddra_ds.model.lora_options import FactorName
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Stage:
     """Whether the next stage starts from the client's own aligner."""
     moves_mixture: bool
     """Whether the weights p move before its average, by losses read off its anchors (dro.evaluate_on = anchors)."""
+    round_index: int = 0
+    resting_factor: FactorName | None = None
+    """The factor of the adapters that does not train in it, and so is not averaged after it."""
 
     @property
     def keeps_aligner(self) -> bool:
@@ -77,8 +82,18 @@ def stages_of_round(config: Config, round_index: int, step_factor: int = 1) -> l
         averages=True,
         hands_on_aligner=False,
         moves_mixture=False,
+        round_index=round_index,
+        resting_factor=_resting_factor(config, round_index),
     )
     return [stage for stage in (stage1, stage2) if stage.num_steps > 0]
+
+
+def _resting_factor(config: Config, round_index: int) -> FactorName | None:
+    """B is 0 at first, where A has no gradient: so B begins."""
+    adapter = lora_options.parse(config.model.adapter)
+    if adapter is None or adapter.aggregation != "alternate":
+        return None
+    return "a" if round_index % 2 == 0 else "b"
 
 
 def clients_of_round(config: Config, round_index: int, num_clients: int) -> list[int]:
