@@ -90,7 +90,7 @@ def export_checkpoint(
         if layer not in adapted:
             return stored(name)
         value = stored(f"{layer}.base_layer.{leaf}")
-        if leaf == "weight":  # as `adapters.merge` does
+        if leaf == "weight":  # as `lora.merge` does
             a, b = (stored(factor) for factor in lora.factors_of(layer))
             value += (b @ a) * adapted[layer]
         return value
