@@ -99,13 +99,7 @@ class Engine:
                 initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
                 for name, p in model.named_parameters():
                     self._keep_frozen(frozen, name, p.detach().view(-1))
-            alternates = self.adapter is not None and self.adapter.aggregation == "alternate"
-            decay = (config.optimizer.weight_decay, config.optimizer.decay_all)
-            groups = parameter_groups(model, *decay, factors_apart=alternates)
-            self._group_parts = [group["part"] for group in groups]
-            self._group_factors = [group["factor"] for group in groups]
-            self._factors = {which: [p for g in groups if g["factor"] == which for p in g["params"]] for which in "ab"}
-            optimizer = pass_over_frozen_groups(build_optimizer(groups, config, ds_config))
+            optimizer = pass_over_frozen_groups(build_optimizer(self._group(model, config), config, ds_config))
             if (
                 self.zero_stage == 0 and self.dtype == torch.float32
             ):  # every other optimizer of DeepSpeed's looks itself
@@ -130,6 +124,16 @@ class Engine:
         else:
             self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
         self.reset_optimizer()
+
+    def _group(self, model: nn.Module, config: Config) -> list[dict[str, Any]]:
+        """The optimizer's groups; what each of them holds is kept by its index."""
+        alternates = self.adapter is not None and self.adapter.aggregation == "alternate"
+        decay = (config.optimizer.weight_decay, config.optimizer.decay_all)
+        groups = parameter_groups(model, *decay, factors_apart=alternates)
+        self._group_parts: list[str] = [group["part"] for group in groups]
+        self._group_factors: list[FactorName | None] = [group["factor"] for group in groups]
+        self._group_parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        return groups
 
     def _lay_out(self, model: nn.Module, weights: Weights, ds_config: dict[str, Any]) -> None:
         """Give a model of the meta device parameters without content: partitions of them with ZeRO 3."""
@@ -201,7 +205,9 @@ class Engine:
                 write_frozen_share(parameter, mine[: one.fragments[0].length])
             else:
                 if self.zero_stage > 0 and self.ranks_per_slot > 1:
-                    mine, work = start_gather(mine, dist.group.WORLD)  # the slot, for DeepSpeed too
+                    slot = dist.group.WORLD  # for DeepSpeed too
+                    assert slot is not None
+                    mine, work = start_gather(mine, slot)
                     work.wait()
                 write_frozen(parameter, mine[: parameter.numel()], self.slot_rank)
         if self._slices[FROZEN]:
@@ -228,16 +234,17 @@ class Engine:
         self._ds.train(mode)
 
     def set_learning_rates(self, rates: Mapping[str, float], resting: FactorName | None = None) -> None:
-        """Learning rate of each part; 0 freezes it to the bit, weight decay included.
+        """Learning rate of each part; 0 freezes it to the bit, weight decay included, and so does resting a factor of the
+        adapters, where they lie apart.
 
-        resting: the factor of the adapters that is frozen too, and has no gradient, where they lie apart.
+        What is frozen beside what trains has no gradient: ZeRO 3 would clip by the one that it has kept of an earlier stage.
         """
         groups = zip(self._ds.optimizer.param_groups, self._group_parts, self._group_factors, strict=True)
-        for group, part, factor in groups:
-            group["lr"] = 0.0 if resting is not None and factor == resting else rates[part]
-        for factor, parameters in self._factors.items():
+        new = [0.0 if factor is not None and factor == resting else rates[part] for _, part, factor in groups]
+        for group, parameters, rate in zip(self._ds.optimizer.param_groups, self._group_parameters, new, strict=True):
+            group["lr"] = rate
             for parameter in parameters:
-                parameter.requires_grad_(factor != resting)
+                parameter.requires_grad_(rate != 0 or not any(new))
 
     def holds(self, part: str, factor: FactorName | None) -> list[bool]:
         """Of each slice of a part, whether it holds this factor of the adapters; none does where they do not lie apart."""

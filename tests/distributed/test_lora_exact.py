@@ -184,20 +184,28 @@ def test_export_holds_what_the_server_moved(dataset: Path, tmp_path: Path, rule:
         assert max(float((wanted[n] - p).abs().max()) for n, p in moved.items()) > 1e-3, "training moved nothing"
 
 
-def test_alternate_sends_one_factor(dataset: Path, tmp_path: Path) -> None:
-    """B in the first round, A in the second; whole weights and rounded deltas."""
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_alternate_sends_one_factor(dataset: Path, tmp_path: Path, precision: str) -> None:
+    """B in the first round, A in the second; what rests is not touched, rounded deltas or not, nor by FedProx's pull."""
+    first = _first(make_config(dataset, tmp_path, **_settings("alternate")))
     sizes: dict[str, int] = {}
-    for name, tensor in _first(make_config(dataset, tmp_path, **_settings("alternate"))).items():
+    for name, tensor in first.items():
         which = (
             "A" if name.endswith(A) else "B" if name.endswith(B) else "aligner" if name.startswith("aligner") else ""
         )
         sizes[which] = sizes.get(which, 0) + tensor.size
     more = {"aggregate__after_stage1": False, "topology__ranks_per_slot": 1, "deepspeed": zero(1)}
-    config = tree(dataset, tmp_path, **_settings("alternate"), **more)
-    on_ranks(run_all, 2, config)
-    sent = [line["bytes_sent_per_rank"] for line in metrics_of(tmp_path)]
-    assert sent[0] == pytest.approx(4 * (sizes["aligner"] + sizes["B"]), rel=0.02)
-    assert sent[1] == pytest.approx(4 * (sizes["aligner"] + sizes["A"]), rel=0.02)
+    more |= {"aggregate__precision": precision, "strategy": {"name": "fedprox", "mu": 0.1}}
+    on_ranks(run_all, 2, tree(dataset, tmp_path, **_settings("alternate"), **more))
+    width = {"fp32": 4, "int8": 1.2}[precision]  # int8: with a scale for each block, and whole blocks
+    ends = [weights_of(tmp_path, round_index) for round_index in (0, 1)]
+    for line, trains in zip(metrics_of(tmp_path), "BA", strict=True):
+        assert line["bytes_sent_per_rank"] == pytest.approx(width * (sizes["aligner"] + sizes[trains]), rel=0.1)
+    for layer, _, _ in _layers(first):
+        assert ends[0][layer + A].tobytes() == first[layer + A].tobytes()
+        assert ends[1][layer + B].tobytes() == ends[0][layer + B].tobytes()
+        assert np.abs(ends[0][layer + B]).max() > 1e-4
+        assert np.abs(ends[1][layer + A] - ends[0][layer + A]).max() > 1e-4
 
 
 @pytest.mark.parametrize(
