@@ -96,9 +96,9 @@ class Engine:
                 self._lay_out(model, weights, ds_config)
                 initial = {}
             else:
-                initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-                for name, p in model.named_parameters():
-                    self._keep_frozen(frozen, name, p.detach().view(-1))
+                kept = {fragment.name for one in frozen for fragment in one.fragments}
+                named = model.named_parameters()
+                initial = {name: p.detach().clone() for name, p in named if p.requires_grad or name in kept}
             optimizer = pass_over_frozen_groups(build_optimizer(self._group(model, config), config, ds_config))
             if (
                 self.zero_stage == 0 and self.dtype == torch.float32
@@ -122,7 +122,9 @@ class Engine:
         if weights is not None:
             self._fill(weights)
         else:
-            self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
+            read = lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length]
+            self.load(read)
+            self.load_frozen(read)
         self.reset_optimizer()
 
     def _group(self, model: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -164,7 +166,7 @@ class Engine:
     def _fill(self, weights: Weights) -> None:
         """Write the weights one by one: into the masters, or where they are frozen into what the forward uses."""
         views: dict[str, list[tuple[Fragment, Tensor]]] = {}
-        for part in PARTS:
+        for part in (*PARTS, FROZEN):
             for fragment, view in self.views(part):
                 views.setdefault(fragment.name, []).append((fragment, view))
         frozen = {name: p for name, p in self.module.named_parameters() if name in self._frozen}
@@ -173,7 +175,6 @@ class Engine:
                 flat = value.view(-1)
                 for fragment, view in views.get(name, ()):
                     view.copy_(flat[fragment.start : fragment.start + fragment.length])
-                self._keep_frozen(self._slices[FROZEN], name, flat)
                 if name in frozen:
                     write_frozen(frozen[name], flat, self.slot_rank)
         weights.leave_generator()
@@ -187,13 +188,6 @@ class Engine:
         shares, rank = (self.ranks_per_slot, self.slot_rank) if self.zero_stage > 0 else (1, 0)
         names = [lora.frozen_weight(a) for a, _ in lora.pairs(list(self.shapes))]
         return [share_of(name, self.shapes[name], rank, shares) for name in names]
-
-    @staticmethod
-    def _keep_frozen(slices: Sequence[Slice], name: str, values: Tensor) -> None:
-        for one in slices:
-            for fragment, view in one.views():
-                if fragment.name == name:
-                    view.copy_(values[fragment.start : fragment.start + fragment.length])
 
     @torch.no_grad()
     def show_frozen(self) -> None:
