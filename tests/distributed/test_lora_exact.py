@@ -51,7 +51,7 @@ CASES = [
 
 def _settings(rule: str, **more: Any) -> dict[str, Any]:
     adapter = {"type": "lora", "r": R, "alpha": ALPHA, "aggregation": rule}
-    adapter |= {"target_modules": ["query", "value", "dense"]} | ({"ranks": RANKS} if rule == "stack" else {})
+    adapter |= {"target_modules": ["query", "dense", "q_proj", "fc1"]} | ({"ranks": RANKS} if rule == "stack" else {})
     settings = {"model__adapter": adapter, "optimizer__name": "adamw", "optimizer__lr": 0.01, "evaluation__every": 0}
     return settings | {"schedule__stage1_steps": 1, "schedule__stage2_steps": 2, "schedule__rounds": 2} | more
 
