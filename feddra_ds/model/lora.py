@@ -27,15 +27,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from feddra_ds.model import SIDES
-from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.lora_options import FactorName, LoraOptions
+
+if TYPE_CHECKING:
+    from feddra_ds.model.dual_encoder import DualEncoder
 
 _ADAPTER = "default"  # peft's name of the one adapter
 _A, _B = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
