@@ -1,7 +1,8 @@
 """Checkpoints: each rank writes its shard aside, the coordinator writes the manifest last and renames the folder.
 
     checkpoints/round-000012/            state after round 12
-        weights/OWNER/shard-00000-of-00002.safetensors    fp32 fragments: flat ranges of named parameters
+        weights/OWNER/shard-00000-of-00002.safetensors    fp32 fragments: flat ranges of named parameters, of those that
+                                         train and of frozen ones that the server moves (model.adapter.aggregation)
         weights/OWNER/buffers.safetensors
         residuals/slot-00000/shard-…     where deltas travel rounded: what rounding has kept of that slot's (compression.py)
         kept/server/NAME/shard-…         where the strategy keeps something: NAME is its own

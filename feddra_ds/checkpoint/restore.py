@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from feddra_ds.checkpoint.format import SHARED, check, read_coordinator
 from feddra_ds.checkpoint.load import SavedModel
@@ -22,14 +23,29 @@ from feddra_ds.model.weights.host_memory import returned_when_freed
 from feddra_ds.model.weights.tensor_files import Shape
 
 
-def load_checkpoint(
-    folder: Path, owner: str = SHARED, *, merge_adapters: bool = True
-) -> tuple[DualEncoder, DualEncoderProcessor]:
+def load_checkpoint(folder: Path, owner: str = SHARED) -> tuple[DualEncoder, DualEncoderProcessor]:
     """The model (eval mode, fp32, CPU) that a checkpoint holds for `owner` (the global model, or a client's id).
 
-    Built from the config in the checkpoint; what was frozen is built again from its weights or seed. Raises
-    CheckpointError, and ConfigError or ValueError where the config no longer fits (a pretrained folder that has gone).
+    Built from the config in the checkpoint, adapters merged; what was frozen is built again from its weights or seed, but
+    where the server moved it. Raises CheckpointError, and ConfigError or ValueError where the config no longer fits (a
+    pretrained folder that has gone).
     """
+    config, tokenizer, model, state = _read(folder, owner)
+    model.load_state_dict(state, strict=False)
+    return lora.merge(model).eval(), processor_of(config, tokenizer)
+
+
+def load_adapters(folder: Path, owner: str = SHARED) -> DualEncoder:
+    """As load_checkpoint, but with adapters over the frozen weights that the run began with: they hold all that it changed."""
+    _, _, model, state = _read(folder, owner)
+    began = {n: p.detach().clone() for n, p in model.named_parameters() if n in state and not p.requires_grad}
+    model.load_state_dict(state, strict=False)
+    lora.stand_on(model, began)
+    return model.eval()
+
+
+def _read(folder: Path, owner: str) -> tuple[Config, PreTrainedTokenizerBase, DualEncoder, dict[str, Tensor]]:
+    """The config of a checkpoint, its tokenizer, a model as the run built it, and what is to be put into it."""
     config = _config_of(folder, owner)
     tokenizer = tokenizer_of(config)
     with torch.random.fork_rng(devices=[]):
@@ -38,10 +54,7 @@ def load_checkpoint(
     saved = SavedModel(folder, owner)
     state = saved.parameters() | saved.buffers()
     _compare(folder, model, set(state))
-    model.load_state_dict(state, strict=False)
-    if merge_adapters:
-        lora.merge(model)
-    return model.eval(), processor_of(config, tokenizer)
+    return config, tokenizer, model, state
 
 
 @returned_when_freed()
@@ -77,7 +90,7 @@ def export_checkpoint(
         if layer not in adapted:
             return stored(name)
         value = stored(f"{layer}.base_layer.{leaf}")
-        if leaf == "weight":  # as `adapters.merge` does
+        if leaf == "weight":  # as `lora.merge` does
             a, b = (stored(factor) for factor in lora.factors_of(layer))
             value += (b @ a) * adapted[layer]
         return value

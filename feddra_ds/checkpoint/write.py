@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from feddra_ds.checkpoint.format import WEIGHTS, Files, described, partial_of
 from feddra_ds.common.files import write_atomic
 from feddra_ds.engine.engine import Engine
-from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState
+from feddra_ds.engine.parts import BUFFERS, FROZEN, PARTS, ModelState
 
 
 def write_model(partial: Path, owner: str, engine: Engine, state: ModelState, *, kind: str = WEIGHTS) -> Files:
@@ -33,7 +33,7 @@ def write_fragments(folder: Path, partial: Path, engine: Engine, state: ModelSta
     if engine.zero_stage == 0 and engine.slot_rank != 0:
         return {}  # without partitions every rank holds the whole
     tensors, starts = {}, {}
-    for part in (name for name in PARTS if name in state):
+    for part in (name for name in (*PARTS, FROZEN) if name in state):
         for fragment, values in engine.views_of(part, state[part]):
             tensors[fragment.name], starts[fragment.name] = values.contiguous(), fragment.start
     num_shards = engine.ranks_per_slot if engine.zero_stage > 0 else 1

@@ -124,6 +124,10 @@ def contradictions(config: Config) -> list[str]:
             f"deepspeed.zero_optimization.stage: {stage} cuts matrices into flat parts, and optimizer.name=muon makes whole "
             "matrices orthogonal; take stage 0, or optimizer.name=adamw"
         )
+    if c.optimizer.name == "muon" and c.model.adapter is not None:
+        out.append(
+            "model.adapter: its factors are halves of matrices, and optimizer.name=muon is for whole ones; take adamw"
+        )
     if get_path(c.deepspeed, "bf16.enabled") and get_path(c.deepspeed, "fp16.enabled"):
         out.append("deepspeed.fp16.enabled: contradicts deepspeed.bf16.enabled; give one of them")
     return out

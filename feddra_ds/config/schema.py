@@ -78,7 +78,7 @@ class ModelConfig(Section):
     activation_checkpointing: bool = False
     """Keep nothing inside the encoders' blocks for the backward pass, which computes them again: less memory, more time."""
     adapter: dict[str, Any] | None = None
-    """null, or {type: lora, r: …, alpha: …, target_modules: […], aggregation: factors|product|freeze_a}."""
+    """null, or {type: lora, r: …, alpha: …, target_modules: […], aggregation: …}: docs/adapters.md."""
 
 
 class AugmentConfig(Section):

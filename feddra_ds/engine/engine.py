@@ -1,7 +1,8 @@
 """The one DeepSpeed engine of a rank: build it, step it, read and write its fp32 masters.
 
 The model has two parts, `aligner` and `backbone` (the prefixes of its parameter names), which are optimizer groups of
-one engine, built once for the run. A part's weights travel as `PartState`: host copies of its slices.
+one engine, built once for the run. A part's weights travel as `PartState`: host copies of its slices. Frozen weights that
+the server moves have slices too, `FROZEN`, which lie on the host and are no part: they are equal for all clients.
 """
 
 from __future__ import annotations
@@ -12,12 +13,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
+from feddra_ds.distributed.collectives import start_gather
 from feddra_ds.engine.bootstrap import close_when_leaving, import_deepspeed, launched_as
-from feddra_ds.engine.masters import Fragment, Slice, find_masters, full_gradient, write_frozen
+from feddra_ds.engine.masters import (
+    Fragment,
+    Slice,
+    find_masters,
+    full_gradient,
+    share_of,
+    write_frozen,
+    write_frozen_share,
+)
 from feddra_ds.engine.optimizer import (
     bucket_elements,
     build_optimizer,
@@ -26,7 +37,9 @@ from feddra_ds.engine.optimizer import (
     reset_state,
     skip_bad_steps,
 )
-from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
+from feddra_ds.engine.parts import BUFFERS, FROZEN, PARTS, ModelState, PartState
+from feddra_ds.model import lora, lora_options
+from feddra_ds.model.lora_options import FactorName
 from feddra_ds.model.weights.deferred import Weights, lay_out
 from feddra_ds.model.weights.host_memory import returned_when_freed
 
@@ -63,6 +76,8 @@ class Engine:
         self.zero_stage = int(get_path(ds_config, "zero_optimization.stage") or 0)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        self.adapter = lora_options.parse(config.model.adapter)
+        frozen = self._lay_out_frozen()
         per_rank = max(1, config.data.batch_size // ranks_per_slot)
         micro_batch = min(per_rank, config.data.micro_batch_size or per_rank)
         self.num_micro_batches = -(-per_rank // micro_batch)
@@ -81,12 +96,10 @@ class Engine:
                 self._lay_out(model, weights, ds_config)
                 initial = {}
             else:
-                initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-            options = config.optimizer
-            matrices = model.matrix_parameter_names() if options.name == "muon" else ()  # type: ignore[operator]
-            groups = parameter_groups(model, options.weight_decay, options.decay_all, matrices)
-            self._group_parts = [group["part"] for group in groups]
-            optimizer = pass_over_frozen_groups(build_optimizer(groups, config, ds_config))
+                kept = {fragment.name for one in frozen for fragment in one.fragments}
+                named = model.named_parameters()
+                initial = {name: p.detach().clone() for name, p in named if p.requires_grad or name in kept}
+            optimizer = pass_over_frozen_groups(build_optimizer(self._group(model, config), config, ds_config))
             if (
                 self.zero_stage == 0 and self.dtype == torch.float32
             ):  # every other optimizer of DeepSpeed's looks itself
@@ -104,12 +117,26 @@ class Engine:
         self._slices: dict[str, list[Slice]] = {
             part: [s for s in masters.slices if self._group_parts[s.group] == part] for part in PARTS
         }
+        self._slices[FROZEN] = frozen
         # The cast to bf16 rounded the masters, and some optimizers take a step at construction: write what was meant.
         if weights is not None:
             self._fill(weights)
         else:
-            self.load(lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length])
+            read = lambda f: initial[f.name].reshape(-1)[f.start : f.start + f.length]
+            self.load(read)
+            self.load_frozen(read)
         self.reset_optimizer()
+
+    def _group(self, model: nn.Module, config: Config) -> list[dict[str, Any]]:
+        """The optimizer's groups; what each of them holds is kept by its index."""
+        alternates = self.adapter is not None and self.adapter.aggregation == "alternate"
+        options = config.optimizer
+        matrices = model.matrix_parameter_names() if options.name == "muon" else ()  # type: ignore[operator]
+        groups = parameter_groups(model, options.weight_decay, options.decay_all, matrices, factors_apart=alternates)
+        self._group_parts: list[str] = [group["part"] for group in groups]
+        self._group_factors: list[FactorName | None] = [group["factor"] for group in groups]
+        self._group_parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        return groups
 
     def _lay_out(self, model: nn.Module, weights: Weights, ds_config: dict[str, Any]) -> None:
         """Give a model of the meta device parameters without content: partitions of them with ZeRO 3."""
@@ -140,7 +167,7 @@ class Engine:
     def _fill(self, weights: Weights) -> None:
         """Write the weights one by one: into the masters, or where they are frozen into what the forward uses."""
         views: dict[str, list[tuple[Fragment, Tensor]]] = {}
-        for part in PARTS:
+        for part in (*PARTS, FROZEN):
             for fragment, view in self.views(part):
                 views.setdefault(fragment.name, []).append((fragment, view))
         frozen = {name: p for name, p in self.module.named_parameters() if name in self._frozen}
@@ -153,6 +180,33 @@ class Engine:
                     write_frozen(frozen[name], flat, self.slot_rank)
         weights.leave_generator()
         self._refresh()
+
+    # ---- frozen weights that the server moves
+    def _lay_out_frozen(self) -> list[Slice]:
+        """This rank's shares of them, without content; without partitions every rank has the whole."""
+        if self.adapter is None or not self.adapter.moves_frozen:
+            return []
+        shares, rank = (self.ranks_per_slot, self.slot_rank) if self.zero_stage > 0 else (1, 0)
+        names = [lora.frozen_weight(a) for a, _ in lora.pairs(list(self.shapes))]
+        return [share_of(name, self.shapes[name], rank, shares) for name in names]
+
+    @torch.no_grad()
+    def show_frozen(self) -> None:
+        """Make the next forward use the slices `FROZEN` as they are now. Collective over the slot for ZeRO 1-3."""
+        parameters = dict(self.module.named_parameters())
+        for one in self._slices[FROZEN]:
+            parameter, mine = parameters[one.fragments[0].name], one.tensor.to(self.device, self.dtype)
+            if self.zero_stage == 3:
+                write_frozen_share(parameter, mine[: one.fragments[0].length])
+            else:
+                if self.zero_stage > 0 and self.ranks_per_slot > 1:
+                    slot = dist.group.WORLD  # for DeepSpeed too
+                    assert slot is not None
+                    mine, work = start_gather(mine, slot)
+                    work.wait()
+                write_frozen(parameter, mine[: parameter.numel()], self.slot_rank)
+        if self._slices[FROZEN]:
+            self._refresh()
 
     # ---- training
     def __call__(self, **batch: Any) -> Any:
@@ -174,10 +228,22 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self._ds.train(mode)
 
-    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
-        """Learning rate of each part; 0 freezes it to the bit, weight decay included."""
-        for group, part in zip(self._ds.optimizer.param_groups, self._group_parts, strict=True):
-            group["lr"] = rates[part]
+    def set_learning_rates(self, rates: Mapping[str, float], resting: FactorName | None = None) -> None:
+        """Learning rate of each part; 0 freezes it to the bit, weight decay included, and so does resting a factor of the
+        adapters, where they lie apart.
+
+        What is frozen beside what trains has no gradient: ZeRO 3 would clip by the one that it has kept of an earlier stage.
+        """
+        groups = zip(self._ds.optimizer.param_groups, self._group_parts, self._group_factors, strict=True)
+        new = [0.0 if factor is not None and factor == resting else rates[part] for _, part, factor in groups]
+        for group, parameters, rate in zip(self._ds.optimizer.param_groups, self._group_parameters, new, strict=True):
+            group["lr"] = rate
+            for parameter in parameters:
+                parameter.requires_grad_(rate != 0 or not any(new))
+
+    def holds(self, part: str, factor: FactorName | None) -> list[bool]:
+        """Of each slice of a part, whether it holds this factor of the adapters; none does where they do not lie apart."""
+        return [factor is not None and self._group_factors[s.group] == factor for s in self._slices[part]]
 
     def reset_optimizer(self) -> None:
         """Forget the moments and step counts, as at the start of each stage."""
@@ -231,10 +297,12 @@ class Engine:
         for one in self._slices[part]:
             yield from one.views()
 
-    def views_of(self, part: str, state: PartState) -> Iterator[tuple[Fragment, Tensor]]:
-        """Each fragment of a part with its elements in a host state of that part."""
-        for one, tensor in zip(self._slices[part], state, strict=True):
-            for fragment in one.fragments:
+    def views_of(
+        self, part: str, state: PartState, without: Sequence[bool] | None = None
+    ) -> Iterator[tuple[Fragment, Tensor]]:
+        """Each fragment of a part with its elements in a host state of that part, but those of slices that are left out."""
+        for index, (one, tensor) in enumerate(zip(self._slices[part], state, strict=True)):
+            for fragment in () if without is not None and without[index] else one.fragments:
                 yield fragment, tensor.narrow(0, fragment.offset, fragment.length)
 
     def load(self, read: Any) -> None:
@@ -244,6 +312,12 @@ class Engine:
                 for fragment, view in self.views(part):
                     view.copy_(read(fragment))
         self._refresh()
+
+    def load_frozen(self, read: Callable[[Fragment], Tensor]) -> None:
+        """Write the frozen weights that the server moves from `read(fragment) -> flat fp32 tensor`, and show them."""
+        for fragment, view in self.views(FROZEN):
+            view.copy_(read(fragment))
+        self.show_frozen()
 
     # ---- a second look at a part
     def copy_part(self, part: nn.Module, into: nn.Module) -> None:

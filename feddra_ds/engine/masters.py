@@ -7,7 +7,8 @@ padding out and let a slice be saved, hashed and loaded at any number of ranks. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,15 @@ def full_gradient(parameter: nn.Parameter) -> Tensor | None:
     return safe_get_full_grad(parameter)
 
 
+def share_of(name: str, shape: Sequence[int], rank: int, num_shares: int) -> Slice:
+    """A rank's share of a weight that no optimizer holds, on the host: the chunk that ZeRO 3 gives it of its parameters."""
+    size = math.prod(shape)
+    chunk = -(-size // num_shares)
+    start = min(rank * chunk, size)
+    length = min(chunk, size - start)
+    return Slice(torch.zeros(chunk), -1, (Fragment(name, start, length, 0),))
+
+
 @torch.no_grad()
 def write_frozen(parameter: nn.Parameter, values: Tensor, slot_rank: int) -> None:
     """Write a parameter that no optimizer holds, from all its elements, flat; this rank's chunk of it with ZeRO 3."""
@@ -190,7 +200,13 @@ def write_frozen(parameter: nn.Parameter, values: Tensor, slot_rank: int) -> Non
     if stored is None:
         parameter.data.view(-1).copy_(values)
         return
-    assert stored.is_floating_point(), "a frozen parameter is kept quantised"
     start = slot_rank * stored.ds_numel
-    mine = values[start : start + stored.ds_numel]
-    stored.data.view(-1)[: len(mine)].copy_(mine)
+    write_frozen_share(parameter, values[start : start + stored.ds_numel])
+
+
+@torch.no_grad()
+def write_frozen_share(parameter: nn.Parameter, values: Tensor) -> None:
+    """Write this rank's chunk of a parameter that no optimizer holds, flat; ZeRO 3 only."""
+    stored = parameter.ds_tensor  # type: ignore[attr-defined]
+    assert stored.is_floating_point(), "a frozen parameter is kept quantised"
+    stored.data.view(-1)[: len(values)].copy_(values)

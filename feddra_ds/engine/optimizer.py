@@ -14,6 +14,7 @@ from feddra_ds.config.schema import Config
 from feddra_ds.engine.build_locks import stale_locks
 from feddra_ds.engine.muon import MuonAndAdamW
 from feddra_ds.engine.parts import PARTS
+from feddra_ds.model import lora
 
 
 def pass_over_frozen_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -65,26 +66,37 @@ def reset_state(engine: Any) -> None:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, decay_all: bool = False, matrices: Collection[str] = ()
+    model: nn.Module,
+    weight_decay: float,
+    decay_all: bool = False,
+    matrices: Collection[str] = (),
+    *,
+    factors_apart: bool = False,
 ) -> list[dict[str, Any]]:
     """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature).
 
-    matrices: names of the parameters that Muon trains, which have groups of their own.
+    matrices: names of the parameters that Muon trains, which have groups of their own. factors_apart: the adapters' A
+    and B are in groups of their own, so that one of them can rest.
     """
     decays = {n for n, _ in model.named_parameters()} if decay_all else set(model.decay_parameter_names())  # type: ignore[operator]
     groups = []
     for part in PARTS:
         named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
+        factor = {n: lora.factor_of(n) if factors_apart else None for n, _ in named}
         kinds = itertools.product(
-            (True, False) if weight_decay > 0 else (None,), (True, False) if matrices else (False,)
+            sorted(set(factor.values()), key=str),
+            (True, False) if weight_decay > 0 else (None,),
+            (True, False) if matrices else (False,),
         )
-        for decay, is_muon in kinds:
-            parameters = [
-                p for n, p in named if (decay is None or (n in decays) == decay) and (n in matrices) == is_muon
+        for which, decay, is_muon in kinds:
+            chosen = [
+                p
+                for n, p in named
+                if factor[n] == which and (decay is None or (n in decays) == decay) and (n in matrices) == is_muon
             ]
-            if parameters:
-                decay_by = weight_decay if decay else 0.0
-                groups.append({"params": parameters, "part": part, "weight_decay": decay_by, "is_muon": is_muon})
+            about = {"part": part, "factor": which, "weight_decay": weight_decay if decay else 0.0, "is_muon": is_muon}
+            if chosen:
+                groups.append({"params": chosen, **about})
     return groups
 
 

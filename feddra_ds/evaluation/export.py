@@ -7,7 +7,7 @@ from typing import Literal
 
 from feddra_ds.checkpoint.choose import averaged_checkpoint, find_checkpoint
 from feddra_ds.checkpoint.format import EMA, SHARED, read_coordinator
-from feddra_ds.checkpoint.restore import export_checkpoint, load_checkpoint
+from feddra_ds.checkpoint.restore import export_checkpoint, load_adapters, load_checkpoint
 from feddra_ds.config.load import from_dict
 from feddra_ds.model import lora
 from feddra_ds.model.folder import MAX_SHARD_SIZE, load_pretrained, save_model, write_folder
@@ -69,7 +69,7 @@ def _choose(source: Path, checkpoint: str | None, client: str) -> tuple[Path, bo
 
 
 def _export_adapter(folder: Path, client: str, out: Path) -> list[Path]:
-    model, _ = load_checkpoint(folder, client, merge_adapters=False)
+    model = load_adapters(folder, client)
     config = from_dict(read_coordinator(folder)["config"]).model
     base = {side: getattr(config, side).pretrained or config.pretrained for side in ("vision", "text")}
     return lora.save_adapter(model, out, base)

@@ -49,6 +49,7 @@ class Client:
     previous: ModelState | None = (
         None  # its own model of the last round that it trained in (Strategy.added_loss), on the host
     )
+    adapter_rank: int | None = None  # where it is below that of the engine's adapters
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class LocalTrainer:
             engine.write(client.aligner)
         client.aligner = None
         engine.reset_optimizer()
-        engine.set_learning_rates(stage.learning_rates)
+        engine.set_learning_rates(stage.learning_rates, stage.resting_factor)
         engine.train()
         self.step.pairs = client.pairs
         correction = self._correction(client, stage, global_state, outer or {})

@@ -10,7 +10,7 @@ from feddra_ds.checkpoint.load import SavedFragments, SavedModel
 from feddra_ds.checkpoint.write import write_fragments, write_model
 from feddra_ds.common.logs import logger
 from feddra_ds.distributed.topology import Topology
-from feddra_ds.engine.parts import PARTS, ModelState
+from feddra_ds.engine.parts import FROZEN, PARTS, ModelState
 from feddra_ds.federation.client import Client
 from feddra_ds.federation.server import Server
 from feddra_ds.strategies.base import SliceState
@@ -21,7 +21,8 @@ def write_server(partial: Path, server: Server, clients: Sequence[Client], topol
     written: Files = {}
     for owner, state in server.states.items():
         if owner not in (SHARED, EMA) or topology.slot == 0:  # every slot holds those two
-            written |= write_model(partial, owner, server.engine, state)
+            moved = {FROZEN: server.engine.slices(FROZEN)} if owner == SHARED else {}
+            written |= write_model(partial, owner, server.engine, state | moved)
     if server.residuals is not None:
         folder = partial / "residuals" / f"slot-{topology.slot:05d}"
         written |= write_fragments(folder, partial, server.engine, server.residuals)

@@ -10,6 +10,8 @@ import numpy as np
 
 from feddra_ds.config.schema import Config, ScheduleConfig
 from feddra_ds.data.loading.order import permutation, uniform
+from feddra_ds.model import lora_options
+from feddra_ds.model.lora_options import FactorName
 from feddra_ds.strategies.base import Draws
 from feddra_ds.strategies.robust_weights import Vector
 
@@ -32,6 +34,9 @@ class Stage:
     """Whether it is the round's last."""
     snapshot: int | None = None
     """After so many of its steps the clients' weights are kept aside too, and averaged (Strategy.takes_snapshot)."""
+    round_index: int = 0
+    resting_factor: FactorName | None = None
+    """The factor of the adapters that does not train in it, and so is not averaged after it."""
 
     @property
     def keeps_aligner(self) -> bool:
@@ -90,6 +95,8 @@ def stages_of_round(
         hands_on_aligner=False,
         moves_mixture=False,
         ends_round=True,
+        round_index=round_index,
+        resting_factor=_resting_factor(config, round_index),
     )
     stages = [stage for stage in (stage1, stage2) if stage.num_steps > 0]
     if not takes_snapshot:
@@ -101,6 +108,14 @@ def stages_of_round(
             stages[i] = replace(stage, snapshot=left)
         left -= stage.num_steps
     return stages
+
+
+def _resting_factor(config: Config, round_index: int) -> FactorName | None:
+    """B is 0 at first, where A has no gradient: so B begins."""
+    adapter = lora_options.parse(config.model.adapter)
+    if adapter is None or adapter.aggregation != "alternate":
+        return None
+    return "a" if round_index % 2 == 0 else "b"
 
 
 def draws_of_round(config: Config, round_index: int, p: Vector, *, by_weight: bool = False) -> Draws:

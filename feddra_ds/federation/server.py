@@ -15,11 +15,10 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
 from feddra_ds.federation.aggregation.compression import Codec
 from feddra_ds.federation.aggregation.delta import DeltaSum
-from feddra_ds.federation.aggregation.lora_product import ProductSum
+from feddra_ds.federation.aggregation.lora_rules import RULES, first_rows
 from feddra_ds.federation.aggregation.mean import WeightedSum
 from feddra_ds.federation.client import Client
 from feddra_ds.federation.schedule import Stage
-from feddra_ds.model import lora_options
 from feddra_ds.strategies import Strategy
 from feddra_ds.strategies.base import Averaged, SliceState
 
@@ -45,8 +44,7 @@ class Server:
         if config.aggregate.precision != "fp32":
             self.codec = Codec(config.aggregate.precision, config.aggregate.block_size)
             self.residuals = {part: [torch.zeros_like(s) for s in self.states[SHARED][part]] for part in PARTS}
-        adapter = lora_options.parse(config.model.adapter)
-        self._averages_products = adapter is not None and adapter.aggregation == "product"
+        self._factor_sum = None if engine.adapter is None else RULES.get(engine.adapter.aggregation)
         schedule = config.schedule
         self._aligners_go_on = (
             config.aggregate.after_stage1 and schedule.stage1_steps > 0 and schedule.stage2_start == "client"
@@ -59,7 +57,11 @@ class Server:
         return SHARED
 
     def model_of(self, client: Client) -> ModelState:
-        return self.states[self.owner_of(client)]
+        """The model that a client trains, with adapters of its rank."""
+        state = self.states[self.owner_of(client)]
+        if client.adapter_rank is None:
+            return state
+        return state | {"backbone": first_rows(self.engine, state["backbone"], client.adapter_rank)}
 
     def live(self, stage: Stage) -> dict[str, list[Tensor]]:
         """The engine's live slices of what a stage averages."""
@@ -70,18 +72,18 @@ class Server:
         base = self.states[SHARED]
         if stage.snapshot is not None:
             self._snapshot_sum = self._new_snapshot_sum(stage)
-        if self._averages_products and stage.trains_backbone:
-            self._sum = ProductSum(self.engine, stage.parts, base)
+        if self._factor_sum is not None and stage.trains_backbone:
+            self._sum = self._factor_sum(self.engine, stage, base)
             return
         if self.codec is None or self.residuals is None or (self._topology.peers is None and not self._owes()):
-            self._sum = WeightedSum(self.engine, stage.parts, base)
+            self._sum = WeightedSum(self.engine, stage.parts, base, stage.resting_factor)
             return
         if self._aligners_go_on and not stage.trains_backbone:
             self._owed_at_start = [owed.clone() for owed in self.residuals["aligner"]]
         elif self._aligners_go_on and self._owed_at_start:
             # the clients went on with their own θ_i, which still hold what rounding kept from stage 1's average
             self.residuals["aligner"], self._owed_at_start = self._owed_at_start, []
-        self._sum = DeltaSum(self.engine, stage.parts, base, self.codec, self.residuals)
+        self._sum = DeltaSum(self.engine, stage.parts, base, self.codec, self.residuals, stage.resting_factor)
 
     def _new_snapshot_sum(self, stage: Stage) -> WeightedSum:
         base = self.states[SHARED]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from feddra_ds import strategies
 from feddra_ds.checkpoint.choose import agree_on_checkpoint
-from feddra_ds.checkpoint.format import read_coordinator
+from feddra_ds.checkpoint.format import SHARED, read_coordinator
 from feddra_ds.checkpoint.load import SavedModel
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.files import write_atomic
@@ -85,6 +85,9 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     clients, validation, client_ids, num_samples = build_clients(
         config, dataset, dataset_ids, strategy, topology, tokenizer, processor
     )
+    if engine.adapter is not None:
+        for client in clients:
+            client.adapter_rank = engine.adapter.lower_rank(client.id)
     if objective.num_kept:
         for client in clients:
             client.pairs = Pairs(objective.num_kept)
@@ -206,7 +209,10 @@ def _resume(run: Run, folder: Path) -> dict[str, Any]:
         )
     run.mixture, run.next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
     for owner in run.server.states:
-        run.server.states[owner] = SavedModel(folder, owner).read_state(run.engine)
+        saved = SavedModel(folder, owner)
+        run.server.states[owner] = saved.read_state(run.engine)
+        if owner == SHARED:
+            run.engine.load_frozen(saved.read)
         run.engine.write(run.server.states[owner])  # as after a build: the engine holds a model that the server has
     read_residuals(folder, run.server, run.topology)
     read_kept(folder, run.server, run.clients)

@@ -12,12 +12,14 @@ from feddra_ds import strategies
 from feddra_ds.checkpoint.format import read_coordinator
 from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.common.text import listed
+from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.preflight import preflight
 from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan, plan
 from feddra_ds.model import lora_options
+from feddra_ds.model.lora_options import LoraOptions
 
 
 def _cannot_be_made(folder: Path) -> list[str]:
@@ -59,6 +61,29 @@ def _reference_problem(config: Config, ids: list[str]) -> str | None:
     if state["config"]["model"] != config.model_dump(mode="json")["model"]:
         return f"dro.reference: {reference} has another model section; train both runs with the same one"
     return None
+
+
+def _adapter_problems(config: Config, adapter: LoraOptions, ids: list[str]) -> list[str]:
+    """What the adapters' rule cannot work with: a line each."""
+    rule, out = adapter.aggregation, []
+    if rule in ("product", "residual", "stack") and config.aggregate.precision != "fp32":
+        out.append(
+            f"aggregate.precision: {config.aggregate.precision} rounds deltas of factors, and "
+            f"model.adapter.aggregation={rule} needs each client's own; use fp32, or factors, freeze_a or alternate"
+        )
+    if unknown := sorted(set(adapter.ranks or {}) - set(ids)):
+        out.append(f"model.adapter.ranks: {listed(unknown)} are no clients of this run, which are {listed(ids)}")
+    if adapter.moves_frozen and config.dro.reference is not None:
+        out.append(
+            f"model.adapter.aggregation: {rule} moves the frozen weights, under which the clients' own models of "
+            "dro.reference do not stand; use product, factors or freeze_a"
+        )
+    if adapter.moves_frozen and get_path(config.deepspeed, "zero_optimization.offload_param.device") == "nvme":
+        out.append(
+            f"model.adapter.aggregation: {rule} moves the frozen weights, which "
+            "deepspeed.zero_optimization.offload_param.device=nvme keeps in files; use cpu"
+        )
+    return out
 
 
 def reference_checkpoint(run_dir: str) -> Path | None:
@@ -117,11 +142,7 @@ def check(config: Config, launch: Launch) -> Checked:
         problems.append(problem)
     try:
         adapter = lora_options.parse(config.model.adapter)
-        if adapter is not None and adapter.aggregation == "product" and config.aggregate.precision != "fp32":
-            problems.append(
-                f"aggregate.precision: {config.aggregate.precision} rounds deltas of factors, and "
-                "model.adapter.aggregation=product factors anew each round; use fp32, or factors or freeze_a"
-            )
+        problems += [] if adapter is None else _adapter_problems(config, adapter, ids)
     except ValueError as error:
         problems += str(error).splitlines()
     layout = None

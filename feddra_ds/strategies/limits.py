@@ -30,10 +30,21 @@ def adapters_are_not(config: Any, rules: tuple[str, ...], why: str) -> list[str]
 
 
 def factors_are_new(config: Any) -> list[str]:
-    """A line where the average gives adapters other factors each round, so that nothing kept of the old ones fits them."""
-    if (config.model.adapter or {}).get("aggregation") != "product":
+    """A line where the mean of adapters is more than a mean of factors, so that a step or control of factors misses it."""
+    rule, name = (config.model.adapter or {}).get("aggregation"), config.strategy.name
+    why = {
+        "product": f"gives each average new factors, which what strategy.name={name} keeps of the old ones does not fit",
+        "residual": f"moves the frozen weights too, which the server's step of strategy.name={name} does not know",
+        "stack": f"moves the frozen weights and not the factors, which the server's step of strategy.name={name} goes by",
+    }
+    return [f"model.adapter.aggregation: {rule} {why[rule]}; use factors or freeze_a"] if rule in why else []
+
+
+def factors_rest(config: Any) -> list[str]:
+    """A line where one factor of the adapters does not train in a round, which what a client keeps would move."""
+    if (config.model.adapter or {}).get("aggregation") != "alternate":
         return []
     return [
-        f"model.adapter.aggregation: product gives each average new factors, which what strategy.name={config.strategy.name} "
-        "keeps of the old ones does not fit; use factors or freeze_a"
+        f"model.adapter.aggregation: alternate lets one factor rest, which strategy.name={config.strategy.name} would move; "
+        "use factors or freeze_a"
     ]

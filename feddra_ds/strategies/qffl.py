@@ -9,7 +9,7 @@ from pydantic import Field
 
 from feddra_ds.strategies.base import Averaged, SliceState
 from feddra_ds.strategies.fedavg import FedAvg
-from feddra_ds.strategies.limits import clients_undo_the_step
+from feddra_ds.strategies.limits import clients_undo_the_step, factors_are_new
 from feddra_ds.strategies.options import StrategyOptions
 from feddra_ds.strategies.robust_weights import Vector
 
@@ -37,6 +37,8 @@ class QFFL(FedAvg):
 
     def problems(self, config: Any) -> list[str]:
         out = clients_undo_the_step(config)
+        if self.options.q > 0 and self.options.lipschitz != 0:
+            out += factors_are_new(config)
         if config.dro.fixed_weights is not None:
             out.append("dro.fixed_weights: strategy.name=qffl moves p by its own rule; remove it, or take fedavg")
         if config.dro.apply != "aggregate":

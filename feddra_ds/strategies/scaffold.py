@@ -8,7 +8,7 @@ from pydantic import Field
 
 from feddra_ds.strategies.base import Averaged, SliceState, kept
 from feddra_ds.strategies.fedavg import FedAvg
-from feddra_ds.strategies.limits import factors_are_new
+from feddra_ds.strategies.limits import factors_are_new, factors_rest
 from feddra_ds.strategies.options import StrategyOptions
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Scaffold(FedAvg):
     num_kept: ClassVar[int] = 1
 
     def problems(self, config: Any) -> list[str]:
-        schedule, dro, out = config.schedule, config.dro, factors_are_new(config)
+        schedule, dro = config.schedule, config.dro
+        out = factors_are_new(config) + factors_rest(config)
         if schedule.stage1_steps > 0 and schedule.stage2_steps > 0 and schedule.stage2_start == "client":
             out.append(
                 "schedule.stage2_start: with client, stage 2 does not begin at the global model, from which "

@@ -55,8 +55,13 @@ def _updates(flat: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) ->
 
 @pytest.mark.parametrize(
     ("rule", "layout"),
-    [pytest.param("factors", (2, 2, 3), marks=pytest.mark.slow), ("product", (4, 2, 2)), ("freeze_a", (2, 1, 0))],
-    ids=RULES,
+    [
+        pytest.param("factors", (2, 2, 3), marks=pytest.mark.slow),
+        ("product", (4, 2, 2)),
+        pytest.param("product", (2, 2, 0), marks=pytest.mark.slow),  # every rank has whole factors: they count once
+        ("freeze_a", (2, 1, 0)),
+    ],
+    ids=["factors", "product", "product-whole", "freeze_a"],
 )
 def test_lora_knows_no_ranks(dataset: Path, tmp_path: Path, rule: str, layout: tuple[int, int, int]) -> None:
     shapes, trained = _shapes(dataset, rule)

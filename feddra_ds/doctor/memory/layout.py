@@ -16,6 +16,7 @@ from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 from feddra_ds.doctor.memory.ledger import Blocks, blocks
 from feddra_ds.engine.optimizer import parameter_groups
+from feddra_ds.model import lora, lora_options
 from feddra_ds.model.dual_encoder import DualEncoder
 
 
@@ -31,6 +32,7 @@ class Layout:
     every: tuple[int, ...]  # elements of each parameter, frozen ones too
     aligner: tuple[int, ...]
     groups: tuple[tuple[str, tuple[int, ...]], ...]
+    moved: tuple[int, ...]  # elements of each frozen weight that the server moves
     offloads_optimizer: bool
     offloads_weights: bool
 
@@ -41,7 +43,12 @@ class Layout:
         stage = int(zero.get("stage") or 0)
         low = {"bf16.enabled": torch.bfloat16, "fp16.enabled": torch.float16}
         dtype = next((t for key, t in low.items() if get_path(config.deepspeed, key)), torch.float32)
-        groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.decay_all)
+        adapter = lora_options.parse(config.model.adapter)
+        alternates = adapter is not None and adapter.aggregation == "alternate"
+        decay = (config.optimizer.weight_decay, config.optimizer.decay_all)
+        groups = parameter_groups(model, *decay, factors_apart=alternates)
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        under = [lora.frozen_weight(a) for a, _ in lora.pairs(list(sizes))]
         return Layout(
             device,
             dtype,
@@ -51,6 +58,7 @@ class Layout:
             tuple(p.numel() for p in model.parameters()),
             tuple(p.numel() for p in model.aligner.parameters()),
             tuple((group["part"], tuple(p.numel() for p in group["params"])) for group in groups),
+            tuple(sizes[name] for name in under) if adapter is not None and adapter.moves_frozen else (),
             stage > 0 and get_path(zero, "offload_optimizer.device") in ("cpu", "nvme"),
             stage == 3 and get_path(zero, "offload_param.device") in ("cpu", "nvme"),
         )
@@ -81,6 +89,10 @@ class Layout:
     def state(self, parts: Iterable[str], width: int = 4) -> Blocks:
         """A copy shaped like the masters: this rank's slices with ZeRO, whole parameters without."""
         return self.flat(parts, width) if self.zero_stage else self.each(parts, width)
+
+    def moved_frozen(self) -> Blocks:
+        """fp32 of the frozen weights that the server moves: this rank's shares with ZeRO, the whole without."""
+        return blocks(4 * (math.ceil(n / self.ranks) if self.zero_stage else n) for n in self.moved)
 
     @property
     def largest_group(self) -> int:

@@ -79,6 +79,7 @@ class Miniature:
                 self.hold_twin("frozen model (anchors=resident)", lay.every)
         for _ in range(1 if self.strategy.averages else lay.clients):
             host.hold("server: global model", lay.state(PARTS))
+        host.hold("server: frozen weights that it moves", lay.moved_frozen())
         if self.config.aggregate.precision != "fp32" and self.strategy.averages:
             host.hold("server: residuals", lay.state(PARTS))
         if self.config.aggregate.ema is not None:

@@ -12,6 +12,7 @@ from feddra_ds.engine.parts import BUFFERS, PartState
 from feddra_ds.federation.aggregation.compression import Codec, CompressedSum
 from feddra_ds.federation.aggregation.mean import WeightedSum
 from feddra_ds.federation.aggregation.peers import BUCKET_ELEMENTS
+from feddra_ds.model.lora_options import FactorName
 
 
 class DeltaSum(WeightedSum):
@@ -28,8 +29,9 @@ class DeltaSum(WeightedSum):
         base: Mapping[str, PartState],
         codec: Codec,
         residuals: Mapping[str, PartState],
+        resting: FactorName | None = None,
     ):
-        super().__init__(engine, parts, base)
+        super().__init__(engine, parts, base, resting)
         self.engine, self.codec, self.residuals = engine, codec, residuals
 
     def _add_part(self, part: str, weight: float, state: Sequence[Tensor]) -> None:
@@ -56,10 +58,12 @@ class DeltaSum(WeightedSum):
             exchange.run(deltas, residuals)
             self.num_bytes += exchange.num_bytes
         for part in parts:
-            for total, before in zip(self.sums[part], self.base[part], strict=True):
-                total.add_(before)  # padding has no delta
+            for total, before, rest in zip(self.sums[part], self.base[part], self.rests[part], strict=True):
+                if not rest:
+                    total.add_(before)  # padding has no delta
 
     def _views(self, part: str, *states: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """The elements of a part's fragments, without padding, in each of several states of it."""
-        for views in zip(*(self.engine.views_of(part, list(state)) for state in states), strict=True):
+        """The elements of a part's fragments that travel, without padding, in each of several states of it."""
+        without = self.rests[part]
+        for views in zip(*(self.engine.views_of(part, list(state), without) for state in states), strict=True):
             yield tuple(values for _, values in views)

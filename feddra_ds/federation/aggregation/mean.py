@@ -15,24 +15,35 @@ from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, PartState
 from feddra_ds.federation.aggregation.peers import reduce_over_peers
+from feddra_ds.model.lora_options import FactorName
 
 
 class WeightedSum:
     """Σ w_i θ_i over clients, part by part. Floating tensors: the weighted mean; integer ones: the first client's.
 
     Where the first client is left out, integers stay what they were in `base`, the state that the stage started from.
+    Slices that hold the factor `resting` of the adapters stay too: no client has trained them, and they do not travel.
     """
 
-    def __init__(self, engine: Engine, parts: Sequence[str], base: Mapping[str, PartState]):
+    def __init__(
+        self,
+        engine: Engine,
+        parts: Sequence[str],
+        base: Mapping[str, PartState],
+        resting: FactorName | None = None,
+    ):
         self.parts = (*parts, BUFFERS)
         self.base = base
+        self.rests = {part: engine.holds(part, resting) for part in parts}
         # a part's slices lie in one tensor: hundreds of them (ZeRO 0) travel in one collective, and none is copied
         self._flat: dict[str, Tensor] = {}
         self.sums: dict[str, PartState] = {BUFFERS: [torch.zeros_like(b, device="cpu") for b in engine.slices(BUFFERS)]}
         for part in parts:
-            sizes = [s.numel() for s in engine.slices(part)]
+            rests = self.rests[part]
+            sizes = [0 if rest else s.numel() for s, rest in zip(engine.slices(part), rests, strict=True)]
             self._flat[part] = torch.zeros(sum(sizes))
-            self.sums[part] = list(self._flat[part].split(sizes))
+            sums = self._flat[part].split(sizes)
+            self.sums[part] = [old.clone() if rest else s for s, old, rest in zip(sums, base[part], rests, strict=True)]
         self.num_bytes = 0
         self._has_integers = False
 
@@ -47,8 +58,9 @@ class WeightedSum:
                     total.copy_(live)
 
     def _add_part(self, part: str, weight: float, state: Sequence[Tensor]) -> None:
-        for total, live in zip(self.sums[part], state, strict=True):
-            if live.is_floating_point() and weight != 0:
+        rests = self.rests.get(part, [False] * len(state))
+        for total, live, rest in zip(self.sums[part], state, rests, strict=True):
+            if live.is_floating_point() and weight != 0 and not rest:
                 total.add_(live.detach().to(total.device), alpha=weight)
 
     def average(self, topology: Topology, total_weight: float) -> dict[str, PartState]:

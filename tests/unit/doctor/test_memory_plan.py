@@ -122,6 +122,7 @@ def test_stage_1_holds_less_than_stage_2_and_embedding_least() -> None:
         ({"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}, "ranks": 2},
          {"deepspeed": {"zero_optimization": {"stage": 3}}, "ranks": 2}),
         ({"model__adapter": {"type": "lora", "r": 4}}, {}),
+        ({"model__adapter": {"type": "lora", "r": 4}}, {"model__adapter": {"type": "lora", "r": 4, "aggregation": "stack"}}),
         ({}, {"objective__anchors": "resident"}),
         ({}, {"aggregate__precision": "int8"}),
         ({}, {"clients": 4}),

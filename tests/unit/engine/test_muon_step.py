@@ -108,3 +108,8 @@ def test_stages_that_cut_matrices_are_refused_by_name(stage: int) -> None:
     ):
         config(**tree)
     config(**tree, optimizer={"name": "adamw"})
+
+
+def test_adapters_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.adapter: its factors are halves of matrices"):
+        config(model={"adapter": {"type": "lora"}})

@@ -22,6 +22,16 @@ def test_stages() -> None:
     assert [stage.name for stage in stages_of_round(config, 0)] == ["stage2"]
 
 
+def test_one_factor_of_the_adapters_rests_in_turn() -> None:
+    resting = {}
+    for rule in ("alternate", "residual"):
+        config = from_dict({"data": {"root": "x"}, "model": {"adapter": {"type": "lora", "aggregation": rule}}})
+        rounds = [stages_of_round(config, number) for number in range(4)]
+        assert all(first.resting_factor is None for first, _ in rounds), "stage 1 trains no adapter"
+        resting[rule] = [second.resting_factor for _, second in rounds]
+    assert resting == {"alternate": ["a", "b", "a", "b"], "residual": [None] * 4}
+
+
 @pytest.mark.parametrize(
     ("decay", "expected"),
     [

@@ -58,7 +58,39 @@ def test_options_are_validated() -> None:
         "model.adapter.aggregation",
         "model.adapter.rank",
     ]
-    assert "unknown key; there are type, r, alpha" in lines[2]
+    assert "unknown key; there are type, r, ranks, alpha" in lines[2]
+
+
+def test_ranks_of_clients() -> None:
+    options = lora_options.parse({"r": 4, "alpha": 8, "aggregation": "stack", "ranks": {"a": 2, "b": 6, "c": 6}})
+    assert options is not None
+    assert options.largest_rank == 6
+    assert [options.lower_rank(client) for client in "abcd"] == [2, None, None, 4]
+    model = adapted(**options.model_dump())
+    assert set(lora.adapted(model).values()) == {2.0}, "alpha / r, whatever rank the engine has"
+    assert all(p.shape[0] == 6 for n, p in model.named_parameters() if "lora_A" in n)
+    with pytest.raises(ValueError, match=r"^model.adapter.ranks: aggregation=product averages .* use stack"):
+        lora_options.parse({"aggregation": "product", "ranks": {"a": 2}})
+
+
+def test_directions_that_are_zero_never_learn() -> None:
+    """What unequal ranks rest upon: rows of A and columns of B that are both 0 have no gradient, so no optimizer moves them."""
+    model = adapted(r=4)
+    factors = {n: p for n, p in model.named_parameters() if "lora_A" in n}
+    for a in factors.values():
+        a.data[2:] = 0
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        out = model(**batch())
+        (out.image_embeds - out.text_embeds.roll(seed, 0)).square().sum().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            assert not p[2:].any(), name
+        if "lora_B" in name:
+            assert p[:, :2].any(), name
+            assert not p[:, 2:].any(), name
 
 
 def test_a_new_adapter_changes_nothing_and_none_adds_nothing() -> None:
@@ -176,6 +208,34 @@ def test_adapter_in_pefts_format(tmp_path: Path) -> None:
         lora.save_adapter(plain, tmp_path / "none", {})
 
 
+def test_adapters_over_other_frozen_weights(tmp_path: Path) -> None:
+    """Frozen weights that the server has moved are given to adapters of the rank that it takes, for the first encoder."""
+    model, plain = adapted(r=2, alpha=6.0), build(num_extra_blocks=1)
+    scramble(plain)
+    train(model)
+    generator, ranks = torch.Generator().manual_seed(1), {}
+    weights = {n: p for n, p in model.named_parameters() if n.endswith(".base_layer.weight") and "lora" not in n}
+    began = {n: p.detach().clone() for n, p in weights.items()}
+    for index, (name, p) in enumerate(weights.items()):
+        left, right = (torch.randn(n, index % 4, generator=generator) for n in p.shape)
+        p.data += 0.1 * left @ right.T
+        ranks[name.removesuffix(".base_layer.weight")] = index % 4 + 2
+    moved = lora.merge(copy.deepcopy(model))
+    assert not close(adapted(r=2, alpha=6.0), moved, 1e-3)
+    lora.stand_on(model, began)
+    found = {n.removesuffix(".lora_A.default.weight"): len(p) for n, p in model.named_parameters() if "lora_A" in n}
+    assert found == ranks
+    assert all(torch.equal(p, began[n]) for n, p in model.named_parameters() if n in began)
+    assert close(model, moved, 1e-5)
+    lora.save_adapter(model, tmp_path, {})
+    for side in ("vision", "text"):
+        encoder = PeftModel.from_pretrained(plain.whole_encoder(side), tmp_path / side).merge_and_unload()
+        wanted = dict(getattr(moved.backbone, side).named_parameters())
+        gaps = [float((p - wanted[n]).abs().max()) for n, p in encoder.named_parameters() if n in wanted]
+        assert len(gaps) > 10
+        assert max(gaps) <= 2e-6, side
+
+
 def test_gradient_checkpointing_with_a_frozen_base() -> None:
     one, two = adapted(), adapted()
     two.activation_checkpointing_enable()
@@ -214,6 +274,29 @@ def test_the_product_is_the_best_rank_r_update(count: int) -> None:
     assert update_error(got, clients, weights) == pytest.approx(float(error), abs=1e-6)
     if count == 1:
         assert error < 1e-6
+
+
+@pytest.mark.parametrize("size", [(20, 12), (12, 20), (6, 40), (40, 6)])
+def test_a_product_of_a_rank_above_the_width(size: tuple[int, int]) -> None:
+    clients = random_factors(3, rank=16, size=size)
+    got, exact = lora.average_product(clients, [0.5, 0.3, 0.2]), mean_update(clients, [0.5, 0.3, 0.2])
+    assert (got.a.shape, got.b.shape) == ((16, size[1]), (size[0], 16))
+    assert torch.allclose(got.b.double() @ got.a.double(), exact, atol=1e-5)
+    assert int(torch.linalg.matrix_rank(got.a)) == min(16, size[1]), "A keeps all the directions that it can have"
+
+
+def test_rows_of_the_mean_update() -> None:
+    clients, weights = random_factors(3), [0.5, 0.3, 0.2]
+    exact = mean_update(clients, weights)
+    assert torch.allclose(lora.rows_of_update(clients, weights, slice(3, 9)), exact[3:9], atol=1e-12)
+    assert lora.rows_of_update(clients, weights, slice(20, 20)).shape == (0, 12)
+
+
+def test_a_is_drawn_anew() -> None:
+    first, second = lora.draw("x", (4, 9)), lora.draw("x", (4, 9), times=1)
+    assert torch.equal(second, lora.draw("x", (4, 9), times=1))
+    assert not torch.equal(first, second)
+    assert max(first.abs().max(), second.abs().max()) <= 1 / 3
 
 
 def test_errors_of_the_three_rules() -> None:

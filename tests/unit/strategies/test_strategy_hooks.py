@@ -154,11 +154,14 @@ def test_afl_is_feddra_where_the_ball_holds_the_simplex() -> None:
 
 
 TWO_STAGES: dict[str, Any] = {"schedule": {"stage1_steps": 2, "stage2_steps": 3}}
-PRODUCT: dict[str, Any] = {"model": {"adapter": {"type": "lora", "aggregation": "product"}}}
 READ_OFF_ANCHORS: dict[str, Any] = TWO_STAGES | {
     "dro": {"evaluate_on": "anchors"},
     "objective": {"anchor_weight": 1.0},
 }
+PRODUCT, RESIDUAL, STACK, ALTERNATE = (
+    {"model": {"adapter": {"type": "lora", "aggregation": rule}}}
+    for rule in ("product", "residual", "stack", "alternate")
+)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,10 @@ READ_OFF_ANCHORS: dict[str, Any] = TWO_STAGES | {
     [
         *((name, TWO_STAGES, "schedule.stage2_start", "use global") for name in ("fedavgm", "diloco", "fedadam", "scaffold")),
         *((name, PRODUCT, "model.adapter.aggregation", "use factors") for name in ("fedavgm", "fedyogi", "scaffold")),
+        *((name, tree, "model.adapter.aggregation", "moves the frozen weights")
+          for name, tree in (("diloco", RESIDUAL), ("fedadam", STACK), ("scaffold", RESIDUAL))),
+        ("scaffold", ALTERNATE, "model.adapter.aggregation", "lets one factor rest"),
+        ("qffl", {"strategy": {"lipschitz": 1.0}} | RESIDUAL, "model.adapter.aggregation", "use factors"),
         ("qffl", {"strategy": {"lipschitz": 0.0}} | TWO_STAGES, "schedule.stage2_start", "use global"),
         ("qffl", {"strategy": {"q": 1.0}}, "strategy.lipschitz", "use sgd"),
         ("qffl", {"strategy": {"q": 0.0}, "dro": {"apply": "loss"}}, "dro.apply", "use aggregate"),
@@ -187,6 +194,14 @@ def test_what_does_not_compose_is_refused_by_name(name: str, tree: dict[str, Any
     (line,) = caught.value.problems
     assert line.startswith(f"{key}: ")
     assert remedy in line
+
+
+def test_exact_adapters_go_with_what_keeps_nothing() -> None:
+    for name, options in (("fedprox", {"mu": 0.1}), ("afl", {}), ("qffl", {"lipschitz": 0.0})):
+        for rule in (RESIDUAL, STACK, ALTERNATE):
+            from_dict({"data": {"root": "x"}, "strategy": {"name": name, **options}} | rule)
+    for name in ("fedavgm", "fedadam", "diloco"):
+        from_dict({"data": {"root": "x"}, "strategy": {"name": name}} | ALTERNATE)
 
 
 @pytest.mark.parametrize(
