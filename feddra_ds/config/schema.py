@@ -113,6 +113,16 @@ class StreamingConfig(Section):
 class DataConfig(Section):
     root: str | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it), or its address."""
+    clients: dict[str, str | list[str]] | None = Field(None, json_schema_extra=MAY_CHANGE)
+    """In place of root: each client's shards, a folder of tars or a list of them with webdataset's braces, such as
+    {north: "https://host/north/{00000..00127}.tar"}. A shard named after val or test is of that split, others of train."""
+    client_field: str | None = None
+    """root is then one set of shards, a folder or a list with braces, and this field of a pair's json names its client."""
+    text_field: str | None = None
+    """Field of a pair's json that is its text (its .txt where the json has none); of a list of texts each epoch draws one."""
+    val_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the training pairs of each client without a val split that are its val split: by a hash of the patient that
+    the json names, else of the key, so that a pair stays on its side for ever."""
     batch_size: int = Field(72, ge=1)
     """Pairs in one optimizer step of one client, over all its ranks; the other pairs of a batch are a pair's negatives."""
     micro_batch_size: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)

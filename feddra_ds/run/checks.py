@@ -79,7 +79,7 @@ def check(config: Config, launch: Launch) -> Checked:
     strategy = strategies.build(config.strategy, config.dro)
     dataset = None
     try:
-        dataset = open_dataset(str(config.data.root), options=config.data.streaming)
+        dataset = open_dataset(config.data.root, data=config.data)
         make_val_splits(dataset, config)
         problems += preflight(
             dataset,

@@ -69,11 +69,20 @@ class Store:
         """The address of a file under the root."""
         return self.root.replace("{path}", relative) if "{path}" in self.root else f"{self.root.rstrip('/')}/{relative}"
 
-    def expect(self, relative: str, size: int, sha256: str) -> str:
+    def expect(self, address: str, size: int, sha256: str) -> str:
         """Remember what a shard must be; returns its address."""
-        address = self.address(relative)
         self.expected[address] = (size, sha256)
         return address
+
+    def first(self, address: str) -> Path:
+        """The local copy of a shard of which nothing is known yet, fetched when it is not here. Raises DataError."""
+        path = self.copy_of(address)
+        if not path.is_file():
+            with self._locked(path, address):
+                if not path.is_file():
+                    self._fetch(address, path, None)
+                    self._make_room(path)
+        return path
 
     def text(self, relative: str) -> str:
         """A small text file, fetched afresh. Raises DataError."""
@@ -87,7 +96,9 @@ class Store:
         return self.folder / "shards" / f"{name}.tar"
 
     def local(self, address: str) -> Path:
-        """The local copy of a shard, fetched when it is not here. Raises DataError within a bounded time."""
+        """The local copy of a shard, fetched when it is not here; a path stays what it is. Raises DataError in bounded time."""
+        if not is_remote(address):
+            return Path(address)
         path, expected = self.copy_of(address), self.expected[address]
         if not _has_size(path, expected[0]):
             with self._locked(path, address):

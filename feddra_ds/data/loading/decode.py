@@ -21,7 +21,7 @@ from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.format.samples import Samples, text_id
 from feddra_ds.data.format.text import no_report
 from feddra_ds.data.loading.images import BadSample, evaluation_pixels, training_pixels
-from feddra_ds.data.loading.order import EvaluationOrder, Order, Position
+from feddra_ds.data.loading.order import EvaluationOrder, Order, Position, seeded
 from feddra_ds.data.loading.tokens import pad_batch
 
 _MAX_SUBSTITUTES = 1000
@@ -195,13 +195,20 @@ class Decoder:
     def _read(self, out: np.ndarray, epoch: int, sample: int) -> str:
         part, index = self.source.locate(sample)
         try:
-            text, image = part.read_text(index), part.read_image(index)
+            text, image = part.read_text(index, caption_of(self.source, epoch, sample)), part.read_image(index)
         except EOFError as error:
             raise BadSample("truncated_shard") from error
         except OSError as error:
             path = part.paths[int(part.shard[index])]
             raise DataError(f"{path}: cannot be read for client {part.client}: {error.strerror}") from error
         return fill(out, image, text, self.source, epoch, sample)
+
+
+def caption_of(source: Source, epoch: int, sample: object) -> int:
+    """Which of a sample's texts to take, where it has several: one drawn in each epoch, the first in evaluation (-1)."""
+    if epoch < 0:
+        return 0
+    return int.from_bytes(seeded("caption", source.seed, source.name, epoch, sample)[:8], "big")
 
 
 def fill(out: np.ndarray, image: bytes | None, text: bytes | None, source: Source, epoch: int, sample: object) -> str:
