@@ -148,7 +148,7 @@ class DataConfig(Section):
     verify: bool = Field(False, json_schema_extra=MAY_CHANGE)
     """Check every shard's sha256 against index.json before training."""
     max_bad_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=MAY_CHANGE)
-    """The run fails when more than this fraction of a client's samples is unreadable."""
+    """A client is excluded when more than this fraction of its samples is unreadable; see clients.minimum."""
 
 
 class ClientsConfig(Section):

@@ -16,7 +16,7 @@ from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.words import Words
-from feddra_ds.distributed.collectives import all_sum, gather_uneven
+from feddra_ds.distributed.collectives import all_sum, first_text, gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
@@ -24,6 +24,7 @@ from feddra_ds.federation.aggregation.admission import validate_update
 from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
 from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.protocol import ClientReport, Loss
+from feddra_ds.federation.readable import Readable
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.federation.step import LocalStep, StepObserver, anchor_gradient_ratio
 from feddra_ds.objectives.base import Objective
@@ -140,7 +141,8 @@ class LocalTrainer:
         """
         engine = self.engine
         engine.write(global_state)
-        anchors = self._anchors(client, stage)
+        readable = Readable(client.data)
+        anchors = self._anchors(client, stage, readable)
         if stage.trains_backbone and client.aligner is not None:
             engine.write(client.aligner)
         client.aligner = None
@@ -163,11 +165,14 @@ class LocalTrainer:
             if on_step is not None:
                 on_step(step, value)
         client.position = client.data.advance(client.position, stage.num_steps)
-        problem = self._problem(client, stage, tally)
+        fault = first_text(readable.fault, self.group, self.topology.device)
+        problem = self._problem(client, stage, tally) if fault is None else fault
         if correction is not None:
             correction.keep(len(tally.good) if problem is None else None)
         if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
+        if fault is not None:  # the steps, or some of them, were on blank pairs
+            return LocalResult(math.nan, 0, problem)
         anchor_loss = Loss.of(torch.cat(anchor_losses)) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
         ratio = self._anchor_gradient_ratio()
@@ -200,10 +205,10 @@ class LocalTrainer:
             problem = f"{tally.longest} steps in a row had a non-finite loss or gradient (optimizer.max_skipped_steps)"
         return problem
 
-    def _anchors(self, client: Client, stage: Stage) -> NoAnchors:
+    def _anchors(self, client: Client, stage: Stage, readable: Readable) -> NoAnchors:
         """The stage's batches and their anchors; called while the engine holds the global model."""
         engine, objective, data = self.engine, self.objective, self.config.data
-        fresh = lambda: client.data.batches(client.position, stage.num_steps)
+        fresh = lambda: readable.batches(client.position, stage.num_steps)
         if not objective.needs_anchors:
             return NoAnchors(fresh())
         if not stage.trains_backbone:

@@ -20,7 +20,7 @@ from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.decode import Decoded, Source, Task
 from feddra_ds.data.loading.order import Order, Position
 from feddra_ds.data.loading.pool import DecodePool
-from feddra_ds.data.loading.tokens import freeze
+from feddra_ds.data.loading.tokens import PAD_MULTIPLE, freeze
 
 
 class ClientData:
@@ -94,6 +94,16 @@ class ClientData:
         for place in wanted:
             if place not in self._ahead:
                 self._ahead[place] = self.pool.submit(self.source, self._training_task(place))
+
+    def blank_batch(self) -> Batch:
+        """A training batch of this rank's size that holds no pair: black pictures and one token each."""
+        size, side = self._part.stop - self._part.start, self.source.image_size
+        ids = torch.full((size, PAD_MULTIPLE), self.source.pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        mask[:, 0] = 1
+        keys = [f"blank {number}" for number in range(size)]
+        pixels = torch.zeros((size, 3, side, side), dtype=torch.uint8)
+        return Batch(pixels, ids, mask, torch.arange(size), keys, self._mean, self._std)
 
     def advance(self, position: Position, num_steps: int) -> Position:
         """The position after `num_steps` batches from `position`."""

@@ -221,3 +221,18 @@ def test_a_pipe_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(words) == 2
     assert main([*words, "--data.streaming.allow_pipe", "true"]) == 0
     assert "n: 8 train pairs in 2 shards" in capsys.readouterr().out
+
+
+def test_open_shards_are_few_for_a_whole_process(tmp_path: Path) -> None:
+    """Whatever the number of clients, splits and shards: 1,024 descriptors is what many machines give."""
+    from data_helpers import make_dataset
+
+    dataset = make_dataset(tmp_path / "d", {c: {"train": 50, "val": 20} for c in "abc"}, max_shard_bytes=1000)
+    before = len(os.listdir("/proc/self/fd"))
+    parts = [dataset.samples(client, split) for client in "abc" for split in ("train", "val")]
+    assert sum(len(part.paths) for part in parts) == 210
+    for _ in range(2):
+        assert all(part.read_text(i) for part in parts for i in range(len(part)))
+    assert 100 < len(os.listdir("/proc/self/fd")) - before <= 128
+    del parts, dataset
+    assert len(os.listdir("/proc/self/fd")) <= before
