@@ -106,6 +106,12 @@ def check(config: Config, launch: Launch) -> Checked:
         problems.append(
             f"clients.per_round: {per_round} is more than the {num_clients} clients there are; null takes all"
         )
+    uncounted = [
+        client for client in ids if dataset.is_uncounted(client) and dataset.stream(client, "train").total is None
+    ]
+    if config.dro.center == "samples" and uncounted:
+        problems.append(f"dro.center: samples needs all pairs counted, and those of {listed(uncounted)} are not; "
+                        "`feddra-ds data index` with the same keys counts them")  # fmt: skip
     weights = config.dro.fixed_weights
     if weights is not None and len(weights) != num_clients:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
 from feddra_ds.common.text import listed
 from feddra_ds.config.schema import DataConfig, StreamingConfig
-from feddra_ds.data.format.foreign import by_client, indexed, shards_of
-from feddra_ds.data.format.indexing import IMAGE_SUFFIXES
+from feddra_ds.data.format.foreign import by_client, cache_folder, cached_index, indexed, shards_of
+from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, info_of, split_of
 from feddra_ds.data.format.remote import Store, is_remote
 from feddra_ds.data.format.samples import Samples
 from feddra_ds.data.format.split_by_hash import group_hash, is_val
+from feddra_ds.data.format.stream import Counts, Shards
 
 INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
+ENOUGH = 4096  # of pairs that streaming counts before it starts
 # An index may come from anybody, so it must not name files outside its folder.
 _SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
 
@@ -63,6 +66,7 @@ class Dataset:
         self.held_out = [c for c in self.clients if c in held_out]
         self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `make_val`
         self._hashed: dict[str, np.ndarray | None] = {}  # likewise, by data.val_fraction
+        self._streams: dict[tuple[str, str], Shards] = {}
         self.client_ids: list[str] = []
         self.choose(ids)
 
@@ -132,6 +136,44 @@ class Dataset:
                 problems.append(f"clients.ids: no client {client} under {self.address}; {hint}there are: {have}")
         return problems
 
+    def is_uncounted(self, client: str) -> bool:
+        """Whether the client streams shards that nobody has made an index of: their samples are counted as they are read."""
+        return self.data.order == "streaming" and client in self._bare and not self._has_cached_index(client)
+
+    def _has_cached_index(self, client: str) -> bool:
+        return client in self._indexes or cached_index(self._bare[client], self.data).is_file()
+
+    def stream(self, client: str, split: str) -> Shards:
+        """The client's shards of a split, for data.order=streaming; the same object each time. Raises DataError without any."""
+        if (client, split) not in self._streams:
+            made = self._stream_bare if self.is_uncounted(client) else self._stream_indexed
+            self._streams[client, split] = made(client, split)
+        return self._streams[client, split]
+
+    def _stream_bare(self, client: str, split: str) -> Shards:
+        places: dict[str, list[str]] = {}
+        for place in self._bare[client]:
+            places.setdefault(split_of(place), []).append(place)
+        fraction, keep = self.data.val_fraction, None
+        if fraction is not None and "val" not in places and split in ("train", "val"):
+            keep = _Side(fraction, split)
+        own = places.get("train" if keep is not None else split, [])
+        if not own:
+            have = ", ".join(places)
+            raise DataError(f"{self.address}/{client}: client {client} has no {split} split; it has {have}")
+        known = Counts(cache_folder(self.data) / "counts", repr((fraction if keep is not None else None,)))
+        counts = [known.get(place, split) for place in own]
+        return Shards(client, split, own, counts, self.store, self.data.text_field, keep, known)
+
+    def _stream_indexed(self, client: str, split: str) -> Shards:
+        samples = self.samples(client, split)
+        counts = np.bincount(samples.shard, minlength=len(samples.paths)).tolist()
+        chosen = self._chosen(client) if split in ("train", "val") else None
+        keep = None if chosen is None else _Among(frozenset(samples.keys))
+        used = [i for i, count in enumerate(counts) if count]
+        places = [samples.paths[i] for i in used]
+        return Shards(client, split, places, [counts[i] for i in used], self.store, samples.text_field, keep)
+
     def index(self, client: str) -> dict[str, Any]:
         """The client's index.json, or the one made of its shards. Raises DataError when it is missing or broken."""
         if client not in self._indexes:
@@ -145,6 +187,9 @@ class Dataset:
 
     def splits(self, client: str) -> list[str]:
         """The client's splits, those with samples."""
+        if self.is_uncounted(client):
+            named = list(dict.fromkeys(split_of(place) for place in self._bare[client]))
+            return named if self.data.val_fraction is None or "val" in named else [*named, "val"]
         found = [name for name, part in self.index(client)["splits"].items() if part["samples"]]
         return found if self._chosen(client) is None or "val" in found else [*found, "val"]
 
@@ -155,6 +200,10 @@ class Dataset:
         alone: nothing is written, and the same arguments give the same slice.
         """
         assert not self.num_samples(client, "val"), client
+        if self.is_uncounted(client):
+            raise DataError(
+                f"dro.evaluate_on: val needs a val split, and client {client} has none; data.val_fraction makes one"
+            )
         ids = self.samples(client, "train").text_ids
         texts, sizes = np.unique(ids, return_counts=True)
         key = lambda text: hashlib.blake2b(f"holdout {seed} {client} {text}".encode(), digest_size=8).digest()
@@ -169,7 +218,10 @@ class Dataset:
         return list(self._own_val)
 
     def num_samples(self, client: str, split: str) -> int:
-        """Pairs of the client in `split`; 0 where it has no such split."""
+        """Pairs of the client in `split`; 0 where it has no such split. Where they are not counted yet (`is_uncounted`), so
+        many as are known, and no more than ENOUGH are counted."""
+        if self.is_uncounted(client):
+            return self.stream(client, split).at_least(ENOUGH) if split in self.splits(client) else 0
         chosen = self._chosen(client) if split in ("train", "val") else None
         if chosen is not None:
             return int(chosen.sum() if split == "val" else (~chosen).sum())
@@ -229,7 +281,9 @@ class Dataset:
         return self.store.expect(address, shard["bytes"], shard["sha256"])
 
     def shards(self, client: str) -> list[tuple[Path, dict[str, Any]]]:
-        """(path, {file, bytes, sha256, samples}) of every shard of the client, over its splits."""
+        """(path, {file, bytes, sha256, samples}) of every shard of the client, over its splits; none where there is no index."""
+        if self.is_uncounted(client):
+            return []
         parts = self.index(client)["splits"].values()
         return [
             (self.root / client / shard["file"], shard) for part in parts for shard in part["shards"]
@@ -279,6 +333,28 @@ def open_dataset(
 def safe_name(value: str) -> str:
     """A client id or sample key as a file name: letters, digits, `_` and `-`; anything else becomes `_`."""
     return re.sub(r"[^\w-]+", "_", value.strip(), flags=re.ASCII).strip("_") or "_"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Whether a sample, given its key and json, is on one side of val_fraction."""
+
+    fraction: float
+    split: str
+
+    def __call__(self, key: str, info: bytes | None) -> bool:
+        group = np.array([int(group_hash(key, {} if info is None else info_of(info)), 16)], dtype=np.uint64)
+        return bool(is_val(group, self.fraction)[0]) == (self.split == "val")
+
+
+@dataclass(frozen=True)
+class _Among:
+    """Whether a sample is one of these keys."""
+
+    keys: frozenset[str]
+
+    def __call__(self, key: str, info: bytes | None) -> bool:
+        return key in self.keys
 
 
 def _groups(samples: Samples) -> np.ndarray:

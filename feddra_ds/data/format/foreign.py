@@ -86,10 +86,8 @@ def indexed(name: str, shards: Sequence[str], data: DataConfig, store: Store | N
     name: of the client or set, for messages. store: fetches what is not on a disk here. Processes that ask at once wait for
     the first. Raises DataError where a shard cannot be read, or has no sample.
     """
-    options = data.streaming
-    base = Path(options.cache_dir or Path.home() / ".cache" / "feddra_ds") / "indexes"
-    path = base / f"{_digest(shards, data)}.json"
-    base.mkdir(parents=True, exist_ok=True)
+    path = cached_index(shards, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path, name) as lock:
         if path.is_file():
             with contextlib.suppress(OSError, ValueError):
@@ -106,6 +104,16 @@ def indexed(name: str, shards: Sequence[str], data: DataConfig, store: Store | N
             logger.warning("%s: %s", name, note)
         write_atomic(path, json.dumps(made))
     return made
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where copies, indexes and counts of shards are kept."""
+    return Path(data.streaming.cache_dir or Path.home() / ".cache" / "feddra_ds")
+
+
+def cached_index(shards: Sequence[str], data: DataConfig) -> Path:
+    """Where the index of these shards is, or will be."""
+    return cache_folder(data) / "indexes" / f"{_digest(shards, data)}.json"
 
 
 def _digest(shards: Sequence[str], data: DataConfig) -> str:

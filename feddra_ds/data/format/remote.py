@@ -108,6 +108,10 @@ class Store:
         os.utime(path)  # `_make_room` drops what was used longest ago
         return path
 
+    def at_hand(self, place: str) -> Path:
+        """A shard here: the path itself, or the copy of an address, which is checked where something is known of it."""
+        return self.local(place) if place in self.expected or not is_remote(place) else self.first(place)
+
     @contextlib.contextmanager
     def _locked(self, path: Path, address: str) -> Iterator[None]:
         """One process fetches a file; the others wait for it, as long as it might take and no longer."""
