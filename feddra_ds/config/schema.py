@@ -97,7 +97,7 @@ class AugmentConfig(Section):
 
 class StreamingConfig(Section):
     shuffle_buffer: int = Field(1000, ge=1)
-    """Samples that data.order=streaming mixes at a time, per reader."""
+    """Samples that data.order=streaming mixes at a time, per client of a rank; they are held in memory, encoded."""
     timeout_s: float = Field(60.0, gt=0, json_schema_extra=MAY_CHANGE)
     """Longest time in seconds without a byte from a remote data.root before an attempt is given up."""
     retries: int = Field(5, ge=0, json_schema_extra=MAY_CHANGE)
@@ -136,7 +136,8 @@ class DataConfig(Section):
     text_length: int = Field(112, ge=4)
     """Tokens per text; longer texts are cut."""
     order: Literal["exact", "streaming"] = "exact"
-    """exact: a seeded order that knows no ranks, read by offset. streaming: whole shards through a buffer, rank-dependent."""
+    """exact: a seeded order that knows no ranks, read by offset. streaming: webdataset's, whole shards through a buffer, no
+    index; depends on the number of ranks."""
     num_workers: int = Field(0, ge=0, json_schema_extra=MAY_CHANGE)
     """Worker processes that decode, per rank; 0 decodes in a background thread."""
     prefetch: int = Field(2, ge=1, json_schema_extra=MAY_CHANGE)

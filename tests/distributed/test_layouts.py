@@ -143,9 +143,16 @@ def trained(data: dict[str, Any], out: Path, num_ranks: int) -> dict[str, Any]:
     return line
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_all_layouts_train(num_ranks: int, clients: dict[str, Any], tmp_path: Path) -> None:
-    line = trained({"clients": clients, "text_field": "report"}, tmp_path, num_ranks)
+@pytest.mark.parametrize(
+    ("num_ranks", "order"),
+    [
+        (1, "exact"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, "exact"), (1, "streaming"), (2, "streaming")]),
+    ],
+)
+def test_all_layouts_train(num_ranks: int, order: str, clients: dict[str, Any], tmp_path: Path) -> None:
+    line = trained({"clients": clients, "text_field": "report", "order": order}, tmp_path, num_ranks)
+    assert (tmp_path / "cache" / "indexes").exists() == (order == "exact")
     assert line["client_ids"] == list(clients)
     assert line["excluded_clients"] == []
     assert not any(line["skipped_samples"].values())

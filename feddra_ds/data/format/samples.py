@@ -121,8 +121,10 @@ class Samples:
         return data
 
     def _open(self, shard: str) -> int:
-        path = shard if self.store is None else self.store.local(shard)
-        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        if self.store is None:
+            return os.open(shard, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        with self.store.opened(shard) as file:
+            return os.dup(file.fileno())
 
     def close(self) -> None:
         """Close the shards; reading opens them again."""

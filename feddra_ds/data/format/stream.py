@@ -82,12 +82,13 @@ class Shards:
         """webdataset's own samples of one shard."""
         from webdataset.tariterators import group_by_keys, tar_file_expander  # on demand: it imports torch
 
-        path = place if self.store is None else self.store.at_hand(place)
         try:
-            with open(path, "rb") as stream:
+            with open(place, "rb") if self.store is None else self.store.opened(place) as stream:
                 yield from group_by_keys(tar_file_expander([{"url": place, "stream": stream}]))
         except OSError as error:
             raise DataError(f"{place}: cannot be read for client {self.client}: {error.strerror or error}") from error
+        except DataError:
+            raise
         except (tarfile.TarError, EOFError, ValueError) as error:
             why = str(error.args[0]) if error.args else type(error).__name__
             raise DataError(f"{place}: cannot be read to its end for client {self.client}: {why}") from error

@@ -7,17 +7,17 @@ samples are all taken is not read again.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.data.format.remote import FetchAhead, Store, is_remote
 from feddra_ds.data.format.stream import Raw, Shards
 from feddra_ds.data.loading.order import permutation, seeded
 
-logger = logging.getLogger("feddra_ds")
+_SHARDS_AHEAD = 2
 
 
 @dataclass(eq=False)
@@ -44,6 +44,8 @@ class Stream:
         self.shares_shards = len(shards) < num_ranks
         self.own = list(range(len(shards))) if self.shares_shards else list(range(rank, len(shards), num_ranks))
         self.rank, self.num_ranks = rank, num_ranks
+        self._stores: dict[str, Store] = {}
+        self._ahead = FetchAhead(lambda place: self._stores[place].at_hand(place))
         self._skipping = False
         self._unread: dict[int, dict[tuple[int, int], Item]] = {}  # by shard, then by number and pass
 
@@ -120,10 +122,21 @@ class Stream:
 
     def _items_of(self, epoch: int):  # type: ignore[no-untyped-def]
         def items(shards: Iterator[int]) -> Iterator[Item]:
-            for shard in shards:
+            order = list(shards)
+            for place, shard in enumerate(order, 1):
+                if not self._skipping:
+                    self._fetch_ahead(order[place : place + _SHARDS_AHEAD])
                 yield from self._items(shard, epoch)
 
         return items
+
+    def _fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Have those that lie at an address copied here, in the background."""
+        places = [(part.store, part.places[i]) for part, i in (self.shards[shard] for shard in shards)]
+        stores = {place: store for store, place in places if store is not None and is_remote(place)}
+        self._stores |= stores
+        if stores:
+            self._ahead.want(list(stores))
 
     def _items(self, shard: int, epoch: int) -> Iterator[Item]:
         part, place = self.shards[shard]
