@@ -92,7 +92,8 @@ class Models:
         if self.run is None:
             return None
         own = root in (DATA_CLIENTS, self.run.get("data.root"))
-        return self.run.reading if own else self.run.reading.model_copy(update={"clients": None, "client_field": None})
+        other = {} if own else {"clients": None, "client_field": None}
+        return self.run.reading.model_copy(update={"order": "exact", **other})  # its samples are drawn from all pairs
 
     def trained_on(self, dataset: Dataset) -> list[str] | None:
         """The run's clients in its order; None for an export, which does not say."""

@@ -45,7 +45,7 @@ class RunFiles:
     def reading(self) -> DataConfig:
         """How the run's config wants its data read: whose shards, which texts, which val split."""
         data = self.get("data") or {}
-        keys = ("root", "clients", "client_field", "text_field", "val_fraction", "streaming")
+        keys = ("root", "clients", "client_field", "text_field", "val_fraction", "order", "streaming")
         return DataConfig(**{key: data[key] for key in keys if key in data})
 
     @property

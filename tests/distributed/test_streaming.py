@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from spawn import run_ranks
 
-PAIRS = {"mine": 96, "other": 8}
-SHARDS = 12  # of mine, of 8 pairs each
+PAIRS = {"mine": 240, "other": 8}
+SHARDS = 24  # of mine
+PER_SHARD = PAIRS["mine"] // SHARDS
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
     for client, count in PAIRS.items():
         (root / client).mkdir(parents=True)
         for number in range(count):
-            shard = root / client / f"train-{number // (96 // SHARDS):06d}.tar"
+            shard = root / client / f"train-{number // PER_SHARD:06d}.tar"
             picture = io.BytesIO()
-            Image.fromarray(np.full((12, 12), number * 2, dtype=np.uint8)).save(picture, "PNG")
+            Image.fromarray(np.full((12, 12), number, dtype=np.uint8)).save(picture, "PNG")
             with tarfile.open(shard, "a") as out:
                 for suffix, data in (("png", picture.getvalue()), ("txt", f"report {number}".encode())):
                     member = tarfile.TarInfo(f"{client}{number}.{suffix}")
@@ -90,20 +91,22 @@ def test_two_ranks_share_a_client_without_an_index_and_go_on_where_they_were(
 ) -> None:
     address, asked = served
     cache = str(tmp_path / "cache")
-    whole = run_ranks(read_batches, 2, address, cache, 0, 24, 0)
+    whole = run_ranks(read_batches, 2, address, cache, 0, 34, 0)
     passes = [[key for batch in rank for key in batch] for rank in whole]
-    assert [len(set(keys[:48])) for keys in passes] == [48, 48], "twelve batches of four are a pass of each rank"
+    assert [len(set(keys[:120])) for keys in passes] == [120, 120], "thirty batches of four are a pass of each rank"
     assert not set(passes[0]) & set(passes[1]), "disjoint"
-    assert set(passes[0]) | set(passes[1]) == {f"mine{n}" for n in range(96)}, "and together the client"
+    assert set(passes[0]) | set(passes[1]) == {f"mine{n}" for n in range(240)}, "and together the client"
     assert not any(path.startswith("/other/") or path.endswith(".json") for path in asked)
 
     asked.clear()
-    again = run_ranks(read_batches, 2, address, cache, 9, 1, 2)
-    assert again == [rank[9:10] for rank in whole], "the same after a kill, whatever the number of workers"
-    shard_of = lambda key: int(key.removeprefix("mine")) // (96 // SHARDS)
+    again = run_ranks(read_batches, 2, address, cache, 15, 1, 2)
+    assert again == [rank[15:16] for rank in whole], "the same after a kill, whatever the number of workers"
+    shard_of = lambda key: int(key.removeprefix("mine")) // PER_SHARD
     fetched = {int(path[-10:-4]) for path in asked}
     for rank in whole:
-        taken = Counter(shard_of(key) for batch in rank[:9] for key in batch)
-        consumed = {shard for shard, count in taken.items() if count == 96 // SHARDS}
-        assert consumed, "nine of twelve batches have consumed whole shards"
+        taken = Counter(shard_of(key) for batch in rank[:15] for key in batch)
+        consumed = {shard for shard, count in taken.items() if count == PER_SHARD}
+        assert len(consumed) > 1, (
+            "half a pass has consumed whole shards, and what is read ahead ends before the next pass"
+        )
         assert not consumed & fetched, "which are not asked for again"

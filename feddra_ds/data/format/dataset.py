@@ -108,11 +108,6 @@ class Dataset:
         """What fetches the shards; None where all lie on a disk here."""
         return Store("", self.options) if any(is_remote(shard) for shard in shards) else None
 
-    @property
-    def bare(self) -> dict[str, list[str]]:
-        """The shards of each client that has no index of its own: one is made at first use (`index`)."""
-        return self._bare
-
     def choose(self, ids: Sequence[str] | None) -> None:
         """Set which clients to train on, in this order (None: all but the held-out). Raises DataError where one is not here."""
         wanted = self.wanted(ids)
@@ -138,10 +133,12 @@ class Dataset:
 
     def is_uncounted(self, client: str) -> bool:
         """Whether the client streams shards that nobody has made an index of: their samples are counted as they are read."""
-        return self.data.order == "streaming" and client in self._bare and not self._has_cached_index(client)
+        return self.data.order == "streaming" and not self.has_index(client)
 
-    def _has_cached_index(self, client: str) -> bool:
-        return client in self._indexes or cached_index(self._bare[client], self.data).is_file()
+    def has_index(self, client: str) -> bool:
+        """Whether there is an index of the client's shards, or one was made of them; else `index` has to read them all."""
+        is_made = client in self._indexes or client not in self._bare
+        return is_made or cached_index(self._bare[client], self.data).is_file()
 
     def stream(self, client: str, split: str) -> Shards:
         """The client's shards of a split, for data.order=streaming; the same object each time. Raises DataError without any."""

@@ -99,6 +99,8 @@ class Shards:
             return self.total
         found = sum(count for count in self.counts if count is not None)
         for shard, count in enumerate(self.counts):
+            if found >= wanted:
+                break
             if count is not None:
                 continue
             for _ in self.read(shard):
