@@ -106,9 +106,7 @@ def check(config: Config, launch: Launch) -> Checked:
         problems.append(
             f"clients.per_round: {per_round} is more than the {num_clients} clients there are; null takes all"
         )
-    uncounted = [
-        client for client in ids if dataset.is_uncounted(client) and dataset.stream(client, "train").total is None
-    ]
+    uncounted = [client for client in ids if dataset.is_uncounted(client)]
     if config.dro.center == "samples" and uncounted:
         problems.append(f"dro.center: samples needs all pairs counted, and those of {listed(uncounted)} are not; "
                         "`feddra-ds data index` with the same keys counts them")  # fmt: skip

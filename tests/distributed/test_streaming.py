@@ -1,4 +1,4 @@
-"""Streaming over two ranks from a server that fails every third request: everything, once, and no more, after a kill too."""
+"""Streaming over two ranks from a server that fails every fifth request: everything, once, and no more, after a kill too."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
 
         def do_GET(self) -> None:
             asked.append(self.path)
-            if len(asked) % 3 == 0:
+            if len(asked) % 5 == 0:
                 self.send_error(503)
             else:
                 super().do_GET()
@@ -86,6 +86,7 @@ def read_batches(
         return [batch.keys for batch in data.batches(data.advance(Position(), first), num)]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_client_without_an_index_and_go_on_where_they_were(
     served: tuple[str, list[str]], tmp_path: Path
 ) -> None:

@@ -215,10 +215,10 @@ class Dataset:
         return list(self._own_val)
 
     def num_samples(self, client: str, split: str) -> int:
-        """Pairs of the client in `split`; 0 where it has no such split. Where they are not counted yet (`is_uncounted`), so
-        many as are known, and no more than ENOUGH are counted."""
+        """Pairs of the client in `split`; 0 where it has no such split. Where nobody has counted them (`is_uncounted`),
+        ENOUGH stands for that many and more."""
         if self.is_uncounted(client):
-            return self.stream(client, split).at_least(ENOUGH) if split in self.splits(client) else 0
+            return self.stream(client, split).up_to(ENOUGH) if split in self.splits(client) else 0
         chosen = self._chosen(client) if split in ("train", "val") else None
         if chosen is not None:
             return int(chosen.sum() if split == "val" else (~chosen).sum())

@@ -93,21 +93,16 @@ class Shards:
             why = str(error.args[0]) if error.args else type(error).__name__
             raise DataError(f"{place}: cannot be read to its end for client {self.client}: {why}") from error
 
-    def at_least(self, wanted: int) -> int:
-        """How many samples there are, counted no further than to `wanted` where a shard has to be read for it."""
-        if self.total is not None:
-            return self.total
+    def up_to(self, wanted: int) -> int:
+        """How many samples there are, or `wanted` where there are more: the same whatever was counted before."""
         found = sum(count for count in self.counts if count is not None)
         for shard, count in enumerate(self.counts):
-            if found >= wanted:
-                break
-            if count is not None:
-                continue
-            for _ in self.read(shard):
-                found += 1
-                if found >= wanted:
-                    return found
-        return found
+            if count is None:
+                for _ in self.read(shard) if found < wanted else ():
+                    found += 1
+                    if found >= wanted:
+                        break
+        return min(found, wanted)
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,13 @@ class StreamingData(ClientData):
         self._shards = [dataset.stream(client, split) for client in client_ids]
         self._buffer = dataset.options.shuffle_buffer
         self._size = batch_size // self.ranks_per_slot
-        self._reader: _Reader | None = None
-        self._stream_of = Stream(
-            self._shards, self.source.seed, self.source.name, buffer=self._buffer, rank=self.slot_rank,
-            num_ranks=self.ranks_per_slot,
-        )  # fmt: skip
+        self._client_of = [part.client for part in self._shards for _ in part.places]
+        self._readers: list[_Reader] = []  # the one that reads ahead, or none
+        weakref.finalize(self, _stop, self._readers)
+
+    def _new_stream(self) -> Stream:
+        order = (self.source.seed, self.source.name)
+        return Stream(self._shards, *order, buffer=self._buffer, rank=self.slot_rank, num_ranks=self.ranks_per_slot)
 
     def batches(self, position: Position, num_steps: int) -> Iterator[Batch]:
         """This rank's part of the next `num_steps` training batches, augmented: a pure function of the position.
@@ -93,7 +95,7 @@ class StreamingData(ClientData):
         try:
             batch, after = reader.take(self.pool.timeout_s, self.source.name)
         except DataError:
-            self._drop_reader()
+            _stop(self._readers)
             raise
         return self._task(batch, after)
 
@@ -104,22 +106,21 @@ class StreamingData(ClientData):
 
     def _raw(self, item: Item, evaluate: bool) -> RawSample:
         assert item.raw is not None
-        part, _ = self._stream_of.shards[item.shard]
-        key = item.raw.key if len(self._shards) == 1 else f"{part.client}/{item.raw.key}"
+        client = self._client_of[item.shard]
+        key = item.raw.key if len(self._shards) == 1 else f"{client}/{item.raw.key}"
         return RawSample(key, -1 if evaluate else item.epoch, item.raw)
 
     def _reader_at(self, step: int) -> _Reader:
-        """The thread that reads ahead, at batch `step`: the one there is, where it has just come to it."""
-        if self._reader is None or self._reader.step != step:
-            self._drop_reader()
-            self._reader = _Reader(self._stream_of.batches(self._size, step), step, self.pool.depth)
-            weakref.finalize(self, self._reader.stop)
-        return self._reader
+        """What reads ahead, at batch `step`: the one there is, where it has just come to it."""
+        if not self._readers or self._readers[0].step != step:
+            _stop(self._readers)
+            self._readers.append(_Reader(self._new_stream().batches(self._size, step), step, self.pool.depth))
+        return self._readers[0]
 
-    def _drop_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.stop()
-            self._reader = None
+
+def _stop(readers: list[_Reader]) -> None:
+    while readers:
+        readers.pop().stop()
 
 
 class _Reader:

@@ -97,6 +97,14 @@ def test_counts_that_are_not_known_are_learned_by_reading() -> None:
     assert some.counts == SIZES
 
 
+def test_no_more_is_counted_than_asked_for() -> None:
+    part = shards([None, None, 7, *[None] * 5])
+    assert part.up_to(20) == 20
+    assert part.read_shards == [0, 1]
+    assert part.up_to(1000) == 80
+    assert shards(list(SIZES)).up_to(20) == 20, "the same whatever is known"
+
+
 def test_a_shard_that_changed_is_told() -> None:
     with pytest.raises(DataError, match=r"has fewer samples than when it was counted"):
         keys(stream(shards([99, *SIZES[1:]]), buffer=4), 12, 20, 3)
