@@ -67,12 +67,17 @@ class Shards:
 
         Raises DataError where it cannot be read to its end.
         """
-        number = 0
+        number, is_empty, names = 0, True, "no members"
         for sample in self._samples(self.places[shard]):
             members = {suffix: sample[suffix] for suffix in KNOWN if suffix in sample}
+            names = f"e.g. {sample['__key__']} with {', '.join(name for name in sample if not name.startswith('__'))}"
+            is_empty = is_empty and not members
             if members and (self.keep is None or self.keep(sample["__key__"], members.get("json"))):
                 number += 1
                 yield Raw(sample["__key__"], members, self.text_field)
+        if is_empty:
+            raise DataError(f"{self.places[shard]}: has no sample of client {self.client}: webdataset reads {names}; a sample is "
+                            "NAME.jpg, .png or .webp with NAME.txt or NAME.json, where NAME has no dot")  # fmt: skip
         if self.counts[shard] is None:
             self.counts[shard] = number
             if self.known is not None:
@@ -85,6 +90,9 @@ class Shards:
         try:
             with open(place, "rb") if self.store is None else self.store.opened(place) as stream:
                 yield from group_by_keys(tar_file_expander([{"url": place, "stream": stream}]))
+                stream.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+                if stream.read().strip(b"\0"):  # a tar ends in blocks of zeros; webdataset takes any end for one
+                    raise EOFError("it ends without the mark of a tar's end; was it half written?")
         except OSError as error:
             raise DataError(f"{place}: cannot be read for client {self.client}: {error.strerror or error}") from error
         except DataError:

@@ -12,7 +12,7 @@ import webdataset
 from data_helpers import BROKEN, client_data, make_dataset
 from test_data_shards_elsewhere import opened, write_tar
 
-from feddra_ds.common.errors import DataError
+from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.format.stream import Raw, Shards
@@ -141,6 +141,21 @@ def test_no_index_is_made_and_the_samples_are_webdataset_s(tmp_path: Path) -> No
     assert not elsewhere(tmp_path).stream("n", "train").counts.count(None), "the next process knows the counts"
 
 
+def test_a_shard_of_uids_has_no_sample_and_says_why(tmp_path: Path) -> None:
+    write_tar(tmp_path / "n" / "0.tar", range(3), name="1.2.840.{}")
+    with pytest.raises(DataError, match=r"0.tar: has no sample of client n: webdataset reads e.g. 1 with 2.840.\d.jpg"):
+        elsewhere(tmp_path).num_samples("n", "train")
+
+
+def test_a_shard_that_is_cut_off_is_an_error_of_its_client(tmp_path: Path) -> None:
+    write_tar(tmp_path / "n" / "0.tar", range(30))
+    whole = (tmp_path / "n" / "0.tar").stat().st_size
+    with open(tmp_path / "n" / "0.tar", "r+b") as file:
+        file.truncate(whole // 2)
+    with pytest.raises(DataError, match=r"0.tar: cannot be read to its end for client n: "):
+        elsewhere(tmp_path).num_samples("n", "train")
+
+
 def test_val_fraction_is_the_one_of_the_exact_order(tmp_path: Path) -> None:
     write_tar(tmp_path / "n" / "0.tar", range(120), patient=[f"p{n // 2}" for n in range(120)])
     streamed = elsewhere(tmp_path, val_fraction=0.3)
@@ -228,3 +243,29 @@ def test_a_late_place_is_reached_soon() -> None:
 def test_local_roots_take_options_too(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d", {"a": {"train": 8}})
     assert Dataset(tmp_path / "d", options=StreamingConfig(shuffle_buffer=7)).options.shuffle_buffer == 7
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"center": "samples"}, "dro.center: samples needs all pairs counted, and those of n are not"),
+        (
+            {"evaluate_on": "val"},
+            "dro.evaluate_on: val needs a val split, and client n has none; data.val_fraction makes one",
+        ),
+    ],
+)
+def test_what_needs_all_pairs_is_refused_where_they_are_not_counted(
+    tmp_path: Path, keys: dict[str, str], line: str
+) -> None:
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.run.checks import check
+
+    write_tar(tmp_path / "n" / "0.tar", range(40))
+    data = {"clients": {"n": str(tmp_path / "n")}, "order": "streaming", "batch_size": 8}
+    run = {"output_dir": str(tmp_path / "run"), "device": "cpu"}
+    dro = {"evaluation_batch_size": 4, "evaluation_pairs": 8, **keys}
+    config = from_dict({"run": run, "data": data, "evaluation": {"every": 0}, "dro": dro})
+    with pytest.raises(ConfigError, match=line):
+        check(config, Launch(0, 1, 0, "127.0.0.1", 0))
