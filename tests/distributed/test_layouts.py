@@ -143,13 +143,9 @@ def trained(data: dict[str, Any], out: Path, num_ranks: int) -> dict[str, Any]:
     return line
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "order"),
-    [
-        (1, "exact"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, "exact"), (1, "streaming"), (2, "streaming")]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("order", ["exact", "streaming"])
 def test_all_layouts_train(num_ranks: int, order: str, clients: dict[str, Any], tmp_path: Path) -> None:
     line = trained({"clients": clients, "text_field": "report", "order": order}, tmp_path, num_ranks)
     assert (tmp_path / "cache" / "indexes").exists() == (order == "exact")
