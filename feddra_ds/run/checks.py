@@ -110,6 +110,10 @@ def check(config: Config, launch: Launch) -> Checked:
     if config.dro.center == "samples" and uncounted:
         problems.append(f"dro.center: samples needs all pairs counted, and those of {listed(uncounted)} are not; "
                         "`feddra-ds data index` with the same keys counts them")  # fmt: skip
+    if config.aggregate.ema is not None and not strategy.averages:
+        problems.append(
+            f"aggregate.ema: strategy.name={config.strategy.name} has no global model to average over rounds; use null"
+        )
     weights = config.dro.fixed_weights
     if weights is not None and len(weights) != num_clients:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")

@@ -80,6 +80,11 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "schedule.stage2_start",
             "throw stage 1 away",
         ),
+        (
+            {"aggregate": {"ema": 0.9}, "model": {"adapter": {"type": "lora", "aggregation": "product"}}},
+            "aggregate.ema",
+            "use factors or freeze_a, or null",
+        ),
         ({"model": {"text": {"pretrained": "x", "config": {}}}}, "model.text.config", "contradicts"),
         ({"model": {"text": {"num_layers": 6}}}, "model.text.num_layers", "num_hidden_layers in model.text.config"),
         (
