@@ -7,6 +7,7 @@ Radiograph-like JPEGs of `stored` pixels with reports, one client. Cases per num
                  the same fast tokenizer → batched, in a WebLoader; 0 workers: in the calling process
     exact        ClientData, order by offset; 0 workers: a background thread
     streaming    StreamingData over the same shards
+With --http the shards come from a server of their own on this machine, through a cache that keeps nothing; no case exact.
 Each case makes the batches of one pass as normalised fp32 tensors, as training takes them. Prints a table of ratios
 (above 1 is faster than webdataset) and appends a row a case to results/data.csv.
 """
@@ -14,9 +15,14 @@ Each case makes the batches of one pass as normalised fp32 tensors, as training 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,12 +132,31 @@ def own_pass(dataset: Dataset, order: str, size: int, batch: int, pool: DecodePo
     return run
 
 
+@contextlib.contextmanager
+def served(root: Path) -> Iterator[str]:
+    """The address of a server of the folder, in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(root)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(100):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
 def measure(args: argparse.Namespace, dataset: Dataset, workers: int) -> list[dict[str, Any]]:
-    paths = dataset.samples("client", "train").paths
+    paths = dataset.stream("client", "train").places
+    orders = ("streaming",) if args.http else ("exact", "streaming")
     steps = args.pairs // args.batch
     with DecodePool(workers, 2) as pool:
         cases = {"webdataset": webdataset_pass(paths, args.size, args.batch, workers)}
-        cases |= {name: own_pass(dataset, name, args.size, args.batch, pool, steps) for name in ("exact", "streaming")}
+        cases |= {name: own_pass(dataset, name, args.size, args.batch, pool, steps) for name in orders}
         counted: dict[str, int] = {}
         runs = {
             name: partial(lambda name, case: counted.__setitem__(name, case()), name, case)
@@ -145,7 +170,7 @@ def measure(args: argparse.Namespace, dataset: Dataset, workers: int) -> list[di
         reference = [counted["webdataset"] / t for t in seconds["webdataset"]]
         sizes = {"stored": args.stored, "size": args.size, "batch": args.batch}
         speed = {"pairs_per_s": round(quantiles(rate)["p50"], 1), "ratio": round(median_ratio(rate, reference), 3)}
-        rows.append({"workers": workers, "case": name, **sizes, **speed})
+        rows.append({"workers": workers, "case": f"{name} http" if args.http else name, **sizes, **speed})
     return rows
 
 
@@ -157,14 +182,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=72)
     parser.add_argument("--workers", default="0,1,2")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--http", action="store_true", help="over HTTP instead of from the disk")
     parser.add_argument("--quick", action="store_true", help="a small run that only shows that the script works")
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.stored, args.size, args.batch, args.workers, args.repeats = 64, 64, 32, 8, "0,1", 1
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
-        dataset = write_data(Path(folder) / "data", args.pairs, args.stored)
-        rows = [row for workers in args.workers.split(",") for row in measure(args, dataset, int(workers))]
+        root = Path(folder) / "data"
+        dataset = write_data(root, args.pairs, args.stored)
+        with served(root) if args.http else contextlib.nullcontext() as address:
+            if address is not None:
+                nothing_kept = {"cache_dir": f"{folder}/cache", "cache_bytes": 0}
+                shards = [f"{address}/client/{Path(path).name}" for path in dataset.stream("client", "train").places]
+                config = DataConfig(clients={"client": shards}, order="streaming", streaming=nothing_kept)
+                dataset = open_dataset(None, data=config)
+            rows = [row for workers in args.workers.split(",") for row in measure(args, dataset, int(workers))]
     print_table(rows)
     for row in rows:
         if not args.quick:

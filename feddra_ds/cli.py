@@ -23,6 +23,7 @@ COMMANDS = {
     "data convert": ("feddra_ds.commands.data_convert", "turn a CSV and a folder of images into shards per client"),
     "data partition": ("feddra_ds.commands.data_partition", "split labelled shards over clients by a Dirichlet draw"),
     "data inspect": ("feddra_ds.commands.data_inspect", "show what a folder of shards holds"),
+    "data index": ("feddra_ds.commands.data_index", "make the indexes that a config's shards from elsewhere need"),
     "experiment run": ("feddra_ds.commands.experiment_run", "train and measure the arms of a spec over its seeds"),
     "experiment table": ("feddra_ds.commands.experiment_table", "show its arms' means and paired differences"),
     "experiment plot": ("feddra_ds.commands.experiment_plot", "draw them, an SVG a metric"),
@@ -44,7 +45,7 @@ GROUPS = {
     "data": "make, convert, split and look at shards",
     "experiment": "compare configs over seeds",
 }
-TAKE_CONFIG_KEYS = ("train", "doctor")  # whatever else is on their command line is --section.key value
+TAKE_CONFIG_KEYS = ("train", "doctor", "data index")  # whatever else is on their command line is --section.key value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser(words)
     args, rest = parser.parse_known_args(words)
     args.rest = rest
-    if rest and args.command not in TAKE_CONFIG_KEYS:
+    if rest and not args.takes_config_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         args.overrides = parse_overrides(rest)
@@ -91,7 +92,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         )
         if name.split() == list(words[: len(name.split())]):
             module = import_module(module_name)
-            command.set_defaults(run=module.run)
+            command.set_defaults(run=module.run, takes_config_keys=name in TAKE_CONFIG_KEYS)
             module.add_arguments(command)
     return parser
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--text-field",
         metavar="F",
-        help="with --write-index: field of a sample's json that is its text where it has no .txt",
+        help="field of a sample's json that is its text (its .txt where the json has none), as data.text_field",
     )
     add("--text-length", type=int, default=DataConfig().text_length, metavar="N", help="say how many texts data.text_length N "
         "would cut (default %(default)s)")  # fmt: skip
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{folder / INDEX_NAME}: {', '.join(f'{n} {split}' for split, n in counts.items())} samples")
         for note in notes:
             print(f"note     {note}")
-    dataset = open_dataset(args.root)
+    dataset = open_dataset(args.root, data=DataConfig(text_field=args.text_field))
     tokenizer = load_tokenizer(args.tokenizer)
     found = look(
         dataset,

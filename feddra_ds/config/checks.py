@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 
@@ -26,8 +28,7 @@ NEEDED_DEEPSPEED_KEYS = ("bf16.check_grad_overflow", "zero_optimization.compute_
 def contradictions(config: Config) -> list[str]:
     """Problems between keys, each valid on its own. One line each, the key first."""
     c, out = config, []
-    if c.data.root is None:
-        out.append("data.root: is needed; a folder that `feddra-ds data convert` or `feddra-ds data synth` wrote")
+    out += _where_data_are(c)
     if c.schedule.stage1_steps + c.schedule.stage2_steps == 0:
         out.append("schedule.stage2_steps: both stages have 0 steps, so nothing would train")
     if c.schedule.warmup_rounds >= c.schedule.rounds:
@@ -130,4 +131,28 @@ def contradictions(config: Config) -> list[str]:
         )
     if get_path(c.deepspeed, "bf16.enabled") and get_path(c.deepspeed, "fp16.enabled"):
         out.append("deepspeed.fp16.enabled: contradicts deepspeed.bf16.enabled; give one of them")
+    return out
+
+
+def _where_data_are(c: Config) -> list[str]:
+    """data.root or data.clients, and what goes with it."""
+    out = []
+    if c.data.root is None and c.data.clients is None:
+        out.append("data.root: is needed; a folder that `feddra-ds data convert` or `feddra-ds data synth` wrote; or "
+                   "data.clients, for shards made elsewhere")  # fmt: skip
+    if c.data.client_field is not None and c.data.order == "streaming":
+        out.append(
+            "data.order: streaming reads each client's own shards, which data.client_field has none of; use exact"
+        )
+    if c.data.clients is not None:
+        for key in ("root", "client_field"):
+            if getattr(c.data, key) is not None:
+                out.append(f"data.{key}: contradicts data.clients, which names each client's shards; give one of them")
+        if not c.data.clients:
+            out.append("data.clients: is empty")
+        for name in c.data.clients:
+            if not re.fullmatch(r"\w[\w .-]*", name):
+                out.append(
+                    f"data.clients: {name!r} cannot be a client's name: letters, digits, spaces, `_`, `-` and `.` can"
+                )
     return out

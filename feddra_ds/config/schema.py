@@ -97,7 +97,7 @@ class AugmentConfig(Section):
 
 class StreamingConfig(Section):
     shuffle_buffer: int = Field(1000, ge=1)
-    """Samples that data.order=streaming mixes at a time, per reader."""
+    """Samples that data.order=streaming mixes at a time, per client of a rank; they are held in memory, encoded."""
     timeout_s: float = Field(60.0, gt=0, json_schema_extra=MAY_CHANGE)
     """Longest time in seconds without a byte from a remote data.root before an attempt is given up."""
     retries: int = Field(5, ge=0, json_schema_extra=MAY_CHANGE)
@@ -113,6 +113,16 @@ class StreamingConfig(Section):
 class DataConfig(Section):
     root: str | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Folder with one folder of shards per client (`feddra-ds data convert` or `data synth` writes it), or its address."""
+    clients: dict[str, str | list[str]] | None = Field(None, json_schema_extra=MAY_CHANGE)
+    """In place of root: each client's shards, a folder of tars or a list of them with webdataset's braces, such as
+    {north: "https://host/north/{00000..00127}.tar"}. A shard named after val or test is of that split, others of train."""
+    client_field: str | None = None
+    """root is then one set of shards, a folder or a list with braces, and this field of a pair's json names its client."""
+    text_field: str | None = None
+    """Field of a pair's json that is its text (its .txt where the json has none); of a list of texts each epoch draws one."""
+    val_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the training pairs of each client without a val split that are its val split: by a hash of the patient that
+    the json names, else of the key, so that a pair stays on its side for ever."""
     batch_size: int = Field(72, ge=1)
     """Pairs in one optimizer step of one client, over all its ranks; the other pairs of a batch are a pair's negatives."""
     micro_batch_size: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
@@ -126,7 +136,8 @@ class DataConfig(Section):
     text_length: int = Field(112, ge=4)
     """Tokens per text; longer texts are cut."""
     order: Literal["exact", "streaming"] = "exact"
-    """exact: a seeded order that knows no ranks, read by offset. streaming: whole shards through a buffer, rank-dependent."""
+    """exact: a seeded order that knows no ranks, read by offset. streaming: webdataset's, whole shards through a buffer, no
+    index; depends on the number of ranks."""
     num_workers: int = Field(0, ge=0, json_schema_extra=MAY_CHANGE)
     """Worker processes that decode, per rank; 0 decodes in a background thread."""
     prefetch: int = Field(2, ge=1, json_schema_extra=MAY_CHANGE)
@@ -138,7 +149,7 @@ class DataConfig(Section):
     verify: bool = Field(False, json_schema_extra=MAY_CHANGE)
     """Check every shard's sha256 against index.json before training."""
     max_bad_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=MAY_CHANGE)
-    """The run fails when more than this fraction of a client's samples is unreadable."""
+    """A client is excluded when more than this fraction of its samples is unreadable; see clients.minimum."""
 
 
 class ClientsConfig(Section):

@@ -48,6 +48,16 @@ def gather_ints(values: Sequence[int], group: Group | None, device: torch.device
     return _stack(mine, group).tolist()
 
 
+def first_text(text: str | None, group: Group | None, device: torch.device) -> str | None:
+    """The text of the first rank that has one, equal on every rank; None where none has. Waits for the device."""
+    data = (text or "").encode()
+    longest = max(length for (length,) in gather_ints([len(data)], group, device))
+    if not longest:
+        return None
+    rows = gather_ints([*data, *[0] * (longest - len(data))], group, device)
+    return next(told for row in rows if (told := bytes(row).rstrip(b"\0").decode()))
+
+
 def require_equal_shapes(x: Tensor, group: Group | None, what: str) -> None:
     """Raises ValueError, on every rank alike, when the ranks' two-dimensional `x` differ in shape."""
     if group_size(group) == 1:

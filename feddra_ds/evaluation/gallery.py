@@ -63,7 +63,7 @@ def open_split(models: Models, root: str, split: str, clients: Sequence[str] | N
 
     Raises ValueError where none of them has the split, and DataError where a named client is not there.
     """
-    dataset = open_dataset(root, list(clients) if clients is not None else None)
+    dataset = open_dataset(root, list(clients) if clients is not None else None, data=models.reading(root))
     if clients is None:
         trained = models.trained_on(dataset)
         first = dataset.client_ids if trained is None else trained

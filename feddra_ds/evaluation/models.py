@@ -11,12 +11,15 @@ import torch
 from feddra_ds.checkpoint.choose import averaged_checkpoint, find_newest
 from feddra_ds.checkpoint.format import EMA, SHARED, WEIGHTS
 from feddra_ds.checkpoint.restore import load_checkpoint
+from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.distributed.launch import choose_device
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.folder import find_model, load_pretrained
 from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.run.files import RunFiles, is_run, open_run
+
+DATA_CLIENTS = "data.clients"  # stands for a root where a run's config names each client's shards
 
 
 @dataclass
@@ -74,13 +77,24 @@ class Models:
         return self._open[key]
 
     def data_root(self, given: str | None) -> str:
-        """--data, else the run's data.root. Raises ValueError where neither is there."""
+        """--data, else the run's data.root, or data.clients where it names shards. Raises ValueError where nothing is there."""
+        if given is None and self.run is not None and self.run.reading.clients is not None:
+            return DATA_CLIENTS
         root = given or (self.run.get("data.root") if self.run is not None else None)
         if root is None:
             raise ValueError(f"--data: is needed, because {self.path} is a model without a run's config.yaml")
-        if given is None and not Path(root).is_dir():
+        is_set = self.run is not None and self.run.reading.client_field is not None  # with braces, perhaps
+        if given is None and not is_set and not Path(root).is_dir():
             raise ValueError(f"--data: is needed, because the run's data.root {root} is not here")
         return str(root)
+
+    def reading(self, root: str) -> DataConfig | None:
+        """How the data under `root` (data_root) are to be read; None for an export, which does not say."""
+        if self.run is None:
+            return None
+        own = root in (DATA_CLIENTS, self.run.get("data.root"))
+        other = {} if own else {"clients": None, "client_field": None}
+        return self.run.reading.model_copy(update={"order": "exact", **other})  # its samples are drawn from all pairs
 
     def trained_on(self, dataset: Dataset) -> list[str] | None:
         """The run's clients in its order; None for an export, which does not say."""

@@ -16,7 +16,7 @@ from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.words import Words
-from feddra_ds.distributed.collectives import all_sum, gather, gather_uneven
+from feddra_ds.distributed.collectives import all_sum, first_text, gather, gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
@@ -24,6 +24,7 @@ from feddra_ds.federation.aggregation.admission import validate_update
 from feddra_ds.federation.anchors import Fresh, NoAnchors, Replay, Resident, SharedBackbone
 from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.protocol import ClientReport, Loss
+from feddra_ds.federation.readable import Readable
 from feddra_ds.federation.schedule import Stage
 from feddra_ds.federation.step import AddedLoss, LocalStep, StepObserver, anchor_gradient_ratio
 from feddra_ds.objectives.base import Objective
@@ -145,9 +146,10 @@ class LocalTrainer:
         says so, else 1); outer: Server.outer. Collective over the slot.
         """
         engine = self.engine
-        previous = self._previous(client, stage)
+        readable = Readable(client.data)
+        previous = self._previous(client, stage, readable)
         engine.write(global_state)
-        anchors = self._anchors(client, stage, previous)
+        anchors = self._anchors(client, stage, previous, readable)
         if stage.trains_backbone and client.aligner is not None:
             engine.write(client.aligner)
         client.aligner = None
@@ -175,11 +177,14 @@ class LocalTrainer:
             if on_step is not None:
                 on_step(step, value)
         client.position = client.data.advance(client.position, stage.num_steps)
-        problem = self._problem(client, stage, tally)
+        fault = first_text(readable.fault, self.group, self.topology.device)
+        problem = self._problem(client, stage, tally) if fault is None else fault
         if correction is not None:
             correction.keep(len(tally.good) if problem is None else None)
         if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
+        if fault is not None:  # the steps, or some of them, were on blank pairs
+            return LocalResult(math.nan, 0, problem)
         if stage.ends_round and problem is None and self.strategy.adds_loss:
             client.previous = engine.state()
         anchor_loss = Loss.of(torch.cat(anchor_losses)) if anchor_losses else None
@@ -214,7 +219,7 @@ class LocalTrainer:
             problem = f"{tally.longest} steps in a row had a non-finite loss or gradient (optimizer.max_skipped_steps)"
         return problem
 
-    def _previous(self, client: Client, stage: Stage) -> Replay | None:
+    def _previous(self, client: Client, stage: Stage, readable: Readable) -> Replay | None:
         """The embeddings of the stage's batches under the client's own last model, where Strategy.added_loss wants them.
 
         The engine holds that model afterwards.
@@ -222,7 +227,7 @@ class LocalTrainer:
         if client.previous is None or not self.strategy.adds_loss:
             return None
         self.engine.write(client.previous)
-        data, fresh = self.config.data, lambda: client.data.batches(client.position, stage.num_steps)
+        data, fresh = self.config.data, lambda: readable.batches(client.position, stage.num_steps)
         room = data.replay_cache_bytes
         return Replay(fresh, self.engine, self.objective, data.micro_batch_size, room, with_tokens=False)
 
@@ -236,10 +241,10 @@ class LocalTrainer:
 
         return mean
 
-    def _anchors(self, client: Client, stage: Stage, previous: Replay | None) -> NoAnchors:
+    def _anchors(self, client: Client, stage: Stage, previous: Replay | None, readable: Readable) -> NoAnchors:
         """The stage's batches and their anchors; called while the engine holds the global model."""
         engine, objective, data = self.engine, self.objective, self.config.data
-        fresh: Fresh = lambda: client.data.batches(client.position, stage.num_steps)
+        fresh: Fresh = lambda: readable.batches(client.position, stage.num_steps)
         if previous is not None:
             fresh = previous.fresh  # decoded already, where there was room
         elif not objective.needs_anchors:

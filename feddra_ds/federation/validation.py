@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from feddra_ds.common.errors import DataError
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.client_data import ClientData
-from feddra_ds.distributed.collectives import gather_uneven
+from feddra_ds.distributed.collectives import first_text, gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.protocol import Loss
@@ -43,6 +44,7 @@ def embed(
 ) -> Embedded:
     """Embed a sample of one client (see ClientData.evaluation_batches) with the engine's weights. Collective over the slot.
 
+    Raises DataError, on every rank of the slot alike, where one of them cannot read its part.
     Every rank runs the same number of forwards (under ZeRO 3 a forward is a collective), so a rank with fewer pairs
     repeats its last batch and drops the result.
     """
@@ -55,8 +57,12 @@ def embed(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     inputs: dict[str, Tensor] | None = None
     dim, temperature = config.model.embedding_dim, config.objective.temperature
+    fault: str | None = None
     for _ in range(num_forwards):
-        batch = next(batches, None)
+        try:
+            batch = next(batches, None)
+        except DataError as error:  # the other ranks go on, and so does this one, to meet them below
+            fault, batch = str(error), None
         if batch is not None:
             inputs = model_inputs(batch, engine)
         elif inputs is None:  # this rank has no pair at all
@@ -71,6 +77,9 @@ def embed(
         dim, temperature = out.image_embeds.shape[1], float(out.temperature)
         if batch is not None:
             parts.append((out.image_embeds.float().cpu(), out.text_embeds.float().cpu(), batch.text_ids.cpu()))
+    group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
+    if (problem := first_text(fault, group, topology.device)) is not None:
+        raise DataError(problem)
     empty = torch.zeros(0, dim)
     image, text, ids = (
         (torch.cat(column) for column in zip(*parts, strict=True))

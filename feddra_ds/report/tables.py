@@ -108,8 +108,10 @@ def recall_bars(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
 def training_pairs(files: RunFiles) -> dict[str, int]:
     """Training pairs by client, from the dataset where it is at hand."""
     try:
-        dataset: Dataset = open_dataset(str(files.get("data.root")))
-        counts = {client: dataset.num_samples(client, "train") for client in dataset.clients}
+        dataset: Dataset = open_dataset(files.get("data.root"), data=files.reading)
+        counts = {
+            client: dataset.num_samples(client, "train") for client in dataset.clients if dataset.has_index(client)
+        }
     except (DataError, OSError):
         return {}
     if len(files.client_ids) == 1 and files.client_ids[0] not in counts:  # the centralised strategy

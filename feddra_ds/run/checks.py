@@ -104,7 +104,7 @@ def check(config: Config, launch: Launch) -> Checked:
     strategy = strategies.build(config.strategy, config.dro)
     dataset = None
     try:
-        dataset = open_dataset(str(config.data.root), options=config.data.streaming)
+        dataset = open_dataset(config.data.root, data=config.data)
         make_val_splits(dataset, config)
         problems += preflight(
             dataset,
@@ -131,6 +131,10 @@ def check(config: Config, launch: Launch) -> Checked:
         problems.append(
             f"clients.per_round: {per_round} is more than the {num_clients} clients there are; null takes all"
         )
+    uncounted = [client for client in ids if dataset.is_uncounted(client)]
+    if config.dro.center == "samples" and uncounted:
+        problems.append(f"dro.center: samples needs all pairs counted, and those of {listed(uncounted)} are not; "
+                        "`feddra-ds data index` with the same keys counts them")  # fmt: skip
     if config.aggregate.ema is not None and not strategy.averages:
         problems.append(
             f"aggregate.ema: strategy.name={config.strategy.name} has no global model to average over rounds; use null"

@@ -14,6 +14,7 @@ import psutil
 import yaml
 
 from feddra_ds.common.tree import get_path
+from feddra_ds.config.schema import DataConfig
 from feddra_ds.run.metrics_file import read_metrics
 from feddra_ds.run.progress import FILE_NAME as PROGRESS_NAME
 
@@ -39,6 +40,13 @@ class RunFiles:
     def get(self, key: str) -> Any:
         """The config's value at `section.key`, or None."""
         return get_path(self.config, key)
+
+    @property
+    def reading(self) -> DataConfig:
+        """How the run's config wants its data read: whose shards, which texts, which val split."""
+        data = self.get("data") or {}
+        keys = ("root", "clients", "client_field", "text_field", "val_fraction", "order", "streaming")
+        return DataConfig(**{key: data[key] for key in keys if key in data})
 
     @property
     def num_rounds(self) -> int:

@@ -17,7 +17,8 @@ import torch
 from feddra_ds.checkpoint.format import SHARED, folder_of, partial_of
 from feddra_ds.checkpoint.restore import export_checkpoint
 from feddra_ds.checkpoint.write import commit
-from feddra_ds.common.errors import TooFewClients
+from feddra_ds.common.errors import DataError, TooFewClients
+from feddra_ds.common.logs import logger
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.topology import Topology
@@ -239,16 +240,18 @@ class Run:
         for client in self.clients:
             index, data = str(client.index), client.val or client.data
             self.server.show(client)
-            told.losses[index] = self.loss_of(data, draw)
-            if data is not client.data:
-                told.train_losses[index] = self.loss_of(client.data, draw)
-            if self.references is not None:
-                told.references[index] = self.references.loss_of(client, draw, self.loss_of)
+            with self.readable(client.id, "no loss, so p keeps its weight"):
+                told.losses[index] = self.loss_of(data, draw)
+                if data is not client.data:
+                    told.train_losses[index] = self.loss_of(client.data, draw)
+                if self.references is not None:
+                    told.references[index] = self.references.loss_of(client, draw, self.loss_of)
         if self.server.snapshot is not None:
             self.engine.write(self.server.snapshot)
             self.server.snapshot = None
             for client in self.clients:
-                told.snapshot_losses[str(client.index)] = self.loss_of(client.val or client.data, draw)
+                with self.readable(client.id, "no loss of the snapshot, so p keeps its weight"):
+                    told.snapshot_losses[str(client.index)] = self.loss_of(client.val or client.data, draw)
         return told
 
     def loss_of(self, data: ClientData, draw: int | None) -> Loss:
@@ -262,17 +265,21 @@ class Run:
         for client in self.clients:
             for name, data in self.validation_of(client).items():
                 self.server.show(client)
-                sample = embed(self.engine, data, self.config.evaluation.max_pairs, self.config, self.topology)
-                samples.append(sample)
-                out[name] = retrieval(sample)
+                with self.readable(name, "no retrieval"):
+                    sample = embed(self.engine, data, self.config.evaluation.max_pairs, self.config, self.topology)
+                    samples.append(sample)
+                    out[name] = retrieval(sample)
         if not self.topology.is_slot_leader:
             return {}
+        if not samples:  # of a slot whose clients cannot be read
+            none = torch.zeros(0, self.config.model.embedding_dim)
+            samples.append(Embedded(none, none, torch.zeros(0, dtype=torch.int64), 1.0))
         with self.topology.peers_meet("retrieval over all clients"):
             pooled = [
                 torch.cat(gather_over_peers(torch.cat(x), self.topology))
                 for x in zip(*((s.image, s.text, s.text_ids) for s in samples), strict=True)
             ]
-        if self.coordinator is not None and self.strategy.averages:
+        if self.coordinator is not None and self.strategy.averages and len(pooled[0]):
             out["all"] = retrieval(Embedded(pooled[0], pooled[1], pooled[2], 1.0))
         return out
 
@@ -323,6 +330,15 @@ class Run:
         newest = folder_of(self.run_dir, self.config.schedule.rounds - 1)
         for owner in [SHARED] if self.strategy.averages else self.client_ids:
             export_checkpoint(newest, owner, self.run_dir / "model" / ("" if owner == SHARED else owner))
+
+    @contextmanager
+    def readable(self, client: str, without: str) -> Iterator[None]:
+        """Go on where a client's data cannot be read; all ranks of its slot learn it together."""
+        try:
+            yield
+        except DataError as error:
+            if self.topology.is_slot_leader:
+                logger.warning("client %s: %s: %s", client, without, error)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

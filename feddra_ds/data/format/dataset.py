@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +24,89 @@ import numpy as np
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
 from feddra_ds.common.text import listed
-from feddra_ds.config.schema import StreamingConfig
+from feddra_ds.config.schema import DataConfig, StreamingConfig
+from feddra_ds.data.format.foreign import by_client, cache_folder, cached_index, indexed, shards_of
+from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, info_of, split_of
 from feddra_ds.data.format.remote import Store, is_remote
 from feddra_ds.data.format.samples import Samples
+from feddra_ds.data.format.split_by_hash import group_hash, is_val
+from feddra_ds.data.format.stream import Counts, Shards
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
+ENOUGH = 4096  # of pairs that streaming counts before it starts
 # An index may come from anybody, so it must not name files outside its folder.
 _SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
 
 
 class Dataset:
-    """A folder, or an address, with one folder of shards per client.
+    """A folder, or an address, with one folder of shards per client; or shards from elsewhere (data.clients, data.client_field).
 
-    client_ids: those to train on. held_out: those kept for testing transfer. clients: all. info: dataset.json.
+    client_ids: those to train on. held_out: those kept for testing transfer. clients: all. info: dataset.json. data: how the
+    config wants them read: clients, client_field, text_field, val_fraction.
     """
 
-    def __init__(self, root: str | Path, ids: Sequence[str] | None = None, options: StreamingConfig | None = None):
-        self.options = options or StreamingConfig()
+    def __init__(
+        self,
+        root: str | Path | None,
+        ids: Sequence[str] | None = None,
+        options: StreamingConfig | None = None,
+        data: DataConfig | None = None,
+    ):
+        self.data = data or DataConfig()
+        self.options = options or self.data.streaming
+        self._bare: dict[str, list[str]] = {}  # by client, shards whose index is made at first use
+        self._indexes: dict[str, dict[str, Any]] = {}
+        if self.data.clients is not None or self.data.client_field is not None:
+            self._open_foreign(root)
+        else:
+            assert root is not None
+            self._open_root(root)
+        held_out = set(self.info.get("held_out", []))
+        self.held_out = [c for c in self.clients if c in held_out]
+        self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `make_val`
+        self._hashed: dict[str, np.ndarray | None] = {}  # likewise, by data.val_fraction
+        self._streams: dict[tuple[str, str], Shards] = {}
+        self.client_ids: list[str] = []
+        self.choose(ids)
+
+    def _open_root(self, root: str | Path) -> None:
         self.store = Store(str(root), self.options) if is_remote(root) else None
         self.root = Path(root) if self.store is None else self.store.folder
         self.address = str(root)
         problems, self.info, self.clients = _scan(self.root) if self.store is None else _scan_remote(self.store)
         if problems:
             raise DataError(problems)
-        held_out = set(self.info.get("held_out", []))
-        self.held_out = [c for c in self.clients if c in held_out]
-        self._indexes: dict[str, dict[str, Any]] = {}
-        self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `make_val`
-        self.client_ids: list[str] = []
-        self.choose(ids)
+        if self.store is None:
+            bare = [client for client in self.clients if not (self.root / client / INDEX_NAME).is_file()]
+            self._bare = {client: shards_of("data.root", str(self.root / client), False) for client in bare}
+
+    def _open_foreign(self, root: str | Path | None) -> None:
+        """Shards that data.clients names, or the one set under `root` that data.client_field splits."""
+        self.info = {}
+        allow = self.options.allow_pipe
+        if self.data.clients is not None:
+            self.root, self.address = Path("data.clients"), "data.clients"
+            self._bare = {name: shards_of(f"data.clients.{name}", at, allow) for name, at in self.data.clients.items()}
+            self.clients = list(self._bare)
+            self.store = self._store_of([shard for own in self._bare.values() for shard in own])
+            return
+        assert self.data.client_field is not None
+        self.root, self.address = Path(str(root)), str(root)
+        shards = shards_of("data.root", str(root), allow)
+        self.store = self._store_of(shards)
+        whole = indexed(self.address, shards, self.data, self.store)
+        found = by_client(whole, self.data.client_field)
+        self._indexes = {safe_name(name): own for name, own in found.items()}
+        self.clients = sorted(self._indexes)
+        if len(found) > len(self._indexes):
+            raise DataError(
+                f"data.client_field: the clients {listed(list(found))} share folders when other letters become _"
+            )
+
+    def _store_of(self, shards: Sequence[str]) -> Store | None:
+        """What fetches the shards; None where all lie on a disk here."""
+        return Store("", self.options) if any(is_remote(shard) for shard in shards) else None
 
     def choose(self, ids: Sequence[str] | None) -> None:
         """Set which clients to train on, in this order (None: all but the held-out). Raises DataError where one is not here."""
@@ -78,17 +131,64 @@ class Dataset:
                 problems.append(f"clients.ids: no client {client} under {self.address}; {hint}there are: {have}")
         return problems
 
+    def is_uncounted(self, client: str) -> bool:
+        """Whether the client streams shards that nobody has made an index of: their samples are counted as they are read."""
+        return self.data.order == "streaming" and not self.has_index(client)
+
+    def has_index(self, client: str) -> bool:
+        """Whether there is an index of the client's shards, or one was made of them; else `index` has to read them all."""
+        is_made = client in self._indexes or client not in self._bare
+        return is_made or cached_index(self._bare[client], self.data).is_file()
+
+    def stream(self, client: str, split: str) -> Shards:
+        """The client's shards of a split, for data.order=streaming; the same object each time. Raises DataError without any."""
+        if (client, split) not in self._streams:
+            made = self._stream_bare if self.is_uncounted(client) else self._stream_indexed
+            self._streams[client, split] = made(client, split)
+        return self._streams[client, split]
+
+    def _stream_bare(self, client: str, split: str) -> Shards:
+        places: dict[str, list[str]] = {}
+        for place in self._bare[client]:
+            places.setdefault(split_of(place), []).append(place)
+        fraction, keep = self.data.val_fraction, None
+        if fraction is not None and "val" not in places and split in ("train", "val"):
+            keep = _Side(fraction, split)
+        own = places.get("train" if keep is not None else split, [])
+        if not own:
+            have = ", ".join(places)
+            raise DataError(f"{self.address}/{client}: client {client} has no {split} split; it has {have}")
+        known = Counts(cache_folder(self.data) / "counts", repr((fraction if keep is not None else None,)))
+        counts = [known.get(place, split) for place in own]
+        return Shards(client, split, own, counts, self.store, self.data.text_field, keep, known)
+
+    def _stream_indexed(self, client: str, split: str) -> Shards:
+        samples = self.samples(client, split)
+        counts = np.bincount(samples.shard, minlength=len(samples.paths)).tolist()
+        chosen = self._chosen(client) if split in ("train", "val") else None
+        keep = None if chosen is None else _Among(frozenset(samples.keys))
+        used = [i for i, count in enumerate(counts) if count]
+        places = [samples.paths[i] for i in used]
+        return Shards(client, split, places, [counts[i] for i in used], self.store, samples.text_field, keep)
+
     def index(self, client: str) -> dict[str, Any]:
-        """The client's index.json. Raises DataError when it is missing or broken."""
+        """The client's index.json, or the one made of its shards. Raises DataError when it is missing or broken."""
         if client not in self._indexes:
-            if self.store is not None:
-                self.store.text(f"{client}/{INDEX_NAME}")
-            self._indexes[client] = _read_json(self.root / client / INDEX_NAME)
+            if client in self._bare:
+                self._indexes[client] = indexed(client, self._bare[client], self.data, self.store)
+            else:
+                if self.store is not None:
+                    self.store.text(f"{client}/{INDEX_NAME}")
+                self._indexes[client] = _read_json(self.root / client / INDEX_NAME)
         return self._indexes[client]
 
     def splits(self, client: str) -> list[str]:
         """The client's splits, those with samples."""
-        return [name for name, part in self.index(client)["splits"].items() if part["samples"]]
+        if self.is_uncounted(client):
+            named = list(dict.fromkeys(split_of(place) for place in self._bare[client]))
+            return named if self.data.val_fraction is None or "val" in named else [*named, "val"]
+        found = [name for name, part in self.index(client)["splits"].items() if part["samples"]]
+        return found if self._chosen(client) is None or "val" in found else [*found, "val"]
 
     def make_val(self, client: str, fraction: float, at_least: int, seed: int) -> None:
         """Take a seeded slice out of the train split of a client that has no val split: it is that from now on.
@@ -97,6 +197,10 @@ class Dataset:
         alone: nothing is written, and the same arguments give the same slice.
         """
         assert not self.num_samples(client, "val"), client
+        if self.is_uncounted(client):
+            raise DataError(
+                f"dro.evaluate_on: val needs a val split, and client {client} has none; data.val_fraction makes one"
+            )
         ids = self.samples(client, "train").text_ids
         texts, sizes = np.unique(ids, return_counts=True)
         key = lambda text: hashlib.blake2b(f"holdout {seed} {client} {text}".encode(), digest_size=8).digest()
@@ -111,19 +215,34 @@ class Dataset:
         return list(self._own_val)
 
     def num_samples(self, client: str, split: str) -> int:
-        """Pairs of the client in `split`; 0 where it has no such split."""
-        if client in self._own_val and split in ("train", "val"):
-            chosen = self._own_val[client]
+        """Pairs of the client in `split`; 0 where it has no such split. Where nobody has counted them (`is_uncounted`),
+        ENOUGH stands for that many and more."""
+        if self.is_uncounted(client):
+            return self.stream(client, split).up_to(ENOUGH) if split in self.splits(client) else 0
+        chosen = self._chosen(client) if split in ("train", "val") else None
+        if chosen is not None:
             return int(chosen.sum() if split == "val" else (~chosen).sum())
         part = self.index(client)["splits"].get(split)
         return len(part["samples"]) if part else 0
 
     def samples(self, client: str, split: str) -> Samples:
         """The client's samples in index order. Raises DataError when the split is missing."""
-        if client in self._own_val and split in ("train", "val"):
-            chosen = self._own_val[client]
+        chosen = self._chosen(client) if split in ("train", "val") else None
+        if chosen is not None:
             return self._samples(client, "train").part(chosen if split == "val" else ~chosen, split)
         return self._samples(client, split)
+
+    def _chosen(self, client: str) -> np.ndarray | None:
+        """(n,) bool: which of its train samples are the client's val split; None where it has one of its own, or none."""
+        if client in self._own_val or self.data.val_fraction is None:
+            return self._own_val.get(client)
+        if client not in self._hashed:
+            parts = self.index(client)["splits"]
+            has_val = bool(parts.get("val", {}).get("samples"))
+            split_here = not has_val and bool(parts.get("train", {}).get("samples")) and client not in self.held_out
+            groups = _groups(self._samples(client, "train")) if split_here else None
+            self._hashed[client] = None if groups is None else is_val(groups, self.data.val_fraction)
+        return self._hashed[client]
 
     def _samples(self, client: str, split: str) -> Samples:
         part = self.index(client)["splits"].get(split)
@@ -138,7 +257,7 @@ class Dataset:
         ).reshape(len(rows), 2)
         return Samples(
             store=self.store,
-            text_field=self.index(client).get("text_field"),
+            text_field=self.data.text_field or self.index(client).get("text_field"),
             client=client,
             split=split,
             paths=[self._place(client, shard) for shard in part["shards"]],
@@ -148,17 +267,24 @@ class Dataset:
             text=place("txt"),
             info=place("json"),
             text_ids=np.array([int(row.get("text_id", "0"), 16) for row in rows], dtype=np.int64),
+            groups=np.array([int(r["group"], 16) for r in rows], dtype=np.uint64) if "group" in rows[0] else None,
         )
 
     def _place(self, client: str, shard: dict[str, Any]) -> str:
-        if self.store is None:
-            return str(self.root / client / shard["file"])
-        return self.store.expect(f"{client}/{shard['file']}", shard["bytes"], shard["sha256"])
+        is_own = client not in self._bare and self.data.client_field is None
+        if self.store is None or not (is_own or is_remote(shard["file"])):
+            return str(self.root / client / shard["file"]) if is_own else str(shard["file"])
+        address = self.store.address(f"{client}/{shard['file']}") if is_own else shard["file"]
+        return self.store.expect(address, shard["bytes"], shard["sha256"])
 
     def shards(self, client: str) -> list[tuple[Path, dict[str, Any]]]:
-        """(path, {file, bytes, sha256, samples}) of every shard of the client, over its splits."""
+        """(path, {file, bytes, sha256, samples}) of every shard of the client, over its splits; none where there is no index."""
+        if self.is_uncounted(client):
+            return []
         parts = self.index(client)["splits"].values()
-        return [(self.root / client / shard["file"], shard) for part in parts for shard in part["shards"]]
+        return [
+            (self.root / client / shard["file"], shard) for part in parts for shard in part["shards"]
+        ]  # or the file's own path
 
     def verify(self, clients: Sequence[str] | None = None, progress: Callable[[str], None] | None = None) -> list[str]:
         """Compare every shard's sha256 with its index.json; a line for each that differs. Reads everything once.
@@ -168,6 +294,8 @@ class Dataset:
         problems = []
         for client in self.client_ids if clients is None else clients:
             for path, shard in self.shards(client):
+                if "sha256" not in shard:
+                    continue  # its index was made here, just now, of what is there
                 if progress is not None:
                     progress(f"{client}/{shard['file']}")
                 try:
@@ -184,13 +312,60 @@ class Dataset:
         return problems
 
 
-def open_dataset(root: str | Path, ids: Sequence[str] | None = None, options: StreamingConfig | None = None) -> Dataset:
+def open_dataset(
+    root: str | Path | None,
+    ids: Sequence[str] | None = None,
+    options: StreamingConfig | None = None,
+    data: DataConfig | None = None,
+) -> Dataset:
     """Open the dataset under `root`; `ids` chooses and orders the clients (null: all but the held-out, sorted).
 
-    root: a folder, or an address (https://, s3://, …), whose files are fetched as `options` say.
-    Raises DataError for a missing root, a client that is not there, an index that cannot be read.
+    root: a folder, or an address (https://, s3://, …), whose files are fetched as `options` say; None where `data` names
+    shards (data.clients). data: how the config wants them read. Raises DataError for a missing root, a client that is not
+    there, an index that cannot be read.
     """
-    return Dataset(root, ids, options)
+    return Dataset(root, ids, options, data)
+
+
+def safe_name(value: str) -> str:
+    """A client id or sample key as a file name: letters, digits, `_` and `-`; anything else becomes `_`."""
+    return re.sub(r"[^\w-]+", "_", value.strip(), flags=re.ASCII).strip("_") or "_"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Whether a sample, given its key and json, is on one side of val_fraction."""
+
+    fraction: float
+    split: str
+
+    def __call__(self, key: str, info: bytes | None) -> bool:
+        group = np.array([int(group_hash(key, {} if info is None else info_of(info)), 16)], dtype=np.uint64)
+        return bool(is_val(group, self.fraction)[0]) == (self.split == "val")
+
+
+@dataclass(frozen=True)
+class _Among:
+    """Whether a sample is one of these keys."""
+
+    keys: frozenset[str]
+
+    def __call__(self, key: str, info: bytes | None) -> bool:
+        return key in self.keys
+
+
+def _groups(samples: Samples) -> np.ndarray:
+    """(n,) uint64: what val_fraction goes by, from the index, or, where that does not say, from each sample's json."""
+    if samples.groups is not None:
+        return samples.groups
+    hashes = []
+    for index, key in enumerate(samples.keys):
+        try:
+            info = samples.read_info(index)
+        except (ValueError, EOFError):  # a bad sample, which reading it will tell
+            info = {}
+        hashes.append(int(group_hash(key, info if isinstance(info, dict) else {}), 16))
+    return np.array(hashes, dtype=np.uint64)
 
 
 def _scan(root: Path) -> tuple[list[str], dict[str, Any], list[str]]:
@@ -206,11 +381,18 @@ def _scan(root: Path) -> tuple[list[str], dict[str, Any], list[str]]:
         except DataError as error:
             return error.problems, {}, []
     clients = [name for name in _folders(root) if (root / name / INDEX_NAME).is_file()]
+    tars = sorted(root.glob("*/*.tar"))
+    if not info:  # shards from elsewhere; a dataset written here that has lost an index is damaged
+        clients = sorted({*clients, *(path.parent.name for path in tars if not path.parent.name.startswith("."))})
     if not clients:
-        tars = sorted(root.glob("*/*.tar"))
-        why = f"no folder under {root} has an {INDEX_NAME}; `feddra-ds data convert` makes them"
+        why = f"no folder under {root} has an {INDEX_NAME} or shards; `feddra-ds data convert` makes them"
         if tars:
             why = f"{tars[0].parent} has no {INDEX_NAME}; `feddra-ds data inspect {root} --write-index` makes it"
+        elif any(root.glob("*.tar")):
+            why = (f"{root} has shards, but no folder per client; data.clients: {{NAME: {root}}} makes them one client's, "
+                   "data.client_field splits them by a field of their json")  # fmt: skip
+        elif packed := next(root.glob("*/*.tar.*"), None):
+            why = f"{packed} is compressed, so that no sample can be read without all before it; unpack it to a .tar"
         return [f"data.root: {why}"], info, []
     return [], info, clients
 

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
@@ -28,6 +28,7 @@ from feddra_ds.config.schema import StreamingConfig
 _BLOCK = 1 << 20
 _FIRST_PAUSE_S = 0.5  # doubles with every further attempt
 _LONGEST_PAUSE_S = 30.0
+_OPENINGS = 5
 _FINAL_STATUS = frozenset({400, 401, 403, 404, 405, 410})
 
 
@@ -69,11 +70,22 @@ class Store:
         """The address of a file under the root."""
         return self.root.replace("{path}", relative) if "{path}" in self.root else f"{self.root.rstrip('/')}/{relative}"
 
-    def expect(self, relative: str, size: int, sha256: str) -> str:
+    def expect(self, address: str, size: int, sha256: str) -> str:
         """Remember what a shard must be; returns its address."""
-        address = self.address(relative)
         self.expected[address] = (size, sha256)
         return address
+
+    def first(self, address: str) -> Path:
+        """The local copy of a shard of which nothing is known yet, fetched when it is not here. Raises DataError."""
+        path = self.copy_of(address)
+        if not path.is_file():
+            with self._locked(path, address):
+                if not path.is_file():
+                    self._fetch(address, path, None)
+                    self._make_room(path)
+        with contextlib.suppress(FileNotFoundError):  # `opened` will see it
+            os.utime(path)  # `_make_room` drops what was used longest ago
+        return path
 
     def text(self, relative: str) -> str:
         """A small text file, fetched afresh. Raises DataError."""
@@ -87,7 +99,9 @@ class Store:
         return self.folder / "shards" / f"{name}.tar"
 
     def local(self, address: str) -> Path:
-        """The local copy of a shard, fetched when it is not here. Raises DataError within a bounded time."""
+        """The local copy of a shard, fetched when it is not here; a path stays what it is. Raises DataError in bounded time."""
+        if not is_remote(address):
+            return Path(address)
         path, expected = self.copy_of(address), self.expected[address]
         if not _has_size(path, expected[0]):
             with self._locked(path, address):
@@ -96,6 +110,17 @@ class Store:
                     self._make_room(path)
         os.utime(path)  # `_make_room` drops what was used longest ago
         return path
+
+    def at_hand(self, place: str) -> Path:
+        """A shard here: the path itself, or the copy of an address, which is checked where something is known of it."""
+        return self.local(place) if place in self.expected or not is_remote(place) else self.first(place)
+
+    def opened(self, place: str) -> BinaryIO:
+        """A shard, open for reading; closing it is up to the caller. Raises DataError and OSError."""
+        for _ in range(_OPENINGS):
+            with contextlib.suppress(FileNotFoundError):  # another reader needed the room before this one had it open
+                return open(self.at_hand(place), "rb")
+        return open(self.at_hand(place), "rb")
 
     @contextlib.contextmanager
     def _locked(self, path: Path, address: str) -> Iterator[None]:

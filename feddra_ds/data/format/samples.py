@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,8 @@ if TYPE_CHECKING:
     from feddra_ds.data.format.remote import Store
 
 
-_MAX_OPEN_SHARDS = 64
+_MAX_OPEN_FILES = 128  # of a process, over all clients and splits
+_owners: itertools.count[int] = itertools.count()
 
 
 def text_id(text: str) -> int:
@@ -24,14 +28,14 @@ def text_id(text: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def text_of_json(data: bytes, field_name: str) -> bytes | None:
-    """The text in a field of a sample's json member, as UTF-8; None where there is none."""
+def texts_of_json(data: bytes, field_name: str) -> list[str]:
+    """The text, or the texts, in a field of a sample's json member; none where it has no such field."""
     try:
         found = json.loads(data)
     except ValueError:
-        return None
+        return []
     value = found.get(field_name) if isinstance(found, dict) else None
-    return value.encode() if isinstance(value, str) else None
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
 
 
 @dataclass
@@ -40,7 +44,8 @@ class Samples:
 
     paths: the shards, or their addresses where `store` fetches them. shard: (n,) int32, each sample's place in paths.
     image, text, info: (n, 2) int64, offset and length of the member; -1 says that it is missing. text_ids: (n,) int64.
-    text_field: the field of the json member that is the text of a sample without a txt.
+    text_field: the field of the json member that is the text, or a list of texts; the txt where the json has none. groups:
+    (n,) uint64, what val_fraction goes by (split_by_hash), where the index has it.
     """
 
     client: str
@@ -54,7 +59,8 @@ class Samples:
     text_ids: np.ndarray
     store: Store | None = None
     text_field: str | None = None
-    _files: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False, compare=False)
+    groups: np.ndarray | None = None
+    _own: int = field(default_factory=lambda: next(_owners), repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -73,20 +79,30 @@ class Samples:
             info=self.info[rows],
             text_ids=self.text_ids[rows],
             store=self.store,
+            text_field=self.text_field,
+            groups=None if self.groups is None else self.groups[rows],
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # descriptors belong to one process
+        return {name: value for name, value in self.__dict__.items() if name != "_own"}  # open files are of one process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _own=next(_owners))
 
     def read_image(self, index: int) -> bytes | None:
         """The encoded image, or None where the sample has none. Raises EOFError when the shard ends too early."""
         return self._read(index, self.image)
 
-    def read_text(self, index: int) -> bytes | None:
-        """The text as UTF-8 bytes, or None where the sample has none. Raises EOFError when the shard ends too early."""
-        if self.text_field is not None and int(self.text[index, 0]) < 0:
+    def read_text(self, index: int, pick: int = 0) -> bytes | None:
+        """The text as UTF-8 bytes, or None where the sample has none. Raises EOFError when the shard ends too early.
+
+        pick: which of several texts, modulo their number.
+        """
+        if self.text_field is not None:
             data = self._read(index, self.info)
-            return None if data is None else text_of_json(data, self.text_field)
+            texts = [] if data is None else texts_of_json(data, self.text_field)
+            if texts:
+                return texts[pick % len(texts)].encode()
         return self._read(index, self.text)
 
     def read_info(self, index: int) -> dict[str, Any]:
@@ -98,28 +114,56 @@ class Samples:
         offset, length = int(member[index, 0]), int(member[index, 1])
         if offset < 0:
             return None
-        data = os.pread(self._descriptor(int(self.shard[index])), length, offset)
+        shard = self.paths[int(self.shard[index])]
+        data = _open_files.read(self._own, shard, self._open, length, offset)
         if len(data) != length:
-            raise EOFError(f"{self.paths[int(self.shard[index])]} ends before sample {self.keys[index]}")
+            raise EOFError(f"{shard} ends before sample {self.keys[index]}")
         return data
 
-    def _descriptor(self, shard: int) -> int:
-        # Threads may race here: at worst a shard is opened twice, and close() below never hits a descriptor in use,
-        # because each process reads from one thread per Samples.
-        found = self._files.get(shard)
-        if found is None:
-            path = self.paths[shard] if self.store is None else self.store.local(self.paths[shard])
-            found = self._files[shard] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            if len(self._files) > _MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(shard)
-        return found
+    def _open(self, shard: str) -> int:
+        if self.store is None:
+            return os.open(shard, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        with self.store.opened(shard) as file:
+            return os.dup(file.fileno())
 
     def close(self) -> None:
         """Close the shards; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        _open_files.close(self._own)
 
     def __del__(self) -> None:
         self.close()
+
+
+class _OpenFiles:
+    """The shards that this process reads by offset: those used last stay open, few enough for any limit on descriptors."""
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[tuple[int, str], int] = OrderedDict()  # by owner and shard
+        self._lock = (
+            threading.RLock()
+        )  # a file that is read is not closed; a finaliser may close while its thread reads
+
+    def read(self, owner: int, shard: str, open_shard: Callable[[str], int], length: int, offset: int) -> bytes:
+        """Up to `length` bytes from `offset` on. Raises what opening and reading raise."""
+        with self._lock:
+            if (owner, shard) in self._descriptors:
+                self._descriptors.move_to_end((owner, shard))
+                return os.pread(self._descriptors[owner, shard], length, offset)
+        descriptor = open_shard(shard)  # which may fetch it first
+        with self._lock:
+            other = self._descriptors.pop((owner, shard), None)
+            self._descriptors[owner, shard] = descriptor
+            if other is not None:
+                os.close(other)
+            while len(self._descriptors) > _MAX_OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+            return os.pread(descriptor, length, offset)
+
+    def close(self, owner: int) -> None:
+        """Close what one owner has open."""
+        with self._lock:
+            for key in [key for key in self._descriptors if key[0] == owner]:
+                os.close(self._descriptors.pop(key))
+
+
+_open_files = _OpenFiles()

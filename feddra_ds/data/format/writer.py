@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import sys
 import tarfile
@@ -16,17 +14,11 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from feddra_ds.common.errors import DataError
-from feddra_ds.common.files import sha256
-from feddra_ds.data.format.dataset import DATASET_NAME, FORMAT, IMAGE_SUFFIXES, INDEX_NAME, VERSION
-from feddra_ds.data.format.samples import text_id, text_of_json
+from feddra_ds.data.format.dataset import DATASET_NAME, FORMAT, INDEX_NAME, VERSION, safe_name
+from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, Indexer
 
 MAX_SHARD_BYTES = 256 * 1024 * 1024
 _HEADER_BYTES = tarfile.BLOCKSIZE  # of a member's header; the data behind it are padded to a multiple of this
-
-
-def safe_name(value: str) -> str:
-    """A client id or sample key as a file name: letters, digits, `_` and `-`; anything else becomes `_`."""
-    return re.sub(r"[^\w-]+", "_", value.strip(), flags=re.ASCII).strip("_") or "_"
 
 
 class DatasetWriter:
@@ -177,91 +169,19 @@ def write_index(
 def index_folder(folder: Path, text_field: str | None = None, notes: list[str] | None = None) -> dict[str, int]:
     """Write index.json for a folder of WebDataset tars made elsewhere; returns {split: samples}.
 
-    A shard's split is its name up to the last `-`. Names are read as webdataset reads them: a sample is a folder with a file
-    name up to its first dot. Members of a sample need not be adjacent; the same name again is another sample. Members that
-    are not jpg, jpeg, png, txt or json are left out. text_field: the field of a sample's json that is its text where it has
-    no txt. notes: gets a line for each thing that was left out or read otherwise than one may think, counted and with an
-    example. Raises DataError for a folder without tars, a tar that is compressed or cut off, or one without a sample.
+    text_field: the field of a sample's json that is its text. notes: gets a line for each thing that was left out or read
+    otherwise than one may think. See `Indexer`. Raises DataError for a folder without tars, a tar that is compressed or cut
+    off, or one without a sample.
     """
-    splits: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    odd: dict[str, list[str]] = {}
-    used: dict[str, set[str]] = {}
+    indexer = Indexer(text_field)
     for path in sorted(folder.glob("*.tar")):
-        split = path.stem.rsplit("-", 1)[0]
-        part = splits.setdefault(split, {"shards": [], "samples": []})
-        try:
-            rows, members = _read_shard(path, len(part["shards"]), text_field, odd, used.setdefault(split, set()))
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(f"{path}: is not a whole, uncompressed tar: {error}") from error
-        if not rows:
-            why = next((f"{len(names)} {what}, e.g. {names[0]}" for what, names in odd.items()), "it is empty")
-            raise DataError(f"{path}: has no sample among its {members} members ({why}); a sample is NAME.jpg or .png with "
-                            "NAME.txt or NAME.json, where NAME has no dot")  # fmt: skip
-        part["shards"].append(
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "samples": len(rows)}
-        )
-        part["samples"] += rows
-    if not splits:
+        indexer.add(path.name, path)
+    if not indexer.splits:
         raise DataError(f"{folder}: has no .tar shards")
     if notes is not None:
-        notes += [f"{folder}: {len(names)} {what}, e.g. {names[0]}" for what, names in odd.items()]
-    write_index(folder, folder.name, splits, text_field)
-    return {split: len(part["samples"]) for split, part in sorted(splits.items())}
-
-
-def _read_shard(
-    path: Path, shard: int, text_field: str | None, odd: dict[str, list[str]], used: set[str]
-) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a shard's samples, and how many files it has. odd gets what is strange by kind, used the keys."""
-    rows: list[dict[str, Any]] = []
-    latest: dict[str, dict[str, Any]] = {}
-    before, members = "", 0
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            members += 1
-            name, suffix = _as_webdataset(member.name)
-            if suffix not in (*IMAGE_SUFFIXES, "txt", "json"):
-                known = suffix.rpartition(".")[2] in (*IMAGE_SUFFIXES, "txt", "json")
-                what = "members with dots in their names" if known and name else "members of other kinds"
-                odd.setdefault(f"{what} were left out", []).append(f"{path.name}/{member.name}")
-                continue
-            row = latest.get(name)
-            if row is None or suffix in row:
-                if row is not None:
-                    odd.setdefault("names come twice, each a sample of its own", []).append(
-                        f"{path.name}/{member.name}"
-                    )
-                row = latest[name] = {"key": _unused(name, used), "shard": shard}
-                rows.append(row)
-            elif name != before:
-                odd.setdefault("members are not beside the others of their sample", []).append(
-                    f"{path.name}/{member.name}"
-                )
-            before = name
-            row[suffix] = [member.offset_data, member.size]
-            if suffix == "txt" or (suffix == "json" and text_field is not None and "text_id" not in row):
-                data = (tar.extractfile(member) or io.BytesIO()).read()
-                text = data if suffix == "txt" else text_of_json(data, str(text_field)) or b""
-                row["text_id"] = f"{text_id(text.decode(errors='replace')):016x}"
-    return rows, members
-
-
-def _as_webdataset(name: str) -> tuple[str, str]:
-    """(sample, suffix in lower case) of a member's name: its folder stays, the file name ends at its first dot."""
-    found = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.S)
-    return (found[1], found[2].lower()) if found else ("", "")
-
-
-def _unused(key: str, used: set[str]) -> str:
-    """The key, with a number behind it where it is used already; it is then used."""
-    number, new = 1, key
-    while new in used:
-        number += 1
-        new = f"{key}#{number}"
-    used.add(new)
-    return new
+        notes += [f"{folder}: {note}" for note in indexer.notes]
+    write_index(folder, folder.name, indexer.splits, text_field)
+    return {split: len(part["samples"]) for split, part in sorted(indexer.splits.items())}
 
 
 def index_bare_folders(

@@ -20,7 +20,7 @@ from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.decode import Decoded, Source, Task
 from feddra_ds.data.loading.order import Order, Position
 from feddra_ds.data.loading.pool import DecodePool
-from feddra_ds.data.loading.tokens import freeze
+from feddra_ds.data.loading.tokens import PAD_MULTIPLE, freeze
 
 
 class ClientData:
@@ -48,14 +48,13 @@ class ClientData:
         pool: DecodePool | None = None,
     ):
         assert config.batch_size % ranks_per_slot == 0, (config.batch_size, ranks_per_slot)
-        parts = [dataset.samples(client, split) for client in client_ids]
-        name, total = "+".join(client_ids), sum(len(part) for part in parts)
+        name, total = "+".join(client_ids), sum(dataset.num_samples(client, split) for client in client_ids)
         tokenizer_json, pad_id = freeze(tokenizer, config.text_length)
         self.source = Source(
             name=name,
-            parts=parts,
+            parts=[],
             seed=seed,
-            order=Order(seed, name, total, config.batch_size) if split == "train" else None,
+            order=None,
             image_size=config.image_size,
             augment=config.augment,
             tokenizer=tokenizer_json,
@@ -73,9 +72,17 @@ class ClientData:
         self._max_bad_fraction = config.max_bad_fraction
         self._ahead: dict[Position, Future[Decoded]] = {}
         self._lock = threading.Lock()
-        self._bad: dict[int, str] = {}
-        self._counted: set[tuple[int, int]] = set()
+        self._bad: dict[int | str, str] = {}
+        self._counted: set[tuple[int, int | str]] = set()
         self._skipped: Counter[str] = Counter()
+        self._seen = 0  # pairs that were given, repeats too
+        self._prepare(dataset, client_ids, split, config.batch_size)
+
+    def _prepare(self, dataset: Dataset, client_ids: Sequence[str], split: str, batch_size: int) -> None:
+        """Set up what reads the samples."""
+        self.source.parts = [dataset.samples(client, split) for client in client_ids]
+        if split == "train":
+            self.source.order = Order(self.source.seed, self.source.name, self.num_samples, batch_size)
 
     def batches(self, position: Position, num_steps: int) -> Iterator[Batch]:
         """This rank's part of the next `num_steps` training batches, augmented.
@@ -94,6 +101,16 @@ class ClientData:
         for place in wanted:
             if place not in self._ahead:
                 self._ahead[place] = self.pool.submit(self.source, self._training_task(place))
+
+    def blank_batch(self) -> Batch:
+        """A training batch of this rank's size that holds no pair: black pictures and one token each."""
+        size, side = self._part.stop - self._part.start, self.source.image_size
+        ids = torch.full((size, PAD_MULTIPLE), self.source.pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        mask[:, 0] = 1
+        keys = [f"blank {number}" for number in range(size)]
+        pixels = torch.zeros((size, 3, side, side), dtype=torch.uint8)
+        return Batch(pixels, ids, mask, torch.arange(size), keys, self._mean, self._std)
 
     def advance(self, position: Position, num_steps: int) -> Position:
         """The position after `num_steps` batches from `position`."""
@@ -168,6 +185,10 @@ class ClientData:
             std=self._std,
         )
 
+    def _num_known(self) -> int:
+        """Pairs that max_bad_fraction is a fraction of."""
+        return self.num_samples
+
     def _count(self, decoded: Decoded) -> None:
         with self._lock:
             for epoch, sample, reason in decoded.bad:
@@ -175,14 +196,17 @@ class ClientData:
                 if (epoch, sample) not in self._counted:
                     self._counted.add((epoch, sample))
                     self._skipped[reason] += 1
-            found, allowed = len(self._bad), self._max_bad_fraction * self.num_samples
+            self._seen += len(decoded.keys)
+            total = self._num_known()
+            found, allowed = len(self._bad), self._max_bad_fraction * total
             if self._max_bad_fraction > 0:
                 allowed = max(allowed, 1)  # in a small split one bad picture alone may exceed the fraction
             if found > allowed:
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(self._bad.values()).items()))
-                some = ", ".join(self.source.key(sample) for sample in sorted(self._bad)[:3])
+                first = sorted(self._bad, key=str if any(isinstance(s, str) for s in self._bad) else int)[:3]
+                some = ", ".join(s if isinstance(s, str) else self.source.key(s) for s in first)
                 raise DataError(
-                    f"data.max_bad_fraction: client {self.source.name}: {found} of its {self.num_samples} {self.split} "
+                    f"data.max_bad_fraction: client {self.source.name}: {found} of its {total} {self.split} "
                     f"samples are unreadable ({reasons}), more than {self._max_bad_fraction:.1%}; "
                     f"e.g. {some} under {self._root}"
                 )

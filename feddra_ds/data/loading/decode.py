@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from feddra_ds.common.errors import DataError
 from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.format.samples import Samples, text_id
+from feddra_ds.data.format.stream import Raw
 from feddra_ds.data.format.text import no_report
 from feddra_ds.data.loading.images import BadSample, evaluation_pixels, training_pixels
-from feddra_ds.data.loading.order import EvaluationOrder, Order, Position
+from feddra_ds.data.loading.order import EvaluationOrder, Order, Position, seeded
 from feddra_ds.data.loading.tokens import pad_batch
 
 _MAX_SUBSTITUTES = 1000
@@ -40,7 +41,6 @@ class Source:
     tokenizer: str
     pad_id: int
     text_length: int
-    by_shard: bool = False  # evaluation samples come from few shards (streaming)
     uid: int = field(default_factory=itertools.count().__next__)
     _decoder: Decoder | None = field(default=None, repr=False, compare=False)
 
@@ -67,35 +67,35 @@ class Source:
             sample -= len(part)
         raise IndexError(sample)
 
-    def shard_of(self) -> np.ndarray:
-        """(n,) int64: each sample's shard, numbered over all parts."""
-        first = np.cumsum([0] + [len(part.paths) for part in self.parts[:-1]])
-        return np.concatenate([part.shard.astype(np.int64) + f for part, f in zip(self.parts, first, strict=True)])
-
-    def shard_path(self, shard: int) -> tuple[Samples, str]:
-        """The part and path (or address) of a shard, numbered as in `shard_of`."""
-        for part in self.parts:
-            if shard < len(part.paths):
-                return part, part.paths[shard]
-            shard -= len(part.paths)
-        raise IndexError(shard)
-
     def key(self, sample: int) -> str:
         """The sample's key; with the client before it where several are pooled."""
         part, index = self.locate(sample)
         return part.keys[index] if len(self.parts) == 1 else f"{part.client}/{part.keys[index]}"
 
 
+class RawSample(NamedTuple):
+    """A sample that streaming has read: its key, its pass (-1 in evaluation), what its shard holds of it."""
+
+    key: str
+    epoch: int
+    raw: Raw
+
+
 @dataclass(frozen=True)
 class Task:
-    """Entries [start, stop) of a training batch (`position`) or of an evaluation sample (`evaluate`: pairs, batch, draw)."""
+    """Entries [start, stop) of a training batch (`position`) or of an evaluation sample (`evaluate`: pairs, batch, draw); or
+    `raws`, read already, and `spares` that stand in for bad ones."""
 
     start: int
     stop: int
     position: Position | None = None
     evaluate: tuple[int | None, int, int | None] | None = None
+    raws: tuple[RawSample, ...] = ()
+    spares: tuple[RawSample, ...] = ()
 
     def __str__(self) -> str:
+        if self.raws:
+            return f"{len(self.raws)} pairs from {self.raws[0].key} on"
         if self.position is not None:
             return f"epoch {self.position.epoch} step {self.position.step}"
         return f"evaluation pairs {self.start} to {self.stop}"
@@ -105,7 +105,7 @@ class Task:
 class Decoded:
     """pixels (b, 3, S, S) uint8; input_ids, attention_mask (b, T) int64; text_ids (b,) int64; keys, b of them.
 
-    bad: (epoch or -1, sample, reason) of every sample that was substituted.
+    bad: (epoch or -1, sample's number, or its key in streaming, reason) of every sample that was substituted.
     """
 
     pixels: np.ndarray
@@ -113,7 +113,7 @@ class Decoded:
     attention_mask: np.ndarray
     text_ids: np.ndarray
     keys: list[str]
-    bad: list[tuple[int, int, str]] = field(default_factory=list)
+    bad: list[tuple[int, int | str, str]] = field(default_factory=list)
 
 
 _tokenizer = functools.lru_cache(maxsize=2)(Tokenizer.from_str)  # megabytes each, and all sources have the same
@@ -135,10 +135,12 @@ class Decoder:
 
     def decode(self, task: Task) -> Decoded:
         """Raises DataError where a shard cannot be opened or no substitute for a bad sample can be read."""
+        if task.raws:
+            return self._decode_raws(task)
         source = self.source
         pixels = np.empty((task.stop - task.start, 3, source.image_size, source.image_size), dtype=np.uint8)
         rows, text_ids, keys = [], np.empty(len(pixels), dtype=np.int64), []
-        bad: list[tuple[int, int, str]] = []
+        bad: list[tuple[int, int | str, str]] = []
         for number, (epoch, sample, others) in enumerate(self._entries(task)):
             found, text = self._first_good(pixels[number], epoch, sample, others, bad)
             rows.append(self.tokenizer.encode(text).ids)
@@ -146,6 +148,30 @@ class Decoder:
             keys.append(source.key(found))
         ids, mask = pad_batch(rows, source.pad_id, source.text_length)
         return Decoded(pixels, ids, mask, text_ids, keys, bad)
+
+    def _decode_raws(self, task: Task) -> Decoded:
+        """A bad sample's place is taken by the next spare, and where there is none left, by another of the batch."""
+        source = self.source
+        pixels = np.empty((len(task.raws), 3, source.image_size, source.image_size), dtype=np.uint8)
+        rows, text_ids, keys = [], np.empty(len(pixels), dtype=np.int64), []
+        bad: dict[tuple[int, str], str] = {}
+        spares = iter(task.spares)
+        for number, wanted in enumerate(task.raws):
+            for one in itertools.chain([wanted], spares, task.raws):
+                try:
+                    text = fill_raw(pixels[number], one, source)
+                    break
+                except BadSample as error:
+                    bad[one.epoch, one.key] = error.reason
+            else:
+                raise DataError(f"client {source.name}: {len(bad)} samples in a row are unreadable, the first is {wanted.key} "
+                                f"({bad[wanted.epoch, wanted.key]})")  # fmt: skip
+            rows.append(self.tokenizer.encode(text).ids)
+            text_ids[number] = text_id(text)
+            keys.append(one.key)
+        ids, mask = pad_batch(rows, source.pad_id, source.text_length)
+        told: list[tuple[int, int | str, str]] = [(epoch, key, reason) for (epoch, key), reason in bad.items()]
+        return Decoded(pixels, ids, mask, text_ids, keys, told)
 
     def _entries(self, task: Task) -> Iterator[tuple[int, int, Iterator[int]]]:
         """(epoch or -1, sample, its substitutes) of each entry."""
@@ -160,18 +186,17 @@ class Decoder:
             assert task.evaluate is not None
             if task.evaluate not in self._evaluations:
                 pairs, batch_size, draw = task.evaluate
-                shards = self.source.shard_of() if self.source.by_shard else None
                 for old in [key for key in self._evaluations if key[2] is not None and key[2] != draw]:
                     del self._evaluations[old]  # a round that is over
                 self._evaluations[task.evaluate] = EvaluationOrder(
-                    self.source.seed, self.source.name, len(self.source), pairs, batch_size, shards, draw
+                    self.source.seed, self.source.name, len(self.source), pairs, batch_size, draw
                 )
             evaluation = self._evaluations[task.evaluate]
             for entry in entries:
                 yield -1, int(evaluation.samples[entry]), evaluation.substitutes(entry)
 
     def _first_good(
-        self, out: np.ndarray, epoch: int, sample: int, others: Iterator[int], bad: list[tuple[int, int, str]]
+        self, out: np.ndarray, epoch: int, sample: int, others: Iterator[int], bad: list[tuple[int, int | str, str]]
     ) -> tuple[int, str]:
         """Fill `out` (3, S, S) from the first of sample, others that can be read; returns it with its text."""
         reasons: dict[int, str] = {}
@@ -195,13 +220,26 @@ class Decoder:
     def _read(self, out: np.ndarray, epoch: int, sample: int) -> str:
         part, index = self.source.locate(sample)
         try:
-            text, image = part.read_text(index), part.read_image(index)
+            text, image = part.read_text(index, caption_of(self.source, epoch, sample)), part.read_image(index)
         except EOFError as error:
             raise BadSample("truncated_shard") from error
         except OSError as error:
             path = part.paths[int(part.shard[index])]
             raise DataError(f"{path}: cannot be read for client {part.client}: {error.strerror}") from error
         return fill(out, image, text, self.source, epoch, sample)
+
+
+def caption_of(source: Source, epoch: int, sample: object) -> int:
+    """Which of a sample's texts to take, where it has several: one drawn in each epoch, the first in evaluation (-1)."""
+    if epoch < 0:
+        return 0
+    return int.from_bytes(seeded("caption", source.seed, source.name, epoch, sample)[:8], "big")
+
+
+def fill_raw(out: np.ndarray, sample: RawSample, source: Source) -> str:
+    """Decode a pair that streaming has read: see `fill`."""
+    text = sample.raw.text(caption_of(source, sample.epoch, sample.key))
+    return fill(out, sample.raw.image, text, source, sample.epoch, sample.key)
 
 
 def fill(out: np.ndarray, image: bytes | None, text: bytes | None, source: Source, epoch: int, sample: object) -> str:

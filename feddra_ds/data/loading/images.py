@@ -44,9 +44,9 @@ REASONS = (
 
 
 def open_image(data: bytes) -> Image.Image:
-    """A lazily opened JPEG or PNG. Raises BadSample (corrupt_image, oversized_image)."""
+    """A lazily opened JPEG, PNG or WebP. Raises BadSample (corrupt_image, oversized_image)."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except Image.DecompressionBombError as error:
         raise BadSample("oversized_image") from error
     except Exception as error:  # Pillow raises many types for broken headers, SyntaxError and struct.error among them

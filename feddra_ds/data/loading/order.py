@@ -138,21 +138,13 @@ class EvaluationOrder:
         num_samples: int,
         num_pairs: int | None,
         batch_size: int,
-        shard_of: np.ndarray | None = None,
         draw: int | None = None,
     ):
-        """draw: which of many samples; None for the one of the whole run. shard_of: (n,) each sample's shard; the sample
-        then comes from as few shards as have twice its pairs."""
+        """draw: which of many samples; None for the one of the whole run."""
         self.seed, self.client, self.num_samples, self.batch_size = seed, client, num_samples, batch_size
         self.size = num_samples if num_pairs is None else min(num_pairs, num_samples)
         self.draw = () if draw is None else (draw,)
         drawn = permutation(num_samples, "evaluation", seed, client, *self.draw)
-        if shard_of is not None and num_pairs is not None:
-            counts = np.bincount(shard_of)
-            shards = permutation(len(counts), "evaluation shards", seed, client, *self.draw)
-            enough = int(np.searchsorted(np.cumsum(counts[shards]), 2 * num_pairs)) + 1
-            near = np.isin(shard_of[drawn], shards[:enough])
-            drawn = np.concatenate([drawn[near], drawn[~near]])
         self.samples = drawn[: self.size]
 
     def substitutes(self, entry: int) -> Iterator[int]:

@@ -51,12 +51,12 @@ def test_names_that_come_twice_and_members_apart(tmp_path: Path) -> None:
     again = [("a.jpg", encoded(1)), ("a.txt", b"1"), ("a.jpg", encoded(2)), ("a.txt", b"2")]
     apart = [("b.jpg", encoded(3)), ("c.jpg", encoded(4)), ("b.txt", b"3"), ("c.txt", b"4")]
     notes: list[str] = []
-    assert index_folder(tar(tmp_path, *again, *apart, ("d.webp", b"x")), notes=notes) == {"train": 4}
+    assert index_folder(tar(tmp_path, *again, *apart, ("d.gif", b"x")), notes=notes) == {"train": 4}
     assert pairs(tmp_path) == [(k, encoded(n), b"%d" % n) for n, k in enumerate(("a", "a#2", "b", "c"), 1)]
     said = "\n".join(notes)
     assert "1 names come twice, each a sample of its own, e.g. train-000000.tar/a.jpg" in said
     assert "2 members are not beside the others of their sample, e.g. train-000000.tar/b.txt" in said
-    assert "1 members of other kinds were left out, e.g. train-000000.tar/d.webp" in said
+    assert "1 members of other kinds were left out, e.g. train-000000.tar/d.gif" in said
 
 
 def test_a_shard_of_uids_has_no_sample_and_says_why(tmp_path: Path) -> None:

@@ -1,153 +1,171 @@
-"""Streaming order: shards split over readers without overlap or loss, shuffled by seed, resumed without reading."""
+"""Streaming order: every shard of a rank read once a pass, in webdataset's shuffle, and gone on with in the middle unread."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import webdataset
 from data_helpers import BROKEN, client_data, make_dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from test_data_shards_elsewhere import opened, write_tar
 
-from feddra_ds.common.errors import DataError
+from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.format.stream import Raw, Shards
 from feddra_ds.data.loading.client_data import ClientData
-from feddra_ds.data.loading.order import EvaluationOrder, Position
+from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.stream import Stream
 from feddra_ds.data.loading.streaming import StreamingData, build_data
-from feddra_ds.data.loading.streaming_order import StreamOrder, shuffle_through_buffer, split_shards
+
+SIZES = [9, 12, 7, 10, 11, 8, 13, 10]  # 80 samples
 
 
-@given(counts=st.lists(st.integers(1, 50), min_size=1, max_size=20), readers=st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
-def test_shards_are_split_without_overlap_or_loss(counts: list[int], readers: int) -> None:
-    split = split_shards(counts, readers)
-    if len(counts) < readers:
-        assert split is None
-        return
-    assert split is not None
-    assert sorted(s for own in split for s in own) == list(range(len(counts)))
-    loads = [sum(counts[s] for s in own) for own in split]
-    assert min(loads) > 0
-    assert max(loads) - min(loads) <= max(counts)
+class Told(Shards):
+    """Shards without files, which note each reading."""
+
+    read_shards: list[int]
+
+    def read(self, shard):
+        self.read_shards.append(shard)
+        for number in range(SIZES[shard]):
+            yield Raw(f"{shard}-{number}", {})
+        self.counts[shard] = SIZES[shard]
 
 
-@given(n=st.integers(0, 200), size=st.integers(1, 50), seed=st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
-def test_the_buffer_loses_nothing_and_reaches_no_further_ahead(n: int, size: int, seed: int) -> None:
-    stream = np.arange(n)
-    out = shuffle_through_buffer(stream, size, seed)
-    assert sorted(out.tolist()) == list(range(n))
-    assert all(sample <= place + size - 1 for place, sample in enumerate(out.tolist()))
-    assert np.array_equal(out, shuffle_through_buffer(stream, size, seed))
+def shards(counts: list[int | None] | None = None, num: int = 8) -> Told:
+    made = Told("a", "train", [f"{n}.tar" for n in range(num)], counts or [None] * num)
+    made.read_shards = []
+    return made
 
 
-def test_the_buffer_shuffles() -> None:
-    stream = np.arange(500)
-    assert np.array_equal(shuffle_through_buffer(stream, 1, 0), stream)
-    moved = shuffle_through_buffer(stream, 100, 0)
-    assert np.abs(moved - stream).mean() > 20
-    assert not np.array_equal(moved, shuffle_through_buffer(stream, 100, 1))
+def stream(part: Told, *, rank: int = 0, num_ranks: int = 1, seed: int = 0, buffer: int = 15) -> Stream:
+    return Stream([part], seed, "a", buffer=buffer, rank=rank, num_ranks=num_ranks)
 
 
-SHARDS = np.repeat(np.arange(8), [9, 12, 7, 10, 11, 8, 13, 10])  # 80 samples
+def keys(source: Stream, size: int, num: int, skip: int = 0) -> list[list[str]]:
+    return [[item.raw.key for item in batch] for batch, _ in islice(source.batches(size, skip), num)]
 
 
-def orders(
-    num_ranks: int, num_workers: int, batch: int = 8, shard_of: np.ndarray = SHARDS, seed: int = 0
-) -> list[StreamOrder]:
-    return [
-        StreamOrder(seed, "a", shard_of, batch, rank=rank, num_ranks=num_ranks, num_workers=num_workers, buffer=15)
-        for rank in range(num_ranks)
-    ]
-
-
-@pytest.mark.parametrize(("num_ranks", "num_workers"), [(1, 1), (2, 2), (4, 2), (8, 1), (2, 8)])
-def test_readers_pass_over_the_whole_client_and_overlap_nowhere(num_ranks: int, num_workers: int) -> None:
-    """With 16 readers for 8 shards the samples are split instead."""
-    seen: dict[tuple[int, int], list[int]] = {}
-    for rank, order in enumerate(orders(num_ranks, num_workers)):
-        assert (order.split is None) == (num_ranks * num_workers > 8)
-        for step in range(80):
-            for epoch, sample in order.batch(order.advance(Position(), step)).tolist():
-                if epoch == 0:
-                    seen.setdefault((rank, step % num_workers), []).append(sample)
-    assert sorted(s for own in seen.values() for s in own) == list(range(80))
-    if num_ranks * num_workers <= 8:
-        owners = [{int(SHARDS[s]) for s in own} for own in seen.values()]
-        assert sum(map(len, owners)) == 8
-
-
-def test_batches_have_the_rank_s_part_without_repeats_and_are_replayable() -> None:
-    for order, again in zip(orders(2, 2), orders(2, 2), strict=True):
-        long = [order.batch(order.advance(Position(), step)) for step in range(60)]
-        assert all(batch.shape == (4, 2) and len(set(batch[:, 1].tolist())) == 4 for batch in long)
-        for step in (59, 13, 31):
-            assert np.array_equal(again.batch(again.advance(Position(), step)), long[step])
-
-
-def test_shards_are_read_one_after_the_other() -> None:
-    (order,) = orders(1, 1)
-    stream = [s for step in range(10) for s in order.batch(order.advance(Position(), step))[:, 1].tolist()]
-    middle = {shard: np.mean([i for i, s in enumerate(stream) if SHARDS[s] == shard]) for shard in range(8)}
-    turn = sorted(middle, key=middle.get)
-    assert turn != list(range(8))
-    assert all(middle[later] - middle[earlier] > 10 for earlier, later in zip(turn, turn[2:], strict=False))
-    upcoming = order.shards_from(Position(), 2)
-    assert upcoming[0] in turn[:2]
-    assert len(upcoming) >= 3
-    assert order.shards_from(order.advance(Position(), 9), 2) != []
-
-
-def test_passes_and_seeds_differ() -> None:
-    def stream(seed: int, epoch: int) -> list[int]:
-        (order,) = orders(1, 1, batch=80, seed=seed)
-        return order.batch(Position(epoch, 0))[:, 1].tolist()
-
-    assert len({tuple(stream(0, 0)), tuple(stream(0, 1)), tuple(stream(1, 0))}) == 3
-
-
-def test_substitutes_come_from_shards_at_hand_first() -> None:
-    (order,) = orders(1, 1)
-    position = order.advance(Position(), 3)
-    own = set(order.batch(position)[:, 1].tolist())
-    here = {int(SHARDS[s]) for s in own}
-    streams = [list(order.substitutes(position, entry)) for entry in range(8)]
-    for stream in streams:
-        assert set(stream) == set(range(80))
-        assert int(SHARDS[stream[0]]) in here
-    assert len({stream[0] for stream in streams} | own) == 16
-
-
-def test_too_many_readers_are_refused_with_the_counts() -> None:
-    message = (
-        "data.order: streaming splits client a's 80 pairs over 2 ranks × 32 workers, 1 each, fewer than a rank's 4 of a batch; "
-        "use data.order=exact, or lower data.num_workers"
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 16])
+def test_a_pass_of_all_ranks_is_the_client_once(num_ranks: int) -> None:
+    """With 16 ranks for 8 shards every rank reads all shards and takes its share of their samples."""
+    seen = []
+    for rank in range(num_ranks):
+        source = stream(shards(), rank=rank, num_ranks=num_ranks)
+        assert source.shares_shards == (num_ranks > 8)
+        seen.append([item.raw.key for item in source.sample(None)])
+    assert sorted(key for own in seen for key in own) == sorted(
+        f"{s}-{n}" for s, size in enumerate(SIZES) for n in range(size)
     )
-    with pytest.raises(DataError, match=message):
-        orders(2, 32)
+    again = [item.raw.key for item in stream(shards(), rank=0, num_ranks=num_ranks).sample(None)]
+    assert again == seen[0]
 
 
-def test_too_few_shards_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    import logging
+def test_passes_and_seeds_differ_and_no_key_is_twice_in_a_batch() -> None:
+    batches = keys(stream(shards()), 12, 60)
+    assert all(len(set(batch)) == 12 for batch in batches)
+    counts = Counter(key for batch in batches for key in batch)
+    assert set(counts.values()) == {9}, "60 batches of 12 are nine passes of 80"
+    assert batches[:6] != batches[20:26], "another pass is another order"
+    assert batches != keys(stream(shards(), seed=1), 12, 60)
 
-    logging.getLogger("feddra_ds").propagate = True
-    (order,) = orders(1, 2, shard_of=np.zeros(40, dtype=int))
-    assert order.split is None
-    assert "its 1 shards do not split over 1 ranks × 2 workers, so its 40 samples do" in caplog.text
+
+@pytest.mark.parametrize("buffer", [1, 15, 1000])
+@pytest.mark.parametrize("skip", [1, 4, 6, 7, 13, 50])
+def test_going_on_gives_the_same_and_reads_no_shard_that_was_consumed(skip: int, buffer: int) -> None:
+    whole = keys(stream(shards(), buffer=buffer), 12, skip + 20)
+    assert keys(stream(shards(list(SIZES)), buffer=buffer), 12, 20, skip) == whole[skip:]
+    just = shards(list(SIZES))
+    next(stream(just, buffer=buffer).batches(12, skip))
+    if skip <= 4:  # the two batches that are read then are of the first pass too
+        taken = Counter(key.split("-")[0] for batch in whole[:skip] for key in batch)
+        consumed = {shard for shard in range(8) if taken[str(shard)] == SIZES[shard]}
+        assert not consumed & set(just.read_shards)
+        assert buffer > 1 or skip < 4 or len(consumed) >= 3
+        assert buffer == 1000 or len(set(just.read_shards)) < 8, "what is far ahead is not read either"
 
 
-def test_evaluation_samples_come_from_few_shards() -> None:
-    shards = np.repeat(np.arange(50), 20)
-    near = EvaluationOrder(0, "a", 1000, 30, 8, shards).samples
-    assert len(set(near.tolist())) == 30
-    assert len(set(shards[near].tolist())) <= 4
-    assert len(set(shards[EvaluationOrder(0, "a", 1000, 30, 8).samples].tolist())) > 15
-    assert sorted(EvaluationOrder(0, "a", 1000, None, 8, shards).samples.tolist()) == list(range(1000))
+def test_counts_that_are_not_known_are_learned_by_reading() -> None:
+    whole = keys(stream(shards()), 12, 30)
+    some = shards([9, None, 7, None, None, 8, None, 10])
+    assert keys(stream(some), 12, 10, 20) == whole[20:30]
+    assert some.counts == SIZES
+
+
+def test_no_more_is_counted_than_asked_for() -> None:
+    part = shards([None, None, 7, *[None] * 5])
+    assert part.up_to(20) == 20
+    assert part.read_shards == [0, 1]
+    assert part.up_to(1000) == 80
+    assert shards(list(SIZES)).up_to(20) == 20, "the same whatever is known"
+
+
+def test_a_shard_that_changed_is_told() -> None:
+    with pytest.raises(DataError, match=r"has fewer samples than when it was counted"):
+        keys(stream(shards([99, *SIZES[1:]]), buffer=4), 12, 20, 3)
+
+
+def test_too_few_samples_for_a_batch_are_told() -> None:
+    with pytest.raises(DataError, match=r"data.order: streaming gives this rank of client a fewer pairs than its 12"):
+        keys(stream(shards(num=1)), 12, 2)
+
+
+# --- shards elsewhere ------------------------------------------------------------------------------------------------
+
+
+def elsewhere(tmp_path: Path, **more) -> Dataset:
+    options = {"streaming": {"cache_dir": str(tmp_path / "cache"), "shuffle_buffer": 10}, "order": "streaming"}
+    return opened(clients={"n": str(tmp_path / "n")}, **options, **more)
+
+
+def test_no_index_is_made_and_the_samples_are_webdataset_s(tmp_path: Path) -> None:
+    for shard in range(4):
+        write_tar(tmp_path / "n" / f"{shard:05d}.tar", range(10 * shard, 10 * shard + 10))
+    dataset = elsewhere(tmp_path)
+    assert dataset.is_uncounted("n")
+    theirs = webdataset.WebDataset(str(tmp_path / "n" / "{00000..00003}.tar"), shardshuffle=False)
+    with DecodePool() as pool:
+        data = client_data(dataset, ["n"], kind=StreamingData, pool=pool, batch_size=8)
+        read = [batch.keys for batch in data.batches(Position(), 5)]
+        assert sorted(key for batch in read for key in batch) == sorted(one["__key__"] for one in theirs)
+        again = client_data(elsewhere(tmp_path), ["n"], kind=StreamingData, pool=pool, batch_size=8)
+        position = again.advance(Position(), 2)
+        assert [batch.keys for batch in again.batches(position, 3)] == read[2:]
+        assert [batch.keys for batch in again.batches(position, 3)] == read[2:], "twice, as a replay does"
+    assert not (tmp_path / "cache" / "indexes").exists()
+    assert not elsewhere(tmp_path).stream("n", "train").counts.count(None), "the next process knows the counts"
+
+
+def test_a_shard_of_uids_has_no_sample_and_says_why(tmp_path: Path) -> None:
+    write_tar(tmp_path / "n" / "0.tar", range(3), name="1.2.840.{}")
+    with pytest.raises(DataError, match=r"0.tar: has no sample of client n: webdataset reads e.g. 1 with 2.840.\d.jpg"):
+        elsewhere(tmp_path).num_samples("n", "train")
+
+
+def test_a_shard_that_is_cut_off_is_an_error_of_its_client(tmp_path: Path) -> None:
+    write_tar(tmp_path / "n" / "0.tar", range(30))
+    whole = (tmp_path / "n" / "0.tar").stat().st_size
+    with open(tmp_path / "n" / "0.tar", "r+b") as file:
+        file.truncate(whole // 2)
+    with pytest.raises(DataError, match=r"0.tar: cannot be read to its end for client n: "):
+        elsewhere(tmp_path).num_samples("n", "train")
+
+
+def test_val_fraction_is_the_one_of_the_exact_order(tmp_path: Path) -> None:
+    write_tar(tmp_path / "n" / "0.tar", range(120), patient=[f"p{n // 2}" for n in range(120)])
+    streamed = elsewhere(tmp_path, val_fraction=0.3)
+    assert streamed.splits("n") == ["train", "val"]
+    exact = opened(
+        clients={"n": str(tmp_path / "n")}, val_fraction=0.3, streaming={"cache_dir": str(tmp_path / "other")}
+    )
+    for split in ("train", "val"):
+        assert [raw.key for raw in streamed.stream("n", split).read(0)] == exact.samples("n", split).keys
+        assert streamed.num_samples("n", split) == exact.num_samples("n", split)
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
@@ -174,7 +192,7 @@ def test_the_same_batches_from_threads_processes_and_resumes(dataset: Dataset, n
         data = streaming(dataset, pool=pool, max_bad_fraction=0.2)
         batches = list(data.batches(Position(), 30))
         assert all(len(set(batch.keys)) == 4 for batch in batches)
-        assert data.take_skipped() == dict.fromkeys(sorted(BROKEN), 2), "two passes"
+        assert set(data.take_skipped()) == set(BROKEN)
         late = list(streaming(dataset, pool=pool, max_bad_fraction=0.2).batches(data.advance(Position(), 21), 4))
         for one, other in zip(batches[21:], late, strict=False):
             assert one.keys == other.keys
@@ -213,15 +231,41 @@ def test_the_config_chooses_the_order(dataset: Dataset) -> None:
         assert type(build_data(dataset, ["a"], "train", config=config, **common)) is kind
 
 
-def test_a_large_client_streams_cheaply() -> None:
-    """200,000 pairs in 400 shards: a position late in the run is reached in a second or two."""
-    shard_of = np.repeat(np.arange(400), 500)
-    order = StreamOrder(0, "big", shard_of, 72, rank=1, num_ranks=2, num_workers=2, buffer=1000)
-    position = order.advance(Position(), 50_000)
-    assert order.batch(position).shape == (36, 2)
-    assert order.shards_from(position, 2)
+def test_a_late_place_is_reached_soon() -> None:
+    """200,000 pairs were taken of 400 shards."""
+    part = Shards("big", "train", [f"{n}" for n in range(400)], [500] * 400)
+    part.read = lambda shard: iter([Raw(f"{shard}-{n}", {}) for n in range(500)])
+    source = Stream([part], 0, "big", buffer=1000)
+    batch, _ = next(source.batches(72, 2700))
+    assert len(batch) == 72
 
 
 def test_local_roots_take_options_too(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d", {"a": {"train": 8}})
     assert Dataset(tmp_path / "d", options=StreamingConfig(shuffle_buffer=7)).options.shuffle_buffer == 7
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"center": "samples"}, "dro.center: samples needs all pairs counted, and those of n are not"),
+        (
+            {"evaluate_on": "val"},
+            "dro.evaluate_on: val needs a val split, and client n has none; data.val_fraction makes one",
+        ),
+    ],
+)
+def test_what_needs_all_pairs_is_refused_where_they_are_not_counted(
+    tmp_path: Path, keys: dict[str, str], line: str
+) -> None:
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.distributed.launch import Launch
+    from feddra_ds.run.checks import check
+
+    write_tar(tmp_path / "n" / "0.tar", range(40))
+    data = {"clients": {"n": str(tmp_path / "n")}, "order": "streaming", "batch_size": 8}
+    run = {"output_dir": str(tmp_path / "run"), "device": "cpu"}
+    dro = {"evaluation_batch_size": 4, "evaluation_pairs": 8, **keys}
+    config = from_dict({"run": run, "data": data, "evaluation": {"every": 0}, "dro": dro})
+    with pytest.raises(ConfigError, match=line):
+        check(config, Launch(0, 1, 0, "127.0.0.1", 0))
