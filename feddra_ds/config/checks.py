@@ -89,7 +89,7 @@ def contradictions(config: Config) -> list[str]:
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use val")
     if c.aggregate.sparsity is not None and c.aggregate.precision not in ("int4", "int2"):
         out.append(
-            f"aggregate.precision: {c.aggregate.precision} values do not go with aggregate.sparsity; use int2, int4 or no sparsity"
+            f"aggregate.precision: {c.aggregate.precision} does not go with aggregate.sparsity; use int2, int4 or no sparsity"
         )
     if c.aggregate.sparsity is None and c.aggregate.precision == "int2":
         out.append("aggregate.precision: int2 needs aggregate.sparsity, as 0.05; without it use int4")

@@ -136,7 +136,7 @@ def test_rounds_by_hand(dataset: Path, tmp_path: Path, case: str, layout: str) -
             assert all(np.array_equal(models[0][name], models[1][name]) for name in models[0]), "slots differ"
             after[place] = np.concatenate([models[0]["aligner.w"], models[0]["backbone.w"]])
     elements = [elements_of(seen["after"][ROUNDS - 1, "stage2"]) for seen in by_rank[:per_slot]]
-    assert sorted(sum(elements, [])) == [0, 1, 2, 3]
+    assert sorted(i for held in elements for i in held) == [0, 1, 2, 3]
     for number, w in enumerate(predict(case, elements)):
         np.testing.assert_allclose(after[number, "stage2"], w, atol=5e-6, err_msg=f"round {number}")
 

@@ -81,7 +81,7 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "throw stage 1 away",
         ),
         ({"aggregate": {"sparsity": 0.05}}, "aggregate.precision", "use int2, int4 or no sparsity"),
-        ({"aggregate": {"sparsity": 0.05, "precision": "int8"}}, "aggregate.precision", "int8 values do not go"),
+        ({"aggregate": {"sparsity": 0.05, "precision": "int8"}}, "aggregate.precision", "int8 does not go"),
         ({"aggregate": {"precision": "int2"}}, "aggregate.precision", "needs aggregate.sparsity"),
         ({"model": {"text": {"pretrained": "x", "config": {}}}}, "model.text.config", "contradicts"),
         ({"model": {"text": {"num_layers": 6}}}, "model.text.num_layers", "num_hidden_layers in model.text.config"),
