@@ -13,7 +13,7 @@ from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.files import write_atomic
 from feddra_ds.common.text import decimals, listed, percent
 from feddra_ds.evaluation.labels import weakest
-from feddra_ds.evaluation.mixture import RECALL, mixture_rows, set_in_words
+from feddra_ds.evaluation.mixture import RECALL, chance_in_words, mixture_rows, set_in_words
 from feddra_ds.evaluation.verdict import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, joint_verdict, judged
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.run.files import EVALUATION_NAME, RunFiles, is_run
@@ -220,7 +220,8 @@ def _mixture_table(told: dict[str, Any]) -> None:
             ]
         )
     columns = ["pairs of", "loss", "95 % interval", "recall@5 %", "95 % interval"]
-    print_table(f"The worst mixture of the clients within the {set_in_words(told)}", columns, rows)
+    title = f"The worst mixture of the clients within the {set_in_words(told)}{chance_in_words(told)}"
+    print_table(title, columns, rows)
     for what, key in (("loss", "weights_by_loss"), ("recall", "weights_by_recall")):
         if told[key]:
             heaviest = sorted(told[key].items(), key=lambda item: -item[1])

@@ -103,6 +103,12 @@ def set_in_words(told: Mapping[str, Any]) -> str:
     return out
 
 
+def chance_in_words(told: Mapping[str, Any]) -> str:
+    """`; by chance the loss is 6.93`; empty for evaluations of older versions, and where there is no loss."""
+    chance = told.get("loss_by_chance")
+    return "" if chance is None else f"; by chance the loss is {chance:.2f}"
+
+
 def mixture_rows(told: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(name, {"loss": {value, low, high}, "recall@5": …}) of a measured worst mixture and what it stands beside."""
     mixture = {name: {"value": told[name]} | interval for name, interval in told["intervals"].items()}
@@ -153,7 +159,8 @@ def measure_mixture(
     and the held-out ones, as a JSON-ready dict; None for fewer than two clients.
 
     num_samples: training pairs by client. worst_over: see named_set; None for the run's own set, or DEFAULT_SET where
-    that is its centre alone. Intervals resample within each client, with the mixture's weights held.
+    that is its centre alone. Intervals resample within each client, with the mixture's weights held. `losses` has L_i of
+    every client with a whole batch of pairs, held-out ones too; `loss_by_chance` is that of a model that knows nothing.
     """
     insiders = [name for name in galleries if name not in held_out]
     if len(insiders) < 2:
@@ -192,6 +199,8 @@ def measure_mixture(
         "held_out": outside,
         "set": {"kind": inside.kind, "radius": inside.radius, "minimum": inside.minimum, "maximum": inside.maximum},
         "loss_batch_size": batch_size,
+        "loss_by_chance": None if objective is None else objective.chance(batch_size),
+        "losses": {client: measured.value for client, measured in losses.items()},
         "too_few_pairs": parts("too_few_pairs"),
     }
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from feddra_ds.evaluation.mixture import DEFAULT_SET, pair_losses
+from feddra_ds.evaluation.mixture import DEFAULT_SET
 from feddra_ds.experiments.spec import EvaluateSpec
 
 Metrics = dict[str, float]
@@ -47,7 +47,7 @@ def measure(run_dir: Path, how: EvaluateSpec, rounds: list[dict[str, Any]]) -> M
     )
     return {
         **retrieval_metrics(result),
-        **loss_metrics(losses_of(run_dir, how, clients)),
+        **loss_metrics(result),
         **mixture_metrics(result),
         **round_metrics(rounds[-1]),
     }
@@ -78,10 +78,11 @@ def retrieval_metrics(result: Mapping[str, Any]) -> Metrics:
     return out
 
 
-def loss_metrics(losses: Mapping[str, tuple[float, bool]]) -> Metrics:
-    """Of L_i by client, each with whether it is held out."""
-    inside = [value for value, held_out in losses.values() if not held_out]
-    out = {f"loss/{c}": value for c, (value, _) in losses.items()}
+def loss_metrics(result: Mapping[str, Any]) -> Metrics:
+    """Of L_i by client, which `evaluate` measures beside the worst mixture."""
+    losses: dict[str, float] = (result.get("worst_mixture") or {}).get("losses", {})
+    inside = [value for c, value in losses.items() if not result["clients"][c]["held_out"]]
+    out = {f"loss/{c}": value for c, value in losses.items()}
     return out | ({"loss": float(np.mean(inside)), "worst_loss": max(inside)} if inside else {})
 
 
@@ -105,28 +106,3 @@ def round_metrics(line: Mapping[str, Any]) -> Metrics:
         out["mb_sent"] = line["bytes_sent_per_rank"] / 1e6
     gain = (line.get("robust_gain") or {}).get("share")
     return out | ({"robust_gain_share": float(gain)} if isinstance(gain, (int, float)) else {})
-
-
-def losses_of(run_dir: Path, how: EvaluateSpec, clients: list[str] | None) -> dict[str, tuple[float, bool]]:
-    """L_i on the split as the run's objective has it, by client, each with whether it is held out.
-
-    The batches are whole ones of dro.evaluation_batch_size; a client with fewer pairs has no number.
-    """
-    from feddra_ds import objectives
-    from feddra_ds.config.load import load
-    from feddra_ds.evaluation.gallery import embed_clients, open_split
-    from feddra_ds.evaluation.models import open_models
-    from feddra_ds.objectives.features import TOKENS
-
-    config = load(run_dir / "config.yaml")
-    objective = objectives.build(config.objective)
-    if TOKENS in objective.needs:
-        return {}
-    models = open_models(run_dir)
-    root = models.data_root(None)
-    dataset = open_split(models, root, how.split, clients)
-    galleries = embed_clients(models, dataset, dataset.client_ids, how.split, max_pairs=how.max_pairs,
-                              batch_size=how.batch_size, seed=0)  # fmt: skip
-    outside = models.held_out(dataset, list(galleries))
-    losses = {c: pair_losses(g, objective, config.dro.evaluation_batch_size) for c, g in galleries.items()}
-    return {client: (float(values.mean()), client in outside) for client, values in losses.items() if values.size}

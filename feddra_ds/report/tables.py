@@ -194,6 +194,7 @@ def _mixture(told: dict[str, Any] | None) -> dict[str, Any] | None:
     by_weight = lambda of: sorted(of.items(), key=lambda item: -item[1])
     return {
         "set": set_in_words(told),
+        "chance": told.get("loss_by_chance"),
         "rows": [{"name": name, "loss": of.get("loss"), "recall": of.get(RECALL)} for name, of in mixture_rows(told)],
         "weights": {what: [f"{c} {w:.2f}" for c, w in by_weight(of)] for what, of in weights.items() if of},
     }

@@ -245,13 +245,14 @@ def _losses_of(saved: list[float | None] | None) -> Vector | None:
 
 
 def _say_where_p_moves(inside: MixtureSet, client_ids: list[str]) -> None:
-    """The smallest and the largest weight that each client can come to have."""
+    """The smallest and the largest weight that each client can come to have; a warning where a radius bounds nothing, which
+    is what the simplex is asked for."""
     if inside.is_point:
         return
     low, high = inside.reach()
     reach = [f"{client} {a:.2f} to {b:.2f}" for client, a, b in zip(client_ids, low, high, strict=True)]
     logger.info("p can move, by client: %s", listed(reach))
-    if np.any(high > 1 - inside.minimum * (1 - inside.center) - 1e-9):
+    if inside.kind != "simplex" and np.any(high > 1 - inside.minimum * (1 - inside.center) - 1e-9):
         logger.warning(
             "dro.radius=%g forbids nothing: one client can have the whole average; lower it, or set dro.maximum_weight",
             inside.radius,

@@ -277,6 +277,9 @@ def summary(line: RoundRecord) -> str:
         p = line.get("next_client_weights") or line["client_weights"]
         heaviest = max(range(len(ids)), key=lambda i: p[i])
         out += f", worst {known[worst]:.4f} ({worst}), p {min(p):.3f} to {max(p):.3f} ({ids[heaviest]})"
+        gain = line.get("robust_gain")
+        if gain and gain["share"] is not None:
+            out += f", {100 * gain['share']:.0f} % of the robust gain"
     pooled = (line.get("val") or {}).get("all") or {}
     if "i2t_recall@5" in pooled:
         recall = (pooled["i2t_recall@5"] + pooled["t2i_recall@5"]) / 2

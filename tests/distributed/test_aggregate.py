@@ -44,7 +44,10 @@ def _mean(results: dict[str, dict[str, Any]], p: dict[str, float]) -> dict[str, 
     return {n: sum(w * results[c]["weights"][n].astype(np.float64) for c, w in p.items()) / total for n in names}
 
 
-@pytest.mark.parametrize(("world_size", "per_slot", "stage"), [(1, 1, 0), (2, 1, 1), (4, 2, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "per_slot", "stage"),
+    [pytest.param(1, 1, 0, marks=pytest.mark.slow), pytest.param(2, 1, 1, marks=pytest.mark.slow), (4, 2, 3)],
+)
 def test_the_new_model_is_the_weighted_mean_of_the_clients(
     dataset: Path, tmp_path: Path, world_size: int, per_slot: int, stage: int
 ) -> None:
@@ -197,7 +200,11 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(dataset: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("world_size", "stage", "changes", "backward"),
-    [(2, 0, {}, 1), (2, 3, {}, 1), (1, 0, {"data__micro_batch_size": 4}, 3)],  # the second micro-batch of step 1
+    [
+        pytest.param(2, 0, {}, 1, marks=pytest.mark.slow),
+        (2, 3, {}, 1),
+        pytest.param(1, 0, {"data__micro_batch_size": 4}, 3, marks=pytest.mark.slow),
+    ],  # the second micro-batch of step 1
 )
 def test_a_gradient_that_is_not_finite_skips_the_step_at_every_zero_stage(
     dataset: Path, tmp_path: Path, world_size: int, stage: int, changes: dict[str, Any], backward: int
@@ -288,6 +295,7 @@ def test_buffers_without_the_first_client_and_with_bad_ones(dataset: Path, tmp_p
 
 
 # ---- bytes
+@pytest.mark.slow
 def test_bytes_are_those_of_this_ranks_slices(dataset: Path, tmp_path: Path) -> None:
     """fp32 aligner after stage 1, all of it after stage 2: whole on slots of one rank, half on slots of two."""
     by_layout = {}

@@ -122,7 +122,9 @@ def with_reports(config_tree: dict[str, Any], told: dict[str, list[float]]) -> N
 
 
 # ---- tests
-@pytest.mark.parametrize("ascent", ["exponentiated", "projected", "closed_form"])
+@pytest.mark.parametrize(
+    "ascent", ["exponentiated", *(pytest.param(x, marks=pytest.mark.slow) for x in ("projected", "closed_form"))]
+)
 def test_no_report_is_believed_blindly(dataset: Path, tmp_path: Path, ascent: str) -> None:
     chance = 2 * math.log(NUM_VAL)  # dro.evaluation_batch_size
     more = {"schedule__rounds": 1, "dro__ascent": ascent, "dro__evaluate_on": "train", **SETTINGS}

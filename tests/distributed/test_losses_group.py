@@ -189,6 +189,7 @@ def _compiled(rank: int, world_size: int, exchange: str) -> list[float]:
     return [float((a - b).abs().max()) for a, b in zip(*results, strict=True)]
 
 
+@pytest.mark.slow
 def test_torch_compile_over_a_group_equals_eager() -> None:
     for exchange in ("gather", "ring"):
         for differences in run_ranks(_compiled, 2, exchange):

@@ -280,7 +280,7 @@ COMPILED = [  # optimizers that DeepSpeed compiles at first use
 @pytest.mark.parametrize(
     ("world_size", "rows"),
     [
-        (1, STAGES),
+        pytest.param(1, STAGES, marks=pytest.mark.slow),
         (2, STAGES + FORMS),
         pytest.param(1, FORMS + OTHERS, marks=pytest.mark.slow),
         pytest.param(2, OTHERS, marks=pytest.mark.slow),

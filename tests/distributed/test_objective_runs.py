@@ -19,6 +19,7 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_every_objective_trains_with_every_strategy(dataset: Path, tmp_path: Path) -> None:
     combinations = [(name, strategy) for name in OBJECTIVES for strategy in ("fedavg", "feddra")]
     configs = [
@@ -47,7 +48,7 @@ def test_every_objective_trains_with_every_strategy(dataset: Path, tmp_path: Pat
                 assert difference > 1e-5, (name, other, strategy)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_is_kept_of_the_pairs_outlives_a_restart(dataset: Path, tmp_path: Path, ranks: int) -> None:
     def run(folder: str, rounds: int, ranks: int) -> Path:
         config = tree(

@@ -158,6 +158,7 @@ def start_and_wait_for(command: list[str], out: Path, num_lines: int, limit_s: f
 SAME = ("round", "client_weights", "next_client_weights", "client_losses", "samples", "val")
 
 
+@pytest.mark.slow
 def test_sigterm_then_the_same_command_goes_on(root: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     many = {"schedule__rounds": 5, "optimizer__name": "adamw", "optimizer__lr": 1e-3}
@@ -187,6 +188,7 @@ def launched(config: Path, ranks: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_deepspeed_launcher_two_slots_of_two_ranks_equals_one_process(root: Path, tmp_path: Path) -> None:
     one, four = tmp_path / "one", tmp_path / "four"
     assert train("--config", write_config(tmp_path / "1.yaml", root, one)).returncode == 0

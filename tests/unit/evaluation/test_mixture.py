@@ -165,7 +165,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_prints_it(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(places), "--bootstrap", "50", "--worst-over", "kl:0.1"]) == 0
     text = capsys.readouterr().out
-    assert "The worst mixture of the clients within the KL ball, ρ = 0.1" in text
+    in_lines = " ".join(text.split())  # a long title is wrapped
+    assert "The worst mixture of the clients within the KL ball, ρ = 0.1; by chance the loss is " in in_lines
     for row in ("worst mixture", "worst client (", "mean of the clients", f"{HELD_OUT} (held out)"):
         assert row in text
     assert "its weights by loss:" in text
@@ -181,9 +182,12 @@ def test_the_report_shows_it(places: Path, capsys: pytest.CaptureFixture[str]) -
     told = json.loads((places / "evaluation.json").read_text())["worst_mixture"]
     assert main(["report", str(places), "--examples", "0"]) == 0
     page = (places / "report.html").read_text()
+    worst = told["worst_client"]["loss"]
+    assert told["losses"][worst["id"]] == pytest.approx(worst["value"])
     assert "The worst mixture of the clients" in page
     assert "within the χ² ball, ρ = 1" in page
     assert f"<b>{told['loss']:.3f}</b>" in page
+    assert f"By chance the loss is {told['loss_by_chance']:.3g}" in page
     kept = json.loads((places / "evaluation.json").read_text())
     del kept["worst_mixture"]  # as an older evaluation wrote it
     (places / "evaluation.json").write_text(json.dumps(kept))

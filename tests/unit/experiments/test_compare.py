@@ -130,7 +130,7 @@ def test_metrics_of_an_evaluation() -> None:
                 "pooled_recall@1": 0.1, "recall@1/a": 0.2, "worst_mixture_loss": 3.5, "worst_mixture_recall@5": 0.2}  # fmt: skip
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert "worst_mixture_p" not in found
-    losses = loss_metrics({"a": (2.0, False), "b": (3.0, False), "c": (9.0, True)})
+    losses = loss_metrics(result | {"worst_mixture": {"losses": {"a": 2.0, "b": 3.0, "c": 9.0}}})
     assert losses == {"loss/a": 2.0, "loss/b": 3.0, "loss/c": 9.0, "loss": 2.5, "worst_loss": 3.0}
     line = {
         "client_ids": ["a", "b"],

@@ -304,6 +304,13 @@ def test_summary_of_a_round_without_losses_and_of_one_client() -> None:
     assert summary(alone) == "loss 3.0000"
 
 
+def test_summary_says_how_much_of_the_robust_gain_p_attains() -> None:
+    gain: dict[str, Any] = {"mixture": 3.1, "mean": 3.0, "best": 3.4, "share": 0.25}
+    assert ", 25 % of the robust gain" in summary({**line(0, [2.0, 4.0]), "robust_gain": gain})
+    equal = {**gain, "share": None}
+    assert "gain" not in summary({**line(0, [3.0, 3.0]), "robust_gain": equal})
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.84, "0.8 s"), (41.6, "42 s"), (185, "3 min 5 s"), (7800, "2 h 10 min"), (7200, "2 h"), (273_600, "3 d 4 h")],
