@@ -9,7 +9,8 @@ Legend: N blocks of B elements (4,096, a power of 2), k of each travel, b bits a
     k + B/2^ℓ bits the i-th place's high bits h_i: bit h_i + i is set                  bits a place, for 12 of a plain index)
     k·b bits       the value's sign and bin
 
-A bin's mean never makes the block's error larger than the block, however heavy its tail is, so that error feedback converges.
+Where fewer than k elements of a block are not 0, the bin of the zeros is sent as 0: what did not change is left alone. A bin's
+mean never makes what is left larger than the block, however heavy its tail is, so that error feedback converges.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class SparseCodec:
         for index in range(self._num_bins):  # not scatter_add, whose sums on a GPU have no fixed order
             inside = bins == index
             means[:, index] = (sizes * inside).sum(1) / inside.sum(1).clamp_min_(1)
+        means[:, :1].masked_fill_(start == 0, 0.0)
         return bins, means.to(torch.bfloat16)
 
     def decode(self, encoded: Tensor, num_elements: int) -> Tensor:

@@ -95,6 +95,16 @@ def test_blocks_of_nothing_and_of_one_number(codec: SparseCodec) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=ids)
+def test_what_did_not_change_is_left_alone(codec: SparseCodec) -> None:
+    """Rows of an embedding that no batch had: a few elements of a block move, fewer than travel."""
+    x = rows(1, 2)
+    x[:, 40:BLOCK] = 0
+    decoded = codec.decode(codec.encode(x), 2 * BLOCK)
+    assert not decoded[x == 0].any()
+    assert decoded[:, :40].any()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=ids)
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_left_is_less_than_what_there_was(codec: SparseCodec, seed: int) -> None:
     """‖x − Q(x)‖ < ‖x‖ in each block, however heavy its tail: else error feedback would grow."""
