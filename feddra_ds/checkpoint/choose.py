@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from feddra_ds.checkpoint.format import check, folder_of, read_coordinator
+from feddra_ds.checkpoint.format import EMA, WEIGHTS, check, folder_of, read_coordinator
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.logs import logger
 from feddra_ds.common.section import may_change, may_change_partly
@@ -123,6 +123,16 @@ def find_checkpoint(run: Path, name: str | None) -> Path:
             return folder
     there = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("round-*"))) or "none"
     raise ValueError(f"--checkpoint {name}: no such checkpoint of {run}; it has {there}")
+
+
+def averaged_checkpoint(run: Path, name: str | None = None) -> Path:
+    """A run's checkpoint, as find_checkpoint gives it, that holds the average over rounds. Raises ValueError."""
+    if name is None and find_newest(run) is None:
+        raise ValueError(f"--ema: {run} has no whole checkpoint, and the average over rounds is in no other place")
+    folder = find_checkpoint(run, name)
+    if not (folder / WEIGHTS / EMA).is_dir():
+        raise ValueError(f"--ema: {folder} holds no average over rounds; train with aggregate.ema, such as 0.9")
+    return folder
 
 
 def find_newest(run_dir: Path) -> Path | None:

@@ -60,4 +60,7 @@ def described(path: Path, root: Path) -> Files:
     return {str(path.relative_to(root)): {"bytes": path.stat().st_size, "sha256": sha256(path)}}
 
 
+WEIGHTS = "weights"  # the models that a run gives
+PREVIOUS = "previous"  # a client's own model of the last round that it trained in, where its strategy looks at it
 SHARED = "global"  # owner of the shared model in checkpoints
+EMA = "ema"  # owner of its moving average over the rounds (aggregate.ema)

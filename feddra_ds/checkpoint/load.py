@@ -3,13 +3,16 @@
     checkpoints/round-000012/            state after round 12
         weights/OWNER/shard-00000-of-00002.safetensors    fp32 fragments: flat ranges of named parameters
         weights/OWNER/buffers.safetensors
-    residuals/slot-00000/shard-…      where deltas travel rounded: what rounding has kept of that slot's (compression.py)
+        residuals/slot-00000/shard-…     where deltas travel rounded: what rounding has kept of that slot's (compression.py)
+        kept/server/NAME/shard-…         where the strategy keeps something: NAME is its own
+        kept/client/CLIENT/NAME/shard-…
+        previous/CLIENT/…                where the strategy looks at it: the client's own model of its last round
         pairs/CLIENT.safetensors         where the objective keeps numbers of each training pair (federation/pairs.py)
         coordinator.json                 p, the position of each client in its data, the resolved config
         manifest.json                    bytes and sha256 of every file; without it the folder is not a checkpoint
 
-OWNER is `global`, or a client's id where each keeps its own model. Fragments know no ranks: what was saved at one
-number of ranks per client loads at any other, and at any ZeRO stage.
+OWNER is `global`, beside it `ema` where there is one, or a client's id where each keeps its own model. Fragments know no
+ranks: what was saved at one number of ranks per client loads at any other, and at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from feddra_ds.checkpoint.format import files_of
+from feddra_ds.checkpoint.format import WEIGHTS, files_of
 from feddra_ds.common.errors import CheckpointError
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.masters import Fragment
@@ -89,8 +92,9 @@ class SavedFragments:
 class SavedModel(SavedFragments):
     """Reads one owner's model from a checkpoint."""
 
-    def __init__(self, folder: Path, owner: str):
-        super().__init__(folder, f"weights/{owner}")
+    def __init__(self, folder: Path, owner: str, kind: str = WEIGHTS):
+        """kind: WEIGHTS or PREVIOUS, of checkpoint/format.py."""
+        super().__init__(folder, f"{kind}/{owner}")
 
     def buffers(self) -> dict[str, Tensor]:
         path = self.folder / "buffers.safetensors"

@@ -10,15 +10,15 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from feddra_ds.checkpoint.format import Files, described, partial_of
+from feddra_ds.checkpoint.format import WEIGHTS, Files, described, partial_of
 from feddra_ds.common.files import write_atomic
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState
 
 
-def write_model(partial: Path, owner: str, engine: Engine, state: ModelState) -> Files:
-    """Write this rank's fragments of one model; returns what the manifest will say of them."""
-    folder = partial / "weights" / owner
+def write_model(partial: Path, owner: str, engine: Engine, state: ModelState, *, kind: str = WEIGHTS) -> Files:
+    """Write this rank's fragments of one model; returns what the manifest will say of them. kind: see SavedModel."""
+    folder = partial / kind / owner
     written = write_fragments(folder, partial, engine, state)
     if engine.slot_rank == 0:
         names = engine.buffers()

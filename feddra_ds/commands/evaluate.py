@@ -30,7 +30,7 @@ CONTROL = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `evaluate`."""
     parser.description = (
-        f"{parser.description} Of a run as a whole (no --clients, no control) it keeps the result in "
+        f"{parser.description} Of a run as a whole (no --clients, no control, no --ema) it keeps the result in "
         f"RUN/{EVALUATION_NAME}, which `feddra-ds report RUN` shows."
     )
     add_model_arguments(parser)
@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="where the worst mixture is looked for: chi2:RADIUS, kl:RADIUS, cvar:RADIUS or simplex, so that runs can be "
         "compared (default: where the run's p may move; chi2:1 where that is one mixture alone)",
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="measure the run's average over rounds (aggregate.ema) in place of its model"
     )
     parser.add_argument("--no-zero-shot", action="store_true", help="leave out zero-shot classification by label names")
 
@@ -75,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
         zero_shot=not args.no_zero_shot,
         shuffled_texts=args.shuffled_texts,
         worst_over=args.worst_over,
+        ema=args.ema,
     )
-    of_the_whole_run = is_run(path) and args.clients is None and not args.shuffled_texts
+    of_the_whole_run = is_run(path) and args.clients is None and not args.shuffled_texts and not args.ema
     kept = keep(path / EVALUATION_NAME, result) if of_the_whole_run else None
     if args.json:
         print(json.dumps(result))
@@ -150,7 +154,8 @@ def _client_table(run: RunFiles | None, result: dict[str, Any]) -> None:
     if not lines:
         rows = [[row[0], row[1], *row[4:]] for row in rows]
         columns = columns[:2] + columns[4:]
-    print_table(f"{result['model']} on {result['split']} of {result['data']}", columns, rows)
+    whose = ", average over rounds," if result["ema"] else ""
+    print_table(f"{result['model']}{whose} on {result['split']} of {result['data']}", columns, rows)
 
 
 def _name(client: str, about: dict[str, Any], split: str) -> str:
@@ -256,9 +261,9 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
 
 
 def _advice(path: Path, run: RunFiles | None, result: dict[str, Any]) -> list[str]:
-    out = []
+    out, whose = [], " --ema" if result["ema"] else ""
     if not result["shuffled_texts"]:
-        command = f"feddra-ds evaluate {path} --data {result['data']} --shuffled-texts"
+        command = f"feddra-ds evaluate {path} --data {result['data']}{whose} --shuffled-texts"
         out.append(f"{command}   # the control: must be at chance")
     if run is not None:
         out.append(f"feddra-ds report {run.path}")

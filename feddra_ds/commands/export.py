@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose model, where each client keeps its own (default: the global model)",
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="export the average of the run's global models over its rounds (aggregate.ema), of its newest checkpoint or "
+        "of --checkpoint",
+    )
+    parser.add_argument(
         "--format",
         choices=("feddra", "transformers", "adapter"),
         default="feddra",
@@ -51,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         checkpoint=args.checkpoint,
         client=args.client,
+        ema=args.ema,
         kind=args.format,
         max_shard_size=args.max_shard_size,
     )

@@ -93,6 +93,12 @@ def contradictions(config: Config) -> list[str]:
         )
     if c.aggregate.sparsity is None and c.aggregate.precision == "int2":
         out.append("aggregate.precision: int2 needs aggregate.sparsity, as 0.05; without it use int4")
+    rule = (c.model.adapter or {}).get("aggregation") or "factors"
+    if c.aggregate.ema is not None and rule not in ("factors", "freeze_a"):
+        out.append(
+            f"aggregate.ema: averages factors, which is no model's average where model.adapter.aggregation={rule}; use factors "
+            "or freeze_a, or null"
+        )
     both_stages = c.schedule.stage1_steps > 0 and c.schedule.stage2_steps > 0
     if both_stages and c.schedule.stage2_start == "global" and not c.aggregate.after_stage1:
         out.append(
@@ -119,6 +125,11 @@ def contradictions(config: Config) -> list[str]:
     stage = get_path(c.deepspeed, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         out.append(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
+    if c.optimizer.name == "muon" and stage in (1, 2, 3):
+        out.append(
+            f"deepspeed.zero_optimization.stage: {stage} cuts matrices into flat parts, and optimizer.name=muon makes whole "
+            "matrices orthogonal; take stage 0, or optimizer.name=adamw"
+        )
     if get_path(c.deepspeed, "bf16.enabled") and get_path(c.deepspeed, "fp16.enabled"):
         out.append("deepspeed.fp16.enabled: contradicts deepspeed.bf16.enabled; give one of them")
     return out

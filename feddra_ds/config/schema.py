@@ -145,7 +145,8 @@ class ClientsConfig(Section):
     ids: list[str] | None = None
     """Clients to train on, in this order; null takes all under data.root, sorted."""
     per_round: int | None = Field(None, ge=1)
-    """Clients that train in a round, drawn by run.seed for each round; null: all. L_i is measured on all clients."""
+    """Clients that train in a round, drawn by run.seed for each round; null: all. L_i is measured on all clients. With
+    strategy.name = drfa it is the number of draws by p, and null takes as many as there are clients."""
     minimum: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
     """The run stops when fewer clients than this give a valid update in a round."""
     timeout_s: float = Field(1800.0, gt=0, json_schema_extra=MAY_CHANGE)
@@ -170,8 +171,9 @@ class ScheduleConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Local optimizer."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """Local optimizer. muon: Muon for the encoders' matrices, AdamW for embeddings, heads, norms and biases
+    (docs/optimizers.md); ZeRO 0 alone."""
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -184,6 +186,8 @@ class OptimizerConfig(Section):
     """Weight decay on all parameters (the release)."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's momentum, of Nesterov's kind."""
     max_skipped_steps: int = Field(5, ge=1)
     """Steps in a row with a non-finite loss or gradient, which are skipped, after which a client's update is excluded. The
     steps in which fp16's loss scaler looks for its scale count too."""
@@ -203,6 +207,9 @@ class AggregateConfig(Section):
     sparsity: float | None = Field(None, ge=1 / 4096, le=0.25)
     """Share of each block of 4,096 elements that travels, the largest ones, at precision int4 or int2; null: all elements.
     Error feedback sends the others later (docs/compression.md)."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """β of an average of the global models of all rounds so far, that of t rounds ago weighted ∝ β^t, kept beside the global
+    model: `evaluate --ema` measures it, `export --ema` writes it. Training does not see it. null: none."""
     after_stage1: bool = True
     """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
 

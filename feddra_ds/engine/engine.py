@@ -26,7 +26,7 @@ from feddra_ds.engine.optimizer import (
     reset_state,
     skip_bad_steps,
 )
-from feddra_ds.engine.parts import BUFFERS, PARTS, PartState
+from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
 from feddra_ds.model.weights.deferred import Weights, lay_out
 from feddra_ds.model.weights.host_memory import returned_when_freed
 
@@ -82,7 +82,9 @@ class Engine:
                 initial = {}
             else:
                 initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-            groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.decay_all)
+            options = config.optimizer
+            matrices = model.matrix_parameter_names() if options.name == "muon" else ()  # type: ignore[operator]
+            groups = parameter_groups(model, options.weight_decay, options.decay_all, matrices)
             self._group_parts = [group["part"] for group in groups]
             optimizer = pass_over_frozen_groups(build_optimizer(groups, config, ds_config))
             if (
@@ -207,6 +209,10 @@ class Engine:
     def snapshot(self, part: str) -> PartState:
         """Host copies of a part's slices."""
         return [s.detach().to("cpu", copy=True) for s in self.slices(part)]
+
+    def state(self) -> ModelState:
+        """Host copies of everything that makes the model: both parts and the buffers."""
+        return {part: self.snapshot(part) for part in (*PARTS, BUFFERS)}
 
     def write(self, states: Mapping[str, Sequence[Tensor]]) -> None:
         """Write parts into the masters and make the next forward use them. Collective over the slot for ZeRO 1-3."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 from feddra_ds.engine.build_locks import stale_locks
+from feddra_ds.engine.muon import MuonAndAdamW
 from feddra_ds.engine.parts import PARTS
 
 
@@ -62,16 +64,27 @@ def reset_state(engine: Any) -> None:
                 state[key] = 0
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
-    """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature)."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_all: bool = False, matrices: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Optimizer groups: each part, split into what decays and what does not (biases, norms, the temperature).
+
+    matrices: names of the parameters that Muon trains, which have groups of their own.
+    """
     decays = {n for n, _ in model.named_parameters()} if decay_all else set(model.decay_parameter_names())  # type: ignore[operator]
     groups = []
     for part in PARTS:
         named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
-        for decay in (True, False) if weight_decay > 0 else (None,):
-            parameters = [p for n, p in named if decay is None or (n in decays) == decay]
+        kinds = itertools.product(
+            (True, False) if weight_decay > 0 else (None,), (True, False) if matrices else (False,)
+        )
+        for decay, is_muon in kinds:
+            parameters = [
+                p for n, p in named if (decay is None or (n in decays) == decay) and (n in matrices) == is_muon
+            ]
             if parameters:
-                groups.append({"params": parameters, "part": part, "weight_decay": weight_decay if decay else 0.0})
+                decay_by = weight_decay if decay else 0.0
+                groups.append({"params": parameters, "part": part, "weight_decay": decay_by, "is_muon": is_muon})
     return groups
 
 
@@ -80,6 +93,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config, ds_config: dic
     options = config.optimizer
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    if options.name == "muon":
+        return MuonAndAdamW(groups, lr=options.lr, momentum=options.muon_momentum, betas=options.betas, eps=options.eps)
     if get_path(ds_config, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

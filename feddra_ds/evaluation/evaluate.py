@@ -28,6 +28,7 @@ def evaluate(
     zero_shot: bool = True,
     shuffled_texts: bool = False,
     worst_over: str | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Retrieval of each client and of all in one gallery, with chance and intervals, the clients' worst mixture, and
     zero-shot classification.
@@ -37,13 +38,14 @@ def evaluate(
     (None: all). num_workers: decoding processes. bootstrap: resamplings of the intervals. shuffled_texts: the control,
     with the texts in random orders and without zero-shot and mixture; `control_at_chance` of the result says how it went.
     worst_over: where the worst mixture is looked for, such as chi2:1, kl:0.5, cvar:1 or simplex (None: where the run's p
-    may move, or chi2:1 where that is one mixture alone), so that runs of different sets can be compared.
+    may move, or chi2:1 where that is one mixture alone), so that runs of different sets can be compared. ema: measure the
+    run's average over rounds (aggregate.ema) in place of its global model.
 
     Returns a dict that json.dumps takes. Writes nothing; on a terminal it shows a bar. Raises ValueError, whose message
     names the option and what to do, and DataError for data that cannot be read.
     """
     named_set(worst_over or DEFAULT_SET, 1)  # a mistake in it is told before minutes of embedding
-    models = open_models(path, device)
+    models = open_models(path, device, ema=ema)
     root = models.data_root(None if data is None else str(data))
     dataset = open_split(models, root, split, clients)
     galleries = embed_clients(
@@ -58,6 +60,7 @@ def evaluate(
     )
     held_out = models.held_out(dataset, list(galleries))
     result: dict[str, Any] = {"model": str(models.source), "round": models.round, "data": root, "split": split}
+    result["ema"] = ema
     result |= measure_retrieval(
         galleries,
         held_out,

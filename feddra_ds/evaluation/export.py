@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from feddra_ds.checkpoint.choose import find_checkpoint
-from feddra_ds.checkpoint.format import SHARED, read_coordinator
+from feddra_ds.checkpoint.choose import averaged_checkpoint, find_checkpoint
+from feddra_ds.checkpoint.format import EMA, SHARED, read_coordinator
 from feddra_ds.checkpoint.restore import export_checkpoint, load_checkpoint
 from feddra_ds.config.load import from_dict
 from feddra_ds.model import lora
@@ -22,19 +22,28 @@ def export(
     *,
     checkpoint: str | None = None,
     client: str = SHARED,
+    ema: bool = False,
     kind: Format = "feddra",
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> list[Path]:
     """Write the model of a run, of one of its checkpoints, or of an export. Returns what was written.
 
     source: a run's folder, its model/, or an exported folder. checkpoint: a round's number, a folder's name or path
-    (None: the run's model/, else its newest checkpoint). client: whose model, where each client keeps its own. kind:
+    (None: the run's model/, else its newest checkpoint). client: whose model, where each client keeps its own. ema: the
+    average over rounds (aggregate.ema) that a checkpoint, by default the newest, holds beside the global model. kind:
     feddra loads with feddra_ds.load_pretrained; transformers is a VisionTextDualEncoderModel; adapter is the LoRA factors
     of a checkpoint in peft's format. Raises ValueError where there is no such model or it has no such form.
     """
+    if ema:
+        if client != SHARED:
+            raise ValueError("--ema: is the average of the model that all clients share; leave out --client")
+        client, folder, is_checkpoint = EMA, averaged_checkpoint(source, checkpoint), True
+    elif kind == "adapter":
+        folder, is_checkpoint = find_checkpoint(source, checkpoint), True
+    else:
+        folder, is_checkpoint = _choose(source, checkpoint, client)
     if kind == "adapter":
-        return _export_adapter(find_checkpoint(source, checkpoint), client, out)
-    folder, is_checkpoint = _choose(source, checkpoint, client)
+        return _export_adapter(folder, client, out)
     if is_checkpoint and kind == "feddra":  # tensor by tensor
         export_checkpoint(folder, client, out, max_shard_size=max_shard_size)
         return [out]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from feddra_ds.checkpoint.choose import find_newest
-from feddra_ds.checkpoint.format import SHARED
+from feddra_ds.checkpoint.choose import averaged_checkpoint, find_newest
+from feddra_ds.checkpoint.format import EMA, SHARED, WEIGHTS
 from feddra_ds.checkpoint.restore import load_checkpoint
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.distributed.launch import choose_device
@@ -24,13 +24,14 @@ class Models:
     """The model of a run or an export; with strategy.name = local, a model per client.
 
     folders: by client, or "" for the one that all share; exports, or the run's newest checkpoint. run: the run
-    directory, or None for an export.
+    directory, or None for an export. owner: whose, in a checkpoint, the shared one is.
     """
 
     path: Path
     folders: dict[str, Path]
     run: RunFiles | None
     device: torch.device
+    owner: str = SHARED
     _open: dict[str, tuple[DualEncoder, DualEncoderProcessor]] = field(default_factory=dict)
 
     @property
@@ -68,7 +69,7 @@ class Models:
             self._open.clear()
             folder = self.folders[key]
             is_checkpoint = (folder / "manifest.json").is_file()
-            model, processor = load_checkpoint(folder, key or SHARED) if is_checkpoint else load_pretrained(folder)
+            model, processor = load_checkpoint(folder, key or self.owner) if is_checkpoint else load_pretrained(folder)
             self._open[key] = (model.to(self.device).eval(), processor)
         return self._open[key]
 
@@ -106,21 +107,26 @@ def run_of(path: str | Path) -> RunFiles | None:
     return open_run(above) if is_run(above) else None
 
 
-def open_models(path: str | Path, device: str = "auto") -> Models:
+def open_models(path: str | Path, device: str = "auto", *, ema: bool = False) -> Models:
     """The model(s) of a run directory, its model/, or an export; of a run that goes on, those of its newest checkpoint.
 
-    Raises ValueError, one line, where there is none.
+    ema: the average over rounds of a run's global model (aggregate.ema) instead, from its newest checkpoint. Raises
+    ValueError, one line, where there is none.
     """
     root = Path(path).expanduser()
     where = choose_device(device, 0)
     run = run_of(root)
+    if ema:
+        if run is None or not is_run(root):
+            raise ValueError(f"--ema: {root} is no run's folder; export the average with `feddra-ds export RUN --ema`")
+        return Models(root, {"": averaged_checkpoint(root)}, run, where, EMA)
     if run is None or not is_run(root):
         return Models(root, {"": find_model(root)}, run, where)
     newest = find_newest(root)
     written = max((folder.stat().st_mtime for folder in run.models.values()), default=0.0)
     if newest is not None and (newest / "manifest.json").stat().st_mtime > written:
-        owners = sorted(p.name for p in (newest / "weights").iterdir())
-        return Models(root, {"" if owner == SHARED else owner: newest for owner in owners}, run, where)
+        owners = sorted(p.name for p in (newest / WEIGHTS).iterdir())
+        return Models(root, dict.fromkeys([""] if SHARED in owners else owners, newest), run, where)
     if not run.models:
         raise ValueError(f"{root} has neither a model/ nor a whole checkpoint yet; see `feddra-ds status {root}`")
     return Models(root, run.models, run, where)

@@ -7,7 +7,7 @@ batches, and `of(step, …)` the anchors of a part of the batch of that step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from feddra_ds.engine.parts import BUFFERS
 from feddra_ds.federation.step import features_of, model_inputs
 from feddra_ds.objectives.base import Objective
 from feddra_ds.objectives.features import TOKENS, Features, join
+
+Fresh = Callable[[], Iterable[Batch]]  # gives a stage's batches, the same ones each time it is called
 
 
 class NoAnchors:
@@ -67,19 +69,30 @@ class Resident(NoAnchors):
 class Replay(NoAnchors):
     """Stage 2 with objective.anchors = replay: computed before the first step, while the live weights are (φ_g, θ_g).
 
-    The decoded batches (uint8) are kept too, up to `room` bytes; beyond, they are decoded a second time. `fresh` gives
-    the stage's batches, the same ones each time it is called.
+    The decoded batches (uint8) are kept too, up to `room` bytes; beyond, they are decoded a second time. `stored` has a
+    batch's features each, `fresh` gives the batches once more.
     """
 
-    def __init__(self, fresh: Any, engine: Engine, objective: Objective, micro_batch_size: int | None, room: int):
+    def __init__(
+        self,
+        fresh: Fresh,
+        engine: Engine,
+        objective: Objective,
+        micro_batch_size: int | None,
+        room: int,
+        *,
+        with_tokens: bool = True,
+    ):
+        """with_tokens: the features are complete, not embeddings alone."""
         engine.train(objective.options.anchor_mode == "train")
         buffers = engine.snapshot(BUFFERS)
         kept: list[Batch] | None = []
-        self._stored: list[Features] = []
+        self.stored: list[Features] = []
         for batch in fresh():
             size = micro_batch_size or len(batch)
             parts = [embed(engine, batch[i : i + size], engine, objective) for i in range(0, len(batch), size)]
-            self._stored.append(join(parts))
+            whole = join(parts)
+            self.stored.append(whole if with_tokens else Features(whole.image, whole.text))
             room -= batch.pixels.nbytes
             if kept is not None:
                 kept.append(batch)
@@ -87,10 +100,11 @@ class Replay(NoAnchors):
                 kept = None
         for live, before in zip(engine.slices(BUFFERS), buffers, strict=True):
             live.copy_(before)  # in train mode a batchnorm has counted these batches
-        super().__init__(fresh() if kept is None else kept)
+        self.fresh: Fresh = fresh if kept is None else lambda: kept
+        super().__init__(self.fresh())
 
     def of(self, step: int, rows: slice, batch: Batch, hidden: Any) -> Features | None:
-        return self._stored[step].rows(rows)
+        return self.stored[step].rows(rows)
 
 
 @torch.no_grad()

@@ -16,16 +16,16 @@ from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.words import Words
-from feddra_ds.distributed.collectives import all_sum, gather_uneven
+from feddra_ds.distributed.collectives import all_sum, gather, gather_uneven
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
 from feddra_ds.federation.aggregation.admission import validate_update
-from feddra_ds.federation.anchors import NoAnchors, Replay, Resident, SharedBackbone
+from feddra_ds.federation.anchors import Fresh, NoAnchors, Replay, Resident, SharedBackbone
 from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.protocol import ClientReport, Loss
 from feddra_ds.federation.schedule import Stage
-from feddra_ds.federation.step import LocalStep, StepObserver, anchor_gradient_ratio
+from feddra_ds.federation.step import AddedLoss, LocalStep, StepObserver, anchor_gradient_ratio
 from feddra_ds.objectives.base import Objective
 from feddra_ds.objectives.features import Features
 from feddra_ds.strategies import Strategy
@@ -46,6 +46,9 @@ class Client:
         default_factory=dict
     )  # by part: what Strategy.correct keeps, on the host
     pairs: Pairs | None = None  # what the objective keeps of each pair, on the host
+    previous: ModelState | None = (
+        None  # its own model of the last round that it trained in (Strategy.added_loss), on the host
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class LocalResult:
     mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
     the model that the stage started from, where dro.evaluate_on = anchors reads it off; anchor_gradient_ratio: of its
     last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing;
-    squared_drift: ‖w_i − w_global‖² of what trained, where Strategy.fold_drifts asks for it.
+    squared_drift: ‖w_i − w_global‖² of what trained, where Strategy.fold_drifts asks for it; snapshot: what the stage
+    averages, on the host, as it was after Stage.snapshot steps.
     """
 
     mean_loss: float
@@ -65,6 +69,7 @@ class LocalResult:
     anchor_gradient_ratio: float | None = None
     num_skipped: int = 0
     squared_drift: float | None = None
+    snapshot: ModelState | None = None
 
     def report(self) -> ClientReport:
         """What the coordinator is told: a number that is not finite is None."""
@@ -139,8 +144,9 @@ class LocalTrainer:
         says so, else 1); outer: Server.outer. Collective over the slot.
         """
         engine = self.engine
+        previous = self._previous(client, stage)
         engine.write(global_state)
-        anchors = self._anchors(client, stage)
+        anchors = self._anchors(client, stage, previous)
         if stage.trains_backbone and client.aligner is not None:
             engine.write(client.aligner)
         client.aligner = None
@@ -149,15 +155,20 @@ class LocalTrainer:
         engine.train()
         self.step.pairs = client.pairs
         correction = self._correction(client, stage, global_state, outer or {})
-        tally, anchor_losses = _Tally(), []
+        tally, anchor_losses, snapshot = _Tally(), [], None
         for step, batch in enumerate(anchors.batches):
             source = lambda rows, part, hidden, step=step: anchors.of(step, rows, part, hidden)
+            added_loss = None if previous is None else self._added_loss(previous.stored[step])
             self.observer.begin_step(client.id, stage, step)
-            value = self.step(batch, source, train_backbone=stage.trains_backbone, weight=loss_weight)
+            value = self.step(
+                batch, source, train_backbone=stage.trains_backbone, weight=loss_weight, added_loss=added_loss
+            )
             if stage.moves_mixture:
                 anchor_losses.append(self._anchor_losses(batch))
             if correction is not None and self.step.was_taken:
                 correction.apply()
+            if step + 1 == stage.snapshot:
+                snapshot = {part: engine.snapshot(part) for part in (*stage.parts, BUFFERS)}
             self.observer.end_step(value)
             tally.add(step, value, was_taken=self.step.was_taken)
             if on_step is not None:
@@ -168,11 +179,13 @@ class LocalTrainer:
             correction.keep(len(tally.good) if problem is None else None)
         if stage.keeps_aligner and problem is None:
             client.aligner = {part: engine.snapshot(part) for part in ("aligner", BUFFERS)}
+        if stage.ends_round and problem is None and self.strategy.adds_loss:
+            client.previous = engine.state()
         anchor_loss = Loss.of(torch.cat(anchor_losses)) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
         ratio = self._anchor_gradient_ratio()
         drift = self._squared_drift(stage, global_state) if self.strategy.folds_drifts and problem is None else None
-        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped), drift)
+        return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped), drift, snapshot)
 
     @torch.no_grad()
     def _squared_drift(self, stage: Stage, global_state: ModelState) -> float:
@@ -200,11 +213,35 @@ class LocalTrainer:
             problem = f"{tally.longest} steps in a row had a non-finite loss or gradient (optimizer.max_skipped_steps)"
         return problem
 
-    def _anchors(self, client: Client, stage: Stage) -> NoAnchors:
+    def _previous(self, client: Client, stage: Stage) -> Replay | None:
+        """The embeddings of the stage's batches under the client's own last model, where Strategy.added_loss wants them.
+
+        The engine holds that model afterwards.
+        """
+        if client.previous is None or not self.strategy.adds_loss:
+            return None
+        self.engine.write(client.previous)
+        data, fresh = self.config.data, lambda: client.data.batches(client.position, stage.num_steps)
+        room = data.replay_cache_bytes
+        return Replay(fresh, self.engine, self.objective, data.micro_batch_size, room, with_tokens=False)
+
+    def _added_loss(self, previous: Features) -> AddedLoss:
+        """Strategy.added_loss as a mean over the client's batch, in the objective's scale."""
+
+        def mean(features: Features, anchors: Features | None) -> Tensor:
+            assert anchors is not None
+            per_pair = self.strategy.added_loss(features, anchors, previous)
+            return gather(per_pair, self.group, "slice").mean() / self.objective.loss_scale
+
+        return mean
+
+    def _anchors(self, client: Client, stage: Stage, previous: Replay | None) -> NoAnchors:
         """The stage's batches and their anchors; called while the engine holds the global model."""
         engine, objective, data = self.engine, self.objective, self.config.data
-        fresh = lambda: client.data.batches(client.position, stage.num_steps)
-        if not objective.needs_anchors:
+        fresh: Fresh = lambda: client.data.batches(client.position, stage.num_steps)
+        if previous is not None:
+            fresh = previous.fresh  # decoded already, where there was room
+        elif not objective.needs_anchors:
             return NoAnchors(fresh())
         if not stage.trains_backbone:
             return SharedBackbone(fresh(), engine, self.frozen_aligner, objective)

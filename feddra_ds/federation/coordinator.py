@@ -19,6 +19,7 @@ from feddra_ds.distributed.topology import Topology
 from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.strategies import Strategy, robust_weights
+from feddra_ds.strategies.base import Draws
 from feddra_ds.strategies.robust_weights import Vector
 
 _FAR = 2.0  # times chance: a loss beyond this is said in the log too
@@ -34,7 +35,7 @@ class Coordinator:
     client_ids: list[str]
     center: Vector
     mixture: Vector  # p of the round that runs
-    present: list[int] = field(default_factory=list)  # indices of the clients that take part in the round that runs
+    draws: Draws = field(init=False)  # of the round that runs; before the first: all clients once
     losses: list[float | None] = field(default_factory=list)  # L_i that were measured last; [] before the first
     loss_scale: float = 1.0  # objective.loss_scale
     chance: float = math.inf  # L_i of a model that knows nothing: no loss beyond it is believed
@@ -47,8 +48,13 @@ class Coordinator:
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
     def __post_init__(self) -> None:
-        self.present = self.present or list(range(len(self.client_ids)))
+        self.draws = np.ones(len(self.client_ids), dtype=np.int64)
         self.protocol = Protocol(self.topology)
+
+    @property
+    def present(self) -> list[int]:
+        """Indices of the clients that take part in the round that runs."""
+        return np.flatnonzero(self.draws).tolist()
 
     def decide(self, round_index: int, stage: str) -> Decision:
         """Hear every slot (a bounded time, all together), decide who is averaged, and tell all."""
@@ -62,7 +68,7 @@ class Coordinator:
             self.mixture = self.next_mixture(_means(self._told(told)))
         out = {item["id"] for item in excluded}
         included = [index for index in self.present if self.client_ids[index] not in out]
-        weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture), self.center)
+        weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture, self.draws), self.center)
         # where all take part the sum is 1: nothing is divided by 0.9999999
         total = 1.0 if len(included) == len(weights) else float(sum(weights[i] for i in included))
         decision = Decision(
@@ -175,10 +181,13 @@ class Coordinator:
             self.positions |= report.positions
         losses = self._told({index: loss for report in reports for index, loss in report.losses.items()})
         trained = self._told({index: loss for report in reports for index, loss in report.train_losses.items()})
+        # p follows them where there are any, while the record's losses are the new global model's, as of every strategy
+        of_snapshot = {index: loss for report in reports for index, loss in report.snapshot_losses.items()}
+        moving = self._told(of_snapshot) if of_snapshot else losses
         references = self._references(reports)
         used, self.excluded, excluded = self.mixture, [], self.excluded
         if moves_mixture:
-            self.mixture = self.next_mixture(_means(losses), references)
+            self.mixture = self.next_mixture(_means(moving), references)
         self.protocol.tell_mixture(round_index, self.mixture.tolist())
         clipped, self.clipped = self.clipped, []
         believed = self._believed(_means(losses), references)

@@ -72,6 +72,7 @@ class RankReport:
 
     losses: dict[str, Loss | None] = field(default_factory=dict)  # L_i by the client's index; at the leader
     train_losses: dict[str, Loss | None] = field(default_factory=dict)  # the same of training pairs, where L_i is not
+    snapshot_losses: dict[str, Loss | None] = field(default_factory=dict)  # L_i that p follows instead (Stage.snapshot)
     references: dict[str, float] = field(default_factory=dict)  # L_i of the client's own model, for dro.loss = excess
     positions: dict[str, dict[str, int]] = field(default_factory=dict)  # of each client in its data; at the leader
     val: dict[str, dict[str, float]] = field(default_factory=dict)  # retrieval by gallery
@@ -155,7 +156,7 @@ def _with_losses(told: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _rank_report(told: dict[str, Any]) -> RankReport:
-    tables = {key: _with_losses(told[key], *told[key]) for key in ("losses", "train_losses")}
+    tables = {key: _with_losses(told[key], *told[key]) for key in ("losses", "train_losses", "snapshot_losses")}
     return RankReport(**(told | tables))
 
 

@@ -27,7 +27,8 @@ class RoundRecord(TypedDict, total=False):
     reference_losses: list[float | None]
     """L_i of the client's own model (dro.reference) on the same pairs; null but for dro.loss = excess."""
     followed_losses: list[float | None]
-    """What p follows: L_i where it can be believed, less its reference, smoothed; null where p_i is kept."""
+    """What p follows: L_i where it can be believed, less its reference, smoothed; null where p_i is kept. With
+    strategy.name = drfa it is that of a snapshot, not of the new global model."""
     mean_loss: float | None
     worst_loss: float | None
     anchor_gradient_ratio: dict[str, float | None]
@@ -45,7 +46,7 @@ class RoundRecord(TypedDict, total=False):
     skipped_steps: dict[str, dict[str, int]]
     """Local steps that changed nothing, as their loss or gradient was not finite: {client: {stage: count}}, of those with any."""
     present_clients: list[str]
-    """Who trained, where clients.per_round draws some; the others are not in excluded_clients."""
+    """Who trained, where clients are drawn, each as often as it was; the others are not in excluded_clients."""
     samples: int
     """Pairs trained on."""
     bytes_sent_per_rank: int

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from feddra_ds.checkpoint.format import SHARED, Files, described, files_of
-from feddra_ds.checkpoint.load import SavedFragments
+from feddra_ds.checkpoint.format import EMA, PREVIOUS, SHARED, Files, described, files_of
+from feddra_ds.checkpoint.load import SavedFragments, SavedModel
 from feddra_ds.checkpoint.write import write_fragments, write_model
 from feddra_ds.common.logs import logger
 from feddra_ds.distributed.topology import Topology
@@ -19,9 +19,9 @@ from feddra_ds.strategies.base import SliceState
 def write_server(partial: Path, server: Server, clients: Sequence[Client], topology: Topology) -> Files:
     """Write this rank's part of all that the server holds; returns what the manifest will say of it."""
     written: Files = {}
-    for owner in sorted({server.owner_of(client) for client in clients}):
-        if owner != SHARED or topology.slot == 0:  # every slot holds the shared model
-            written |= write_model(partial, owner, server.engine, server.states[owner])
+    for owner, state in server.states.items():
+        if owner not in (SHARED, EMA) or topology.slot == 0:  # every slot holds those two
+            written |= write_model(partial, owner, server.engine, state)
     if server.residuals is not None:
         folder = partial / "residuals" / f"slot-{topology.slot:05d}"
         written |= write_fragments(folder, partial, server.engine, server.residuals)
@@ -32,6 +32,8 @@ def write_server(partial: Path, server: Server, clients: Sequence[Client], topol
         for name, state in _by_name(by_part).items():
             written |= write_fragments(partial / "kept" / owner / name, partial, server.engine, state)
     for client in clients:
+        if client.previous is not None:
+            written |= write_model(partial, client.id, server.engine, client.previous, kind=PREVIOUS)
         if client.pairs is not None and topology.is_slot_leader:  # every rank of the slot has the same
             path = partial / _pairs_file(client)
             client.pairs.save(path)
@@ -53,13 +55,14 @@ def _by_name(by_part: Mapping[str, SliceState]) -> dict[str, ModelState]:
 
 
 def read_kept(folder: Path, server: Server, clients: Iterable[Client]) -> None:
-    """Give the server and this slot's clients what the strategy's hooks and the objective had kept when the checkpoint was
-    written."""
+    """Give the server and this slot's clients what they had kept, beside the models, when the checkpoint was written."""
     files = files_of(folder)
     clients = list(clients)
     for client in clients:
         if client.pairs is not None and _pairs_file(client) in files:
             client.pairs.load(folder / _pairs_file(client))
+        if any(file.startswith(f"{PREVIOUS}/{client.id}/") for file in files):
+            client.previous = SavedModel(folder, client.id, PREVIOUS).read_state(server.engine)
     owners = [("server", server.outer), *((f"client/{client.id}", client.corrections) for client in clients)]
     for owner, into in owners:
         place = f"kept/{owner}/"

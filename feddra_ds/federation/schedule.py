@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from feddra_ds.config.schema import Config, ScheduleConfig
-from feddra_ds.data.loading.order import permutation
+from feddra_ds.data.loading.order import permutation, uniform
+from feddra_ds.strategies.base import Draws
+from feddra_ds.strategies.robust_weights import Vector
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Stage:
     """Whether the next stage starts from the client's own aligner."""
     moves_mixture: bool
     """Whether the weights p move before its average, by losses read off its anchors (dro.evaluate_on = anchors)."""
+    ends_round: bool = False
+    """Whether it is the round's last."""
+    snapshot: int | None = None
+    """After so many of its steps the clients' weights are kept aside too, and averaged (Strategy.takes_snapshot)."""
 
     @property
     def keeps_aligner(self) -> bool:
@@ -52,10 +60,13 @@ def learning_rate(peak: float, schedule: ScheduleConfig, round_index: int) -> fl
     return peak * (schedule.min_lr_fraction + (1 - schedule.min_lr_fraction) * remaining)
 
 
-def stages_of_round(config: Config, round_index: int, step_factor: int = 1) -> list[Stage]:
+def stages_of_round(
+    config: Config, round_index: int, step_factor: int = 1, *, takes_snapshot: bool = False
+) -> list[Stage]:
     """The stages of one round, in order; a stage of 0 steps is left out.
 
-    step_factor: how many times the schedule's steps each stage has (Strategy.step_factor).
+    step_factor: how many times the schedule's steps each stage has (Strategy.step_factor). takes_snapshot: one of them has
+    a snapshot, after any step of the round as likely as after another, drawn by run.seed.
     """
     schedule = config.schedule
     lr = learning_rate(config.optimizer.lr, schedule, round_index)
@@ -68,6 +79,7 @@ def stages_of_round(config: Config, round_index: int, step_factor: int = 1) -> l
         averages=config.aggregate.after_stage1 or schedule.stage2_steps == 0,
         hands_on_aligner=schedule.stage2_start == "client" and schedule.stage2_steps > 0,
         moves_mixture=reads_losses,
+        ends_round=schedule.stage2_steps == 0,
     )
     stage2 = Stage(
         "stage2",
@@ -77,16 +89,35 @@ def stages_of_round(config: Config, round_index: int, step_factor: int = 1) -> l
         averages=True,
         hands_on_aligner=False,
         moves_mixture=False,
+        ends_round=True,
     )
-    return [stage for stage in (stage1, stage2) if stage.num_steps > 0]
+    stages = [stage for stage in (stage1, stage2) if stage.num_steps > 0]
+    if not takes_snapshot:
+        return stages
+    num_steps = sum(stage.num_steps for stage in stages)
+    left = 1 + int(permutation(num_steps, "snapshot of a round", config.run.seed, round_index)[0])
+    for i, stage in enumerate(stages):
+        if 0 < left <= stage.num_steps:
+            stages[i] = replace(stage, snapshot=left)
+        left -= stage.num_steps
+    return stages
 
 
-def clients_of_round(config: Config, round_index: int, num_clients: int) -> list[int]:
-    """Indices of the clients that train in a round, rising: all, or clients.per_round of them, each as likely as another."""
-    if config.clients.per_round is None:
-        return list(range(num_clients))
-    drawn = permutation(num_clients, "clients of a round", config.run.seed, round_index)
-    return sorted(drawn[: config.clients.per_round].tolist())
+def draws_of_round(config: Config, round_index: int, p: Vector, *, by_weight: bool = False) -> Draws:
+    """How often each client is drawn for a round, (N,); those of 0 do not train. A function of run.seed, round and p.
+
+    All clients once, or clients.per_round of them, each as likely as another. by_weight (Strategy.draws_by_weight): so
+    many draws, of N where it is null, each by p whatever came before it.
+    """
+    num_clients, num_draws = len(p), config.clients.per_round
+    seed = ("clients of a round", config.run.seed, round_index)
+    if by_weight:
+        up_to = np.cumsum(p)
+        where = uniform(num_draws or num_clients, *seed) * up_to[-1]
+        return np.bincount(np.searchsorted(up_to, where, side="right"), minlength=num_clients)
+    drawn = np.zeros(num_clients, dtype=np.int64)
+    drawn[permutation(num_clients, *seed)[:num_draws]] = 1
+    return drawn
 
 
 def steps_per_round(config: Config, step_factor: int = 1) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from feddra_ds.checkpoint.format import SHARED
+from feddra_ds.checkpoint.format import EMA, SHARED
 from feddra_ds.common.logs import logger
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
@@ -30,12 +30,17 @@ class Server:
     codec: DeltaCodec | None = None  # of the deltas that travel; None: fp32 weights travel
     _stage: Stage  # that is being averaged
     _sum: WeightedSum
+    _snapshot_sum: WeightedSum | None = None  # of the clients' weights in the midst of that stage (Stage.snapshot)
+    snapshot: ModelState | None = None  # their mean, since the stage in which it was taken
     residuals: ModelState | None = None  # what rounding has kept of this slot's deltas so far (compression.py)
 
     def __init__(self, engine: Engine, strategy: Strategy, config: Config, topology: Topology):
         self.engine, self.strategy, self._topology = engine, strategy, topology
         self.outer: dict[str, SliceState] = {}  # by part: what Strategy.server_step keeps, on the host
-        self.states: dict[str, ModelState] = {SHARED: snapshot(engine)}
+        self.states: dict[str, ModelState] = {SHARED: engine.state()}
+        self._ema = config.aggregate.ema
+        if self._ema is not None:
+            self.states[EMA] = engine.state()
         self.num_bytes = 0  # handed to collectives so far
         aggregate = config.aggregate
         self.codec = codec_of(aggregate.precision, aggregate.block_size, aggregate.sparsity)
@@ -64,6 +69,8 @@ class Server:
     def begin(self, stage: Stage) -> None:
         self._stage = stage
         base = self.states[SHARED]
+        if stage.snapshot is not None:
+            self._snapshot_sum = self._new_snapshot_sum(stage)
         if self._averages_products and stage.trains_backbone:
             self._sum = ProductSum(self.engine, stage.parts, base)
             return
@@ -77,13 +84,29 @@ class Server:
             self.residuals["aligner"], self._owed_at_start = self._owed_at_start, []
         self._sum = DeltaSum(self.engine, stage.parts, base, self.codec, self.residuals)
 
+    def _new_snapshot_sum(self, stage: Stage) -> WeightedSum:
+        base = self.states[SHARED]
+        if self.codec is None or self._topology.peers is None:
+            return WeightedSum(self.engine, stage.parts, base)
+        # it is looked at once and forgotten: what rounding keeps of it is owed to nobody
+        nothing = {part: [torch.zeros_like(s) for s in base[part]] for part in stage.parts}
+        return DeltaSum(self.engine, stage.parts, base, self.codec, nothing)
+
     def _owes(self) -> bool:
         assert self.residuals is not None
         return any(bool(owed.any()) for state in self.residuals.values() for owed in state)
 
-    def add(self, client: Client, weight: float, state: Mapping[str, Sequence[Tensor]]) -> None:
-        """Take the weights of a client that may be averaged: live slices, or a host state."""
+    def add(
+        self,
+        client: Client,
+        weight: float,
+        state: Mapping[str, Sequence[Tensor]],
+        snapshot: ModelState | None = None,
+    ) -> None:
+        """Take the weights of a client that may be averaged: live slices, or a host state; and its snapshot."""
         self._sum.add(weight, state, client.index)
+        if snapshot is not None and self._snapshot_sum is not None:
+            self._snapshot_sum.add(weight, snapshot, client.index)
 
     def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
         """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added, and the strategy's step. Collective over the peers."""
@@ -95,10 +118,30 @@ class Server:
         mean = self._sum.average(topology, total_weight)
         self.num_bytes += self._sum.num_bytes
         del self._sum
+        if self._snapshot_sum is not None:
+            self.snapshot = self.states[SHARED] | self._snapshot_sum.average(topology, total_weight)
+            self.num_bytes += self._snapshot_sum.num_bytes
+            self._snapshot_sum = None
         if self.strategy.steps:
             about = lambda part: Averaged(self._stage.num_steps, self._stage.learning_rates[part], total_weight, drift)
             mean |= {part: self._outer_step(part, mean[part], about(part)) for part in mean if part != BUFFERS}
         self.states[SHARED].update(mean)
+
+    def end_round(self, round_index: int) -> None:
+        """Where aggregate.ema is β, the average over the rounds k ≤ t, with weights ∝ β^(t − k), takes in the new global model.
+
+        That is ema ← β' ema + (1 − β') θ_g with β' = β (1 − β^t)/(1 − β^(t+1)), t from 0. Integer buffers are the newest.
+        """
+        if self._ema is None:
+            return
+        beta = self._ema
+        new = (1 - beta) / (1 - beta ** (round_index + 1))
+        for part, averages in self.states[EMA].items():
+            for average, value in zip(averages, self.states[SHARED][part], strict=True):
+                if average.is_floating_point():
+                    average.lerp_(value, new)
+                else:
+                    average.copy_(value)
 
     @torch.no_grad()
     def _outer_step(self, part: str, mean: PartState, about: Averaged) -> PartState:
@@ -108,10 +151,6 @@ class Server:
             kind = type(self.strategy).__name__
             raise ValueError(f"strategy.name: {kind}.server_step must give slices of the sizes of those it was given")
         return new
-
-    def read_engine(self) -> ModelState:
-        """The engine's weights as a host state."""
-        return snapshot(self.engine)
 
     def show(self, client: Client) -> None:
         """Put the model that a client is evaluated with into the engine. Collective over the slot."""
@@ -123,7 +162,7 @@ class OwnModels(Server):
 
     def __init__(self, engine: Engine, clients: Iterable[Client]):
         self.engine, self.outer = engine, {}
-        self.states = {client.id: snapshot(engine) for client in clients}
+        self.states = {client.id: engine.state() for client in clients}
         self.num_bytes = 0
 
     def owner_of(self, client: Client) -> str:
@@ -132,7 +171,13 @@ class OwnModels(Server):
     def begin(self, stage: Stage) -> None:
         self._parts = (*stage.parts, BUFFERS)
 
-    def add(self, client: Client, weight: float, state: Mapping[str, Sequence[Tensor]]) -> None:
+    def add(
+        self,
+        client: Client,
+        weight: float,
+        state: Mapping[str, Sequence[Tensor]],
+        snapshot: ModelState | None = None,
+    ) -> None:
         self.states[client.id].update(
             {part: [s.detach().to("cpu", copy=True) for s in state[part]] for part in self._parts}
         )
@@ -140,7 +185,5 @@ class OwnModels(Server):
     def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
         pass
 
-
-def snapshot(engine: Engine) -> ModelState:
-    """Host copies of everything that makes the model: both parts and the buffers."""
-    return {part: engine.snapshot(part) for part in (*PARTS, BUFFERS)}
+    def end_round(self, round_index: int) -> None:
+        pass

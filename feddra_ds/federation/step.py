@@ -43,6 +43,8 @@ class StepObserver:
 
 # (rows of this rank's batch, that part of the batch, its backbone output) → the global model's features of it
 AnchorsOf = Callable[[slice, Batch, Any], Features | None]
+# (features of this rank's batch, the global model's of it) → what the strategy adds to the batch's loss, a scalar
+AddedLoss = Callable[[Features, Features | None], Tensor]
 Parts = list[tuple[slice, Batch]]
 
 
@@ -63,17 +65,26 @@ class LocalStep:
         self.observer, self.words = observer, words
         self.pairs: Pairs | None = None  # of the client that trains, where the objective keeps something of its pairs
         self.was_taken = True  # whether the newest step changed the weights
+        self.added_loss: AddedLoss | None = None  # of the newest step
         # of the newest batch, whole and without gradient: for dro.evaluate_on = anchors and anchor_gradient_ratio
         self.last_features: Features | None = None
         self.last_anchors: Features | None = None
 
-    def __call__(self, batch: Batch, anchors: AnchorsOf, *, train_backbone: bool, weight: float) -> float:
+    def __call__(
+        self,
+        batch: Batch,
+        anchors: AnchorsOf,
+        *,
+        train_backbone: bool,
+        weight: float,
+        added_loss: AddedLoss | None = None,
+    ) -> float:
         """Step on this rank's part of a batch; `weight` scales the whole loss.
 
         A loss or a gradient that is not finite changes nothing, on every rank alike: see `was_taken`. Collective over the
         group.
         """
-        self.was_taken = False
+        self.was_taken, self.added_loss = False, added_loss
         parts = list(self._parts(batch))
         run = self._whole if len(parts) == 1 else self._cached
         value = run(parts, anchors, train_backbone, weight)
@@ -110,11 +121,17 @@ class LocalStep:
         kept = None if self.pairs is None else self.pairs.of(batch.keys).to(self.engine.device, non_blocking=True)
         return features_of(out, self.objective)._replace(text_ids=text_ids, words=words, kept=kept), out.hidden
 
+    def _loss(self, features: Features, anchors: Features | None) -> Tensor:
+        """Of the whole batch, from the features of this rank's part of it: the objective's, and what the strategy adds."""
+        self.last_anchors = anchors if self.objective.needs_anchors else None
+        total: Tensor = self.objective(features, self.last_anchors, self.group).total
+        return total if self.added_loss is None else total + self.added_loss(features, anchors)
+
     def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]
         features, hidden = self._forward(batch, train_backbone)
-        self.last_features, self.last_anchors = _as_leaves(features), anchors(rows, batch, hidden)
-        total = self.objective(features, self.last_anchors, self.group).total
+        self.last_features = _as_leaves(features)
+        total = self._loss(features, anchors(rows, batch, hidden))
         value = float(total.detach())
         if math.isfinite(value):
             self.engine.backward(weight * total)
@@ -131,9 +148,8 @@ class LocalStep:
                 found.append(features)
                 theirs.append(anchors(rows, batch, hidden))
         known = [one for one in theirs if one is not None]
-        self.last_anchors = join(known) if known else None
         self.last_features = leaves = _as_leaves(join(found))
-        total = self.objective(leaves, self.last_anchors, self.group).total
+        total = self._loss(leaves, join(known) if known else None)
         value = float(total.detach())
         if not math.isfinite(value):
             return value

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from feddra_ds import objectives
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.loading.tokens import load_tokenizer
-from feddra_ds.model import SIDES, encoders, lora, lora_options
+from feddra_ds.model import SIDES, encoders, lora, lora_options, towers
 from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
 from feddra_ds.model.encoders import local_or_hub
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor
 from feddra_ds.objectives import ObjectiveOptions
 
 log = logging.getLogger("feddra_ds")
-_WHOLE_TYPES = ("clip", "vision-text-dual-encoder")
+_SIGLIP = ("siglip", "siglip2")
 
 
 def build_model(
@@ -38,9 +39,9 @@ def build_model(
     """
     register()
     if config.pretrained is not None:
-        return _from_whole(config, objective, image_size, vocab_size, max_text_length)
-    vision = encoders.vision_encoder(config.vision, image_size)
-    text = encoders.text_encoder(config.text, vocab_size, pad_token_id, max_text_length)
+        return _from_whole(config, objective, image_size, vocab_size, pad_token_id, max_text_length)
+    vision = encoders.vision_encoder(config.vision, image_size, config.num_top_blocks)
+    text = encoders.text_encoder(config.text, vocab_size, pad_token_id, max_text_length, config.num_top_blocks)
     full = DualEncoderConfig(
         vision_config=vision.config,
         text_config=text.config,
@@ -78,33 +79,21 @@ def _pooling(section: EncoderConfig, encoder: Any, side: str) -> str:
 
 
 def _from_whole(
-    config: ModelConfig, objective: ObjectiveOptions, image_size: int, vocab_size: int, max_text_length: int
+    config: ModelConfig,
+    objective: ObjectiveOptions,
+    image_size: int,
+    vocab_size: int,
+    pad_token_id: int,
+    max_text_length: int,
 ) -> DualEncoder:
-    """A DualEncoder from a model exported here, a CLIPModel or a VisionTextDualEncoderModel."""
+    """A DualEncoder from a model exported here, a CLIPModel, SiglipModel, Siglip2Model or VisionTextDualEncoderModel."""
     key, name = "model.pretrained", str(config.pretrained)
     old = encoders.load_config(name, key)
+    for encoder_config in (getattr(old, "vision_config", None), getattr(old, "text_config", None)):
+        if encoder_config is not None:
+            towers.check_config(encoder_config, config.num_top_blocks, key)
     source: Any = encoders.load_model(name, old, key)
-    for encoder_config in (old.vision_config, old.text_config) if hasattr(old, "vision_config") else ():
-        encoders.set_dropout(encoder_config, 0.0, set())
-    whole: dict[str, Any]
-    if isinstance(source, DualEncoder):
-        values = old.to_dict()
-        whole = {side: source.whole_encoder(side) for side in SIDES}
-        heads = {side: getattr(source.aligner, side).state_dict() for side in SIDES}
-    elif old.model_type in _WHOLE_TYPES:
-        whole = {side: getattr(source, f"{side}_model") for side in SIDES}
-        projections = {"vision": source.visual_projection, "text": source.text_projection}
-        heads = {side: {"head.layers.0.weight": p.weight} for side, p in projections.items()}
-        values = {
-            "embedding_dim": old.projection_dim, "num_extra_blocks": 0, "head_kind": "linear",
-            "use_poolers": old.model_type != "clip",
-            **{f"{side}_pooling": encoders.pooling_of(whole[side], side) for side in SIDES},
-        }  # fmt: skip
-    else:
-        raise ValueError(
-            f"{key}: {name} is a {old.model_type} model; give a CLIP or VisionTextDualEncoder model, or one exported "
-            "here (an encoder alone goes into model.vision.pretrained or model.text.pretrained)"
-        )
+    whole, heads, values = _halves(source, old, pad_token_id, key)
     _say_what_is_ignored(config, values)
     encoders.check_text(whole["text"].config, vocab_size, max_text_length, key)
     whole["vision"] = encoders.resize_images(whole["vision"], image_size, key)
@@ -123,6 +112,43 @@ def _from_whole(
         unexpected = getattr(model.aligner, side).load_state_dict(taken, strict=False).unexpected_keys
         assert not unexpected, unexpected
     return model
+
+
+def _halves(
+    source: Any, old: Any, pad_token_id: int, key: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """By side the encoders and the weights above them, and keys of the DualEncoderConfig under which those are kept."""
+    if isinstance(source, DualEncoder):
+        heads = {side: getattr(source.aligner, side).state_dict() for side in SIDES}
+        return {side: source.whole_encoder(side) for side in SIDES}, heads, old.to_dict()
+    if old.model_type not in ("clip", "vision-text-dual-encoder", *_SIGLIP):
+        raise ValueError(
+            f"{key}: {old.name_or_path} is a {old.model_type} model; give a CLIP, SigLIP or VisionTextDualEncoder model, "
+            "or one exported here (an encoder alone goes into model.vision.pretrained or model.text.pretrained)"
+        )
+    whole = {side: getattr(source, f"{side}_model") for side in SIDES}
+    values = {
+        "num_extra_blocks": 0, "head_kind": "linear", "use_poolers": old.model_type != "clip",
+        **{f"{side}_pooling": encoders.pooling_of(whole[side], side) for side in SIDES},
+    }  # fmt: skip
+    if old.model_type in _SIGLIP:
+        # The image embedding is what the pooler gives; that of a text is the last position of all that the encoder can
+        # read, padded, through a projection.
+        dim = old.text_config.projection_size
+        weights = {
+            "vision": (torch.eye(dim), torch.zeros(dim)),
+            "text": (whole["text"].head.weight, whole["text"].head.bias),
+        }
+        values |= {"embedding_dim": dim, "head_bias": True, "text_pooling": "last", "text_padding": pad_token_id}
+    else:
+        projections = {"vision": source.visual_projection, "text": source.text_projection}
+        weights = {side: (p.weight, None) for side, p in projections.items()}
+        values |= {"embedding_dim": old.projection_dim}
+    heads = {
+        side: {"head.layers.0.weight": weight} | ({} if bias is None else {"head.layers.0.bias": bias})
+        for side, (weight, bias) in weights.items()
+    }
+    return whole, heads, values
 
 
 def _learned(objective: ObjectiveOptions, embedding_dim: int) -> dict[str, Any] | None:
@@ -175,6 +201,10 @@ def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> DualEncoder:
             pad_token_id=int(tokenizer.pad_token_id or 0),
             max_text_length=config.data.text_length,
         )
+        if config.data.micro_batch_size is not None and (key := model.encoder_with_batchnorm()):
+            raise ValueError(
+                f"data.micro_batch_size: splits the batch that {key}'s batchnorms take statistics over; set it to null"
+            )
         lora.apply(model, lora_options.parse(config.model.adapter))
         if config.model.activation_checkpointing:
             checkpoint_activations(model)

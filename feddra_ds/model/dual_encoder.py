@@ -19,7 +19,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from feddra_ds.model import SIDES, encoders, towers
-from feddra_ds.model.heads import ExtraBlock, Head, Learned, Temperature, TowerAligner
+from feddra_ds.model.heads import BatchNorm, ExtraBlock, Head, Learned, Temperature, TowerAligner, own_batchnorms
 from feddra_ds.model.towers import TowerHidden
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.tape import CannotDefer
@@ -45,9 +45,11 @@ class DualEncoderConfig(PreTrainedConfig):
     head_hidden_dim: int = 2048
     head_norm: str = "layernorm"
     head_output_norm: str = "none"
+    head_bias: bool = False  # of a linear head
     vision_pooling: str = "cls"
     text_pooling: str = "cls"
     use_poolers: bool = False
+    text_padding: int | None = None  # the token up to the encoder's whole length, read like any other: SigLIP's habit
     temperature: float = 0.07
     learnable_temperature: bool = False
     learned: dict | None = None  # what the objective learns itself: heads.Learned
@@ -91,18 +93,28 @@ class DualEncoderOutput(ModelOutput):
 class Backbone(nn.Module):
     """φ: both encoders without their tops. Children `vision` and `text` are transformers models."""
 
-    def __init__(self, vision: nn.Module, text: nn.Module, layouts: dict[str, towers.Layout]):
+    def __init__(
+        self, vision: nn.Module, text: nn.Module, layouts: dict[str, towers.Layout], text_padding: int | None = None
+    ):
         super().__init__()
         self.vision, self.text = vision, text
-        self.layouts = layouts
+        self.layouts, self.text_padding = layouts, text_padding
 
     def forward(self, pixel_values: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None) -> Hidden:
         vision = text = None
         if pixel_values is not None:
-            vision = towers.run(self.vision, self.layouts["vision"], None, pixel_values=pixel_values)
+            images = encoders.image_inputs(self.vision.config, pixel_values)
+            vision = towers.run(self.vision, self.layouts["vision"], None, **images)
         if input_ids is not None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            text = towers.run(self.text, self.layouts["text"], mask, input_ids=input_ids, attention_mask=mask)
+            mask = _mask(input_ids, attention_mask)
+            if self.text_padding is None:
+                text = towers.run(self.text, self.layouts["text"], mask, input_ids=input_ids, attention_mask=mask)
+            else:
+                ids = input_ids.masked_fill(mask == 0, self.text_padding)
+                config: Any = self.text.config
+                room = config.max_position_embeddings - ids.shape[1]
+                ids = F.pad(ids, (0, room), value=self.text_padding)
+                text = towers.run(self.text, self.layouts["text"], None, input_ids=ids)
         return Hidden(vision, text)
 
 
@@ -140,11 +152,14 @@ class DualEncoder(PreTrainedModel):
         }
         layouts, parts = {}, {}
         for side, encoder in whole.items():
-            key = f"model.{side}"
-            layouts[side] = towers.find_layout(encoder, key)
+            encoder.config._attn_implementation = encoders.attention_of(
+                encoder.config
+            )  # a composite config has one for all
+            own_batchnorms(encoder)
+            layouts[side] = towers.layout_of(encoder, config.num_top_blocks, f"model.{side}")
             _check_unknown(encoder, layouts[side], config.num_top_blocks, side)
             parts[side] = self._tower(side, encoder, towers.split(encoder, layouts[side], config.num_top_blocks))
-        self.backbone = Backbone(whole["vision"], whole["text"], layouts)
+        self.backbone = Backbone(whole["vision"], whole["text"], layouts, config.text_padding)
         self.aligner = Aligner(
             parts["vision"],
             parts["text"],
@@ -154,18 +169,21 @@ class DualEncoder(PreTrainedModel):
         self.post_init()
 
     def _tower(self, side: str, encoder: PreTrainedModel, top: towers.Top) -> TowerAligner:
-        c, dim = self.config, encoder.config.hidden_size
-        if c.use_poolers and top.pooler is None and encoder.config.model_type not in POOLED_WITHOUT_POOLER:
+        c, dim = self.config, encoders.width(encoder.config, f"model.{side}")
+        pooling = getattr(c, f"{side}_pooling")
+        pooler = top.pooler if c.use_poolers and pooling != "last" else None
+        pooled_without = pooling == "last" or encoder.config.model_type in POOLED_WITHOUT_POOLER
+        if c.use_poolers and pooler is None and not pooled_without:
             raise ValueError(f"model.pretrained: its {side} encoder ({encoder.config.model_type}) has no pooler")
         return TowerAligner(
             top.blocks,
             top.norm,
-            top.pooler if c.use_poolers else None,
-            Head(dim, c.embedding_dim, c.head_kind, c.head_hidden_dim, c.head_norm, c.head_output_norm),
+            pooler,
+            Head(dim, c.embedding_dim, c.head_kind, c.head_hidden_dim, c.head_norm, c.head_output_norm, c.head_bias),
             dim=dim,
-            heads=encoder.config.num_attention_heads,
+            heads=encoders.num_heads(encoder.config, dim),
             num_extra_blocks=c.num_extra_blocks,
-            pooling=getattr(c, f"{side}_pooling"),
+            pooling=pooling,
         )
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -202,12 +220,16 @@ class DualEncoder(PreTrainedModel):
         image, text, *tokens = (
             None if x is None else F.normalize(x.float(), dim=-1) for x in self.aligner(hidden, return_tokens)
         )
+        text_tokens = text_mask = None
+        if tokens and input_ids is not None:
+            assert tokens[1] is not None
+            text_tokens, text_mask = tokens[1][:, : input_ids.shape[1]], _mask(input_ids, attention_mask)
         return DualEncoderOutput(
             image_embeds=image,
             text_embeds=text,
             image_tokens=tokens[0] if tokens else None,
-            text_tokens=tokens[1] if tokens else None,
-            text_mask=hidden.text.mask if tokens and hidden.text is not None else None,
+            text_tokens=text_tokens,
+            text_mask=text_mask,
             temperature=self.aligner.temperature(),
             learned=self.aligner.learned() if self.aligner.learned is not None else None,
             hidden=hidden if return_hidden else None,
@@ -225,6 +247,21 @@ class DualEncoder(PreTrainedModel):
                     out.append(f"{path}.{name}")
         return out
 
+    def matrix_parameter_names(self) -> list[str]:
+        """Names of the matrices that map hidden states to hidden states: not embeddings, and not the projection heads."""
+        return [
+            f"{path}.weight"
+            for path, module in self.named_modules()
+            if isinstance(module, nn.Linear) and not path.startswith(("aligner.vision.head.", "aligner.text.head."))
+        ]
+
+    def encoder_with_batchnorm(self) -> str | None:
+        """The key of the encoder that has batchnorms, such as a ResNet; None where none has."""
+        for side in SIDES:
+            if any(isinstance(m, BatchNorm) for m in getattr(self.backbone, side).modules()):
+                return f"model.{side}"
+        return None
+
     def whole_encoder(self, side: str) -> nn.Module:
         """A copy of the `vision` or `text` encoder with its own blocks and norm put back."""
         aligner = getattr(self.aligner, side)
@@ -238,16 +275,22 @@ POOLED_WITHOUT_POOLER = frozenset({"clip_vision_model", "clip_text_model", "dino
 
 
 def _check_unknown(encoder: PreTrainedModel, layout: towers.Layout, num_top_blocks: int, side: str) -> None:
-    """Compare the cut encoder with the whole one where no test does. Skipped on the meta device and for giants."""
+    """Try an encoder whose type no test covers: cut, or whole. Skipped on the meta device and for giants."""
+    kind, key = encoder.config.model_type, f"model.{side}"
     small = encoders.count_parameters(encoder) <= _MAX_CHECKED_PARAMETERS
-    if encoder.config.model_type in towers.TESTED_TYPES or encoder.device.type == "meta" or not small:
+    if kind in towers.TESTED_TYPES | towers.WHOLE_TYPES or encoder.device.type == "meta" or not small:
         return
     if recording() is not None:
-        raise CannotDefer(f"the cut of a {encoder.config.model_type} encoder has to be tried")
-    blocks = len(list(encoder.get_submodule(layout.blocks).children()))
-    if 0 <= num_top_blocks < blocks:
-        inputs = encoders.probe_inputs(encoder.config, side)
-        towers.check_cut(encoder, layout, num_top_blocks, inputs, f"model.{side}")
+        raise CannotDefer(f"a {kind} encoder has to be tried")
+    inputs = encoders.probe_inputs(encoder.config, side)
+    if layout.blocks is None:
+        towers.check_whole(encoder, layout, encoders.width(encoder.config, key), inputs, key)
+    elif 0 <= num_top_blocks < len(list(encoder.get_submodule(layout.blocks).children())):
+        towers.check_cut(encoder, layout, num_top_blocks, inputs, key)
+
+
+def _mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
 
 @contextlib.contextmanager

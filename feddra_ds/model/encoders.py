@@ -20,14 +20,24 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from feddra_ds.config.schema import EncoderConfig
+from feddra_ds.model.towers import ENCODERS_OF_TWO, check_config
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.pretrained import load_deferred
 
 # Text encoders whose position ids start behind the padding id.
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
-_POOLINGS = {"clip_text_model": "last", "siglip_text_model": "mean", "siglip2_text_model": "mean"}
-_CLS_TYPES = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert", "mpnet"})
-_WITHOUT_AUTO = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}  # halves of a model
+_POOLINGS = {
+    "clip_text_model": "last", "siglip_text_model": "mean", "siglip2_text_model": "mean", "t5": "mean", "mt5": "mean",
+    "umt5": "mean",
+}  # fmt: skip
+_CLS_TYPES = frozenset(
+    {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert", "mpnet", "albert", "deberta",
+     "deberta-v2"}
+)  # fmt: skip
+# Classes that AutoModel does not give: halves of a model, and encoders whose type stands for one with a decoder.
+_WITHOUT_AUTO = {
+    "siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel", **ENCODERS_OF_TWO,
+}  # fmt: skip
 
 
 def local_or_hub(name: str, key: str) -> str:
@@ -56,15 +66,20 @@ def load_config(name: str, key: str) -> PreTrainedConfig:
 
 
 def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel:
-    """A transformers model with its weights, fp32, on the CPU. Raises ValueError naming `key`."""
+    """A transformers model with its weights, fp32, on the CPU, without dropout. Raises ValueError naming `key`."""
     source = local_or_hub(name, key)
-    attention = {"attn_implementation": "sdpa"} if _has_sdpa(config) else {}
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+        if part is not None:
+            set_dropout(part, 0.0, set())
+    attention = {"attn_implementation": attention_of(config)}
     try:
         with quiet():
             recorder = recording()
+            kind: Any = _class_of(config)
             if recorder is not None:
-                return load_deferred(recorder, source, config, attention)
-            return AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **attention)
+                kind = MODEL_MAPPING[type(config)] if kind is AutoModel else kind
+                return _encoder_alone(load_deferred(recorder, source, kind, config, attention))
+            return _encoder_alone(kind.from_pretrained(source, config=config, dtype=torch.float32, **attention))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
@@ -102,10 +117,13 @@ def set_dropout(config: PreTrainedConfig, value: float, keep: set[str]) -> None:
             setattr(config, name, value)
 
 
-def vision_encoder(section: EncoderConfig, image_size: int, key: str = "model.vision") -> PreTrainedModel:
+def vision_encoder(
+    section: EncoderConfig, image_size: int, num_top_blocks: int = 0, key: str = "model.vision"
+) -> PreTrainedModel:
     """The image encoder, whole, fp32, for square images of `image_size` pixels. Raises ValueError naming `key`."""
     if section.pretrained is None:
         config = new_config(section, "vit", key)
+        check_config(config, num_top_blocks, key)
         given = set(section.config or {})
         if "image_size" in given and config.image_size != image_size:
             raise ValueError(f"{key}.config.image_size: {config.image_size} contradicts data.image_size = {image_size}")
@@ -114,17 +132,22 @@ def vision_encoder(section: EncoderConfig, image_size: int, key: str = "model.vi
         check_patches(config, image_size, f"{key}.config.patch_size")
         set_dropout(config, 0.0, given)
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "vision", key, section.num_layers)
-    set_dropout(encoder.config, 0.0, set())
+    encoder = half(section.pretrained, "vision", key, section.num_layers, num_top_blocks)
     return resize_images(encoder, image_size, f"{key}.pretrained")
 
 
 def text_encoder(
-    section: EncoderConfig, vocab_size: int, pad_token_id: int, max_text_length: int, key: str = "model.text"
+    section: EncoderConfig,
+    vocab_size: int,
+    pad_token_id: int,
+    max_text_length: int,
+    num_top_blocks: int = 0,
+    key: str = "model.text",
 ) -> PreTrainedModel:
     """The text encoder, whole, fp32, for max_text_length tokens out of vocab_size. Raises ValueError naming `key`."""
     if section.pretrained is None:
         config = new_config(section, "bert", key)
+        check_config(config, num_top_blocks, key)
         given = set(section.config or {})
         config.pad_token_id = pad_token_id
         positions = max_text_length + (pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0)
@@ -136,8 +159,7 @@ def text_encoder(
         set_dropout(config, 0.0, given)
         config.use_cache = False
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "text", key, section.num_layers)
-    set_dropout(encoder.config, 0.0, set())
+    encoder = half(section.pretrained, "text", key, section.num_layers, num_top_blocks)
     check_text(encoder.config, vocab_size, max_text_length, f"{key}.pretrained")
     return encoder
 
@@ -159,18 +181,29 @@ def check_text(config: PreTrainedConfig, vocab_size: int, max_text_length: int, 
 
 def new_encoder(config: PreTrainedConfig, key: str) -> PreTrainedModel:
     """An encoder with random weights, fp32, on the current default device. Raises ValueError naming `key`."""
-    attention = {"attn_implementation": "sdpa"} if _has_sdpa(config) else {}
-    build = AutoModel.from_config
-    if config.model_type in _WITHOUT_AUTO:
-        build = getattr(transformers, _WITHOUT_AUTO[config.model_type])._from_config
+    attention = {"attn_implementation": attention_of(config)}
+    kind: Any = _class_of(config)
+    build = kind.from_config if kind is AutoModel else kind._from_config
     try:
-        return build(config, dtype=torch.float32, **attention)
+        return _encoder_alone(build(config, dtype=torch.float32, **attention))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{key}.config: {' '.join(str(error).split())[:300]}") from error
 
 
-def _has_sdpa(config: PreTrainedConfig) -> bool:
-    return bool(getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", True))
+def _class_of(config: PreTrainedConfig) -> Any:
+    name = _WITHOUT_AUTO.get(config.model_type)
+    return AutoModel if name is None else getattr(transformers, name)
+
+
+def _encoder_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """T5's stack without the embeddings that it shares with a decoder, which are its own too; another model as it is."""
+    return model.encoder if type(model).__name__.endswith("T5EncoderModel") else model
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """sdpa, or eager for a type that has no other: masks are made for the one or the other."""
+    has_sdpa = getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", True)
+    return "sdpa" if has_sdpa else "eager"
 
 
 @contextlib.contextmanager
@@ -185,15 +218,20 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def half(name: str, side: str, section: str, num_layers: int | None = None) -> PreTrainedModel:
+def half(name: str, side: str, section: str, num_layers: int | None = None, num_top_blocks: int = 0) -> PreTrainedModel:
     """An encoder from weights; from a model with both encoders (CLIP, SigLIP, …) its `side`, vision or text.
 
     num_layers: keep so many of its blocks, from the input on. Raises ValueError naming a key of `section`.
     """
     key = f"{section}.pretrained"
     config = load_config(name, key)
+    own = getattr(config, f"{side}_config", config)
+    check_config(own, num_top_blocks, key)
     if num_layers is not None:
-        own = getattr(config, f"{side}_config", config)
+        if hasattr(own, "depths") or not isinstance(getattr(own, "num_hidden_layers", None), int):
+            raise ValueError(
+                f"{section}.num_layers: a {own.model_type} encoder has no one list of blocks; set it to null"
+            )
         if num_layers > own.num_hidden_layers:
             raise ValueError(
                 f"{section}.num_layers: {num_layers} is more than the {own.num_hidden_layers} blocks of {name}"
@@ -213,6 +251,8 @@ def half(name: str, side: str, section: str, num_layers: int | None = None) -> P
 def pooling_of(encoder: PreTrainedModel, side: str) -> str:
     """cls | mean | last: how the encoder's states become one vector. `last` is for texts read from left to right."""
     if side == "vision":
+        if getattr(encoder.config, "use_mean_pooling", False):  # BEiT
+            return "mean"
         tokens = ("cls_token", "class_embedding")
         return "cls" if any(hasattr(m, t) for m in encoder.modules() for t in tokens) else "mean"
     kind = encoder.config.model_type
@@ -249,11 +289,11 @@ def resize_images(encoder: PreTrainedModel, image_size: int, key: str) -> PreTra
 
     Raises ValueError naming `key` where something else depends on the size.
     """
+    check_patches(encoder.config, image_size, key)
     old = getattr(encoder.config, "image_size", image_size)
     old = old[0] if isinstance(old, (list, tuple)) else old
     if old == image_size:
         return encoder
-    check_patches(encoder.config, image_size, key)
     config = type(encoder.config).from_dict({**encoder.config.to_dict(), "image_size": image_size})
     config._attn_implementation = encoder.config._attn_implementation
     resized = type(encoder)(config)
@@ -282,17 +322,49 @@ def interpolate_positions(table: Tensor, old_grid: int, new_grid: int, key: str)
     return out.reshape(*table.shape[:-2], *out.shape)
 
 
+def width(config: PreTrainedConfig, key: str) -> int:
+    """H, the size of an encoder's states. Raises ValueError naming `key` where its config does not say."""
+    sizes = getattr(config, "hidden_sizes", None)
+    found = getattr(config, "hidden_size", sizes[-1] if sizes else None)
+    if not isinstance(found, int):
+        raise ValueError(f"{key}: the config of a {config.model_type} encoder has no hidden_size; use another encoder")
+    return found
+
+
+def num_heads(config: PreTrainedConfig, dim: int) -> int:
+    """Attention heads of an extra block: as many as the encoder's blocks have, where all have the same, else of size 64."""
+    own = getattr(config, "num_attention_heads", None)
+    if isinstance(own, int) and dim % own == 0:
+        return own
+    return next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, partitioned or not."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
+def image_inputs(config: Any, pixel_values: Tensor) -> dict[str, Tensor]:
+    """The arguments of an image encoder for images (B, C, S, S): the images or, for SigLIP 2's of any shape, patches."""
+    if config.model_type != "siglip2_vision_model":
+        return {"pixel_values": pixel_values}
+    b, channels, side, _ = pixel_values.shape
+    grid, patch = side // config.patch_size, config.patch_size
+    patches = pixel_values.view(b, channels, grid, patch, grid, patch).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": patches.reshape(b, grid * grid, -1),
+        "pixel_attention_mask": torch.ones(b, grid * grid, dtype=torch.long, device=pixel_values.device),
+        "spatial_shapes": torch.full((b, 2), grid, device=pixel_values.device),
+    }
+
+
 def probe_inputs(config: Any, side: str, length: int = 6) -> dict[str, Tensor]:
     """A fixed tiny input of an encoder, for `towers.check_cut`: one image, or three texts with padding."""
     if side == "vision":
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        size = getattr(config, "image_size", 4 * getattr(config, "patch_size", 16))
+        size = size if isinstance(size, int) else size[0]
         pixels = torch.linspace(-1, 1, getattr(config, "num_channels", 3) * size * size)
-        return {"pixel_values": pixels.sin().view(1, -1, size, size)}
+        return image_inputs(config, pixels.sin().view(1, -1, size, size))
     ids = torch.arange(3 * length).view(3, length) % max(2, config.vocab_size - 1)
     mask = torch.ones_like(ids)
     mask[1, length - 2 :] = 0

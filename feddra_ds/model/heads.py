@@ -3,10 +3,10 @@
 Every parameter is used inside the forward of the module that owns it, because ZeRO-3 gathers parameters by hooks on
 those forwards.
 
-Buffers. A BatchNorm, inside the head or at its output, has `running_mean` and `running_var` (floating: the server takes
-their weighted mean, so the averaged variance leaves out the spread between the clients' means) and `num_batches_tracked`
-(integer: taken from the coordinator). It is the release's choice; LayerNorm has no buffers and does not couple the
-samples of a batch.
+Buffers. A BatchNorm, inside the head, at its output or in an encoder (ResNet), has `running_mean` and `running_var`
+(floating: the server takes their weighted mean, so the averaged variance leaves out the spread between the clients'
+means) and `num_batches_tracked` (integer: taken from the coordinator). It is the release's choice; LayerNorm has no
+buffers and does not couple the samples of a batch.
 
 Legend: B batch, T tokens or patches, H hidden size, D embedding size.
 """
@@ -111,6 +111,15 @@ class SyncBatchNorm(_Float32Statistics, nn.SyncBatchNorm):
     """The same over the ranks of torch's default group, those of a client; on CUDA alone."""
 
 
+def own_batchnorms(module: nn.Module) -> bool:
+    """Have the batchnorms of an encoder's feature maps keep `BatchNorm`'s rules, in place; whether it has any."""
+    found = [child for child in module.modules() if type(child) is nn.BatchNorm2d]
+    for child in found:
+        # its parameters and buffers, and transformers' note that they are initialised, stay
+        child.__class__ = BatchNorm  # type: ignore[assignment]
+    return bool(found)
+
+
 def synchronise_batchnorms(module: nn.Module) -> None:
     """Have every BatchNorm inside a module take its statistics over the client's ranks."""
     for parent in list(module.modules()):
@@ -122,12 +131,22 @@ def synchronise_batchnorms(module: nn.Module) -> None:
 
 
 class Head(nn.Module):
-    """Projection (B, H) → (B, D): `linear` is one Linear without bias, `mlp` is Linear-norm-ReLU-Linear.
+    """Projection (B, H) → (B, D): `linear` is one Linear (without bias, if none is asked for), `mlp` is
+    Linear-norm-ReLU-Linear.
 
     `output_norm` normalises what comes out, without a learned scale or shift.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, kind: str, hidden_dim: int, norm: str, output_norm: str = "none"):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kind: str,
+        hidden_dim: int,
+        norm: str,
+        output_norm: str = "none",
+        bias: bool = False,
+    ):
         super().__init__()
         self.output_norm: nn.Module = nn.Identity()
         if output_norm == "layernorm":
@@ -135,7 +154,7 @@ class Head(nn.Module):
         elif output_norm == "batchnorm":
             self.output_norm = BatchNorm(out_dim, affine=False)
         if kind == "linear":
-            self.layers = nn.Sequential(nn.Linear(in_dim, out_dim, bias=False))
+            self.layers = nn.Sequential(nn.Linear(in_dim, out_dim, bias=bias))
             return
         norms: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "batchnorm": BatchNorm}
         middle = [norms[norm](hidden_dim)] if norm in norms else []

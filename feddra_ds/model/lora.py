@@ -74,9 +74,11 @@ def apply(model: DualEncoder, options: LoraOptions | None) -> None:
 
 
 def targets(model: DualEncoder, side: str, wanted: Sequence[str] | None) -> list[str]:
-    """Names of the Linear layers in the backbone's blocks of one encoder; with `wanted`, those that end with one of them."""
+    """Names of the Linear layers in the backbone's blocks of one encoder, or in all of it where it stays whole; with
+    `wanted`, those that end with one of them."""
     encoder, blocks = getattr(model.backbone, side), model.backbone.layouts[side].blocks
-    names = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{blocks}.")]
+    within = "" if blocks is None else f"{blocks}."
+    names = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and n.startswith(within)]
     return [n for n in names if wanted is None or any(f".{n}".endswith(f".{w}") for w in wanted)]
 
 

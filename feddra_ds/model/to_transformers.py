@@ -42,6 +42,11 @@ def to_transformers(model: DualEncoder, processor: Callable[..., Any]) -> Vision
             "--format transformers: needs model.head.output_norm = none or layernorm; the running mean of a batchnorm is "
             "a bias, which a VisionTextDualEncoderModel's projection does not have"
         )
+    if config.head_bias:
+        raise ValueError(
+            "--format transformers: the projection of a model that began as a SigLIP has a bias, which a "
+            "VisionTextDualEncoderModel's has not"
+        )
     if config.num_extra_blocks:
         raise ValueError("--format transformers: needs model.num_extra_blocks = 0; there is no place for extra blocks")
     towers = {side: _whole_with_pooler(model, side) for side in SIDES}

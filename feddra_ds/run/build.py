@@ -120,10 +120,10 @@ def _say_what_starts(
 ) -> None:
     pairs = layout.num_clients * steps_per_round(config, step_factor) * config.data.batch_size
     logger.info("%s on %s, %s, %s pairs a round", layout.describe(), device, config.strategy.name, f"{pairs:,}")
-    if config.dro.apply == "loss" and config.optimizer.name == "adamw":
+    if config.dro.apply == "loss" and config.optimizer.name != "sgd":
         logger.warning(
-            "dro.apply=loss is almost a no-op with optimizer.name=adamw, whose step does not depend on the loss's "
-            "scale; dro.apply=aggregate lets p act"
+            f"dro.apply=loss is almost a no-op with optimizer.name={config.optimizer.name}, whose step does not depend on the "
+            "loss's scale; dro.apply=aggregate lets p act"
         )
     if config.dro.apply == "both":
         logger.warning(
@@ -167,12 +167,16 @@ def build_trainer(
     # the twins are made before DeepSpeed partitions the model
     place = torch.device("cpu" if initial is None else "meta")
     frozen_aligner = frozen_twin(model.aligner, place, torch.float32)
-    is_resident = config.objective.anchors == "resident" and objective.needs_anchors
+    is_resident = config.objective.anchors == "resident" and (objective.needs_anchors or strategy.adds_loss)
     frozen_model = frozen_twin(model, place, torch.float32) if is_resident else None
-    if device.type == "cpu" and ranks > 1 and (key := config.model.head.batchnorm_key):
+    if (
+        device.type == "cpu"
+        and ranks > 1
+        and (key := config.model.head.batchnorm_key or model.encoder_with_batchnorm())
+    ):
         raise ConfigError(
             [
-                f"{key}: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layernorm, or "
+                f"{key}: batchnorm over several ranks of a client needs CUDA (SyncBatchNorm); use layers without it, or "
                 "topology.ranks_per_slot = 1"
             ]
         )

@@ -106,6 +106,10 @@ def check(config: Config, launch: Launch) -> Checked:
         problems.append(
             f"clients.per_round: {per_round} is more than the {num_clients} clients there are; null takes all"
         )
+    if config.aggregate.ema is not None and not strategy.averages:
+        problems.append(
+            f"aggregate.ema: strategy.name={config.strategy.name} has no global model to average over rounds; use null"
+        )
     weights = config.dro.fixed_weights
     if weights is not None and len(weights) != num_clients:
         problems.append(f"dro.fixed_weights: {len(weights)} weights for {num_clients} clients ({', '.join(ids)})")

@@ -29,7 +29,7 @@ from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.federation.references import References
 from feddra_ds.federation.saving import write_server
-from feddra_ds.federation.schedule import Stage, clients_of_round, stages_of_round, steps_per_round
+from feddra_ds.federation.schedule import Stage, draws_of_round, stages_of_round, steps_per_round
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, embed, measure_loss, retrieval
 from feddra_ds.objectives import Objective
@@ -37,6 +37,7 @@ from feddra_ds.run.debug import deterministic
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
 from feddra_ds.strategies import Strategy, robust_weights
+from feddra_ds.strategies.base import Draws
 from feddra_ds.strategies.robust_weights import Vector
 
 STAGE_NAMES = ("stage1", "stage2", "aggregate", "evaluate", "checkpoint")
@@ -73,13 +74,14 @@ class Run:
     # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     anchor_losses: dict[str, Loss | None] = field(default_factory=dict)
+    draws: Draws = field(init=False)  # how often each client was drawn for it
     present: list[Client] = field(default_factory=list)  # this slot's clients that take part
     # and the local steps that were skipped, by client and stage
     skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.config.run.output_dir)
-        self.present = self.clients
+        self.draws, self.present = np.ones(len(self.client_ids), dtype=np.int64), self.clients
         self.protocol = Protocol(self.topology)
         self.progress = Progress(
             self.run_dir,
@@ -101,8 +103,9 @@ class Run:
                 self.draw_clients(round_index)
                 began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
                 samples, self.skipped_steps = 0, {}
-                for stage in stages_of_round(self.config, round_index, self.step_factor):
+                for stage in self.stages(round_index):
                     samples += self.run_stage(round_index, stage)
+                self.server.end_round(round_index)
                 report = replace(
                     self.evaluate(round_index),
                     samples=samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
@@ -117,12 +120,17 @@ class Run:
             with self.timed("model"):
                 self.save_final_model()
 
+    def stages(self, round_index: int) -> list[Stage]:
+        """The stages of a round, in order."""
+        takes_snapshot = self.strategy.takes_snapshot
+        return stages_of_round(self.config, round_index, self.step_factor, takes_snapshot=takes_snapshot)
+
     def draw_clients(self, round_index: int) -> None:
         """Who trains in this round: the same on every rank."""
-        drawn = clients_of_round(self.config, round_index, len(self.client_ids))
-        self.present = [client for client in self.clients if client.index in drawn]
+        self.draws = draws_of_round(self.config, round_index, self.mixture, by_weight=self.strategy.draws_by_weight)
+        self.present = [client for client in self.clients if self.draws[client.index]]
         if self.coordinator is not None:
-            self.coordinator.present = drawn
+            self.coordinator.draws = self.draws
 
     def run_stage(self, round_index: int, stage: Stage) -> int:
         """This slot's clients that take part train from the global model; the average becomes it. Returns pairs trained on."""
@@ -145,7 +153,8 @@ class Run:
                 if result.num_skipped:
                     self.skipped_steps.setdefault(client.id, {})[stage.name] = result.num_skipped
                 if stage.averages and result.problem is None and not stage.moves_mixture:
-                    self.server.add(client, self.average_weight(client), self.server.live(stage))
+                    weight = self.average_weight(client)
+                    self.server.add(client, weight, self.server.live(stage), result.snapshot)
         if stage.averages:
             with self.timed("aggregate"):
                 self.average(round_index, stage, reports)
@@ -167,7 +176,7 @@ class Run:
             self.server.finish(self.topology, decision.total_weight, decision.drift)
 
     def average_weight(self, client: Client) -> float:
-        weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture), self.center)
+        weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture, self.draws), self.center)
         return float(weights[client.index])
 
     def prefetch_after(self, client: Client) -> None:
@@ -221,7 +230,10 @@ class Run:
         return replace(told, positions=positions, val=val, skipped=skipped, skipped_steps=self.skipped_steps)
 
     def measure_losses(self, round_index: int) -> RankReport:
-        """L_i of this slot's clients; on training pairs too, and of the clients' own models, where they are asked for."""
+        """L_i of this slot's clients; on training pairs too, and of the clients' own models, where they are asked for.
+
+        Where a snapshot was taken, L_i of that as well.
+        """
         draw = round_index if self.config.dro.evaluation_sample == "fresh" else None
         told = RankReport()
         for client in self.clients:
@@ -232,6 +244,11 @@ class Run:
                 told.train_losses[index] = self.loss_of(client.data, draw)
             if self.references is not None:
                 told.references[index] = self.references.loss_of(client, draw, self.loss_of)
+        if self.server.snapshot is not None:
+            self.engine.write(self.server.snapshot)
+            self.server.snapshot = None
+            for client in self.clients:
+                told.snapshot_losses[str(client.index)] = self.loss_of(client.val or client.data, draw)
         return told
 
     def loss_of(self, data: ClientData, draw: int | None) -> Loss:
@@ -270,8 +287,8 @@ class Run:
             record = None
             if self.coordinator is not None:
                 record = self.coordinator.end_round(round_index, moves_mixture=self.measures_losses(round_index))
-                if self.config.clients.per_round is not None:
-                    record["present_clients"] = [self.client_ids[i] for i in self.coordinator.present]
+                if self.config.clients.per_round is not None or self.strategy.draws_by_weight:
+                    record["present_clients"] = np.repeat(self.client_ids, self.draws).tolist()
             self.mixture = np.asarray(self.protocol.hear_mixture(round_index), dtype=np.float64)
         return record
 
@@ -281,13 +298,10 @@ class Run:
             return
         topology = self.topology
         folder = folder_of(self.run_dir, round_index)
-        has_own = not self.strategy.averages or self.server.residuals is not None or self.strategy.corrects
-        writers = topology.live_ranks if has_own else range(topology.plan.ranks_per_slot)
-        if topology.rank in writers:
-            written = write_server(partial_of(folder), self.server, self.clients, topology)
-            self.protocol.tell_saved(round_index, written)
+        written = write_server(partial_of(folder), self.server, self.clients, topology)
+        self.protocol.tell_saved(round_index, written)
         if self.coordinator is not None:
-            files = self.protocol.hear_saved(round_index, writers)
+            files = self.protocol.hear_saved(round_index, topology.live_ranks)
             # with the record, lest a kill before `record` lose the line
             state = self.coordinator.state(round_index) | {"metrics": record}
             commit(folder, state, files, self.config.checkpoint.keep)

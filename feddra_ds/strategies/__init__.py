@@ -12,6 +12,7 @@ STRATEGIES = {
     "feddra": "feddra_ds.strategies.feddra:FedDRA",
     "fedavg": "feddra_ds.strategies.fedavg:FedAvg",
     "fedprox": "feddra_ds.strategies.fedprox:FedProx",
+    "moon": "feddra_ds.strategies.moon:Moon",
     "fedavgm": "feddra_ds.strategies.fedavgm:FedAvgM",
     "fedadam": "feddra_ds.strategies.fedadam:FedAdam",
     "fedyogi": "feddra_ds.strategies.fedyogi:FedYogi",
@@ -19,6 +20,7 @@ STRATEGIES = {
     "scaffold": "feddra_ds.strategies.scaffold:Scaffold",
     "qffl": "feddra_ds.strategies.qffl:QFFL",
     "afl": "feddra_ds.strategies.afl:AFL",
+    "drfa": "feddra_ds.strategies.drfa:DRFA",
     "local": "feddra_ds.strategies.local:Local",
     "centralized": "feddra_ds.strategies.centralized:Centralized",
 }

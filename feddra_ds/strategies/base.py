@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from feddra_ds.strategies import robust_weights
 from feddra_ds.strategies.options import DroOptions, StrategyOptions
@@ -18,6 +19,11 @@ from feddra_ds.strategies.robust_weights import MixtureSet, Vector
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from feddra_ds.objectives.features import Features
+
+Draws = NDArray[np.int64]
+"""How often each client was drawn for a round, (N,); those of 0 do not train."""
 
 SliceState = dict[str, list["Tensor"]]
 """What a hook keeps from call to call, by a name of its own: tensors of the sizes of the part's slices. It is saved with every
@@ -62,6 +68,11 @@ class Strategy:
     """How many tensors like the model `server_step` keeps on each rank, for the memory plan."""
     num_kept: ClassVar[int] = 0
     """How many tensors like the model each client keeps between stages, for the memory plan."""
+
+    draws_by_weight: ClassVar[bool] = False
+    """The clients of a round are drawn by p, with replacement: clients.per_round draws, or as many as there are clients."""
+    takes_snapshot: ClassVar[bool] = False
+    """p follows the losses, not of the new global model, but of the clients' mean after a random local step of the round."""
 
     def __init__(self, options: Any, dro: DroOptions):
         """options: an instance of `Options`; dro: the config's section of that name."""
@@ -113,8 +124,11 @@ class Strategy:
             kept=np.where(unknown, p, np.nan) if unknown.any() else None,
         )
 
-    def average_weight(self, p: Vector) -> Vector:
-        """Weights of the server's average, (N,): p, or uniform where p acts in the loss alone (dro.apply)."""
+    def average_weight(self, p: Vector, draws: Draws) -> Vector:
+        """Weights of the server's average, (N,): p, or uniform where p acts in the loss alone (dro.apply).
+
+        draws: those of the round. The sum is taken over the clients that are averaged.
+        """
         return np.full(len(p), 1.0 / len(p)) if self.dro.apply == "loss" else p
 
     def loss_weight(self, p: Vector, index: int) -> float:
@@ -128,6 +142,16 @@ class Strategy:
         measured, NaN where it is not known; ‖w_i − w_global‖² over the parts that the stage trains.
         """
         return 0.0
+
+    # ---- a client's loss
+    def added_loss(self, features: Features, anchors: Features, previous: Features) -> Tensor:
+        """(B,) what each pair's loss has beside the objective's, with a gradient by `features`. Overridden, it is asked for.
+
+        features: this rank's pairs under the model that trains, the others without gradient; anchors: under the global
+        model; previous: under what the client itself had made of the model in the last round that it trained in. Before a
+        client's first such round it is not asked for. It is stated for the two directions' sum (Objective.loss_scale).
+        """
+        raise NotImplementedError
 
     # ---- the weights of the model: slices of one part at a time
     def begin_stage(self, start: list[Tensor], state: SliceState, outer: SliceState) -> None:
@@ -153,6 +177,11 @@ class Strategy:
         On the host, every rank its own slices; state: the server's, for this part; about: the stage that gave the mean.
         """
         return mean
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether `added_loss` is asked for: a client's last model is kept, and each stage begins with two more forwards."""
+        return type(self).added_loss is not Strategy.added_loss
 
     @property
     def corrects(self) -> bool:

@@ -1,4 +1,4 @@
-"""What strategies that keep something from round to round cannot work with: a line each, the key first, with the remedy."""
+"""What strategies that keep something, or look at other models, cannot work with: a line each, the key first, with the remedy."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ def clients_undo_the_step(config: Any) -> list[str]:
         f"schedule.stage2_start: with client, stage 2 takes back what the server's step of strategy.name={config.strategy.name} "
         "did after stage 1; use global, or aggregate.after_stage1=false"
     ]
+
+
+def adapters_are_not(config: Any, rules: tuple[str, ...], why: str) -> list[str]:
+    """A line where the rule by which adapters are averaged is none of these; why: what of the strategy it does not go with."""
+    rule = (config.model.adapter or {}).get("aggregation") or rules[0]
+    if rule in rules:
+        return []
+    remedy = f"{', '.join(rules[:-1])} or {rules[-1]}"
+    return [f"model.adapter.aggregation: {rule} does not go with {why}; use {remedy}"]
 
 
 def factors_are_new(config: Any) -> list[str]:

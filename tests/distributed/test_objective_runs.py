@@ -32,6 +32,8 @@ def test_every_objective_trains_with_every_strategy(dataset: Path, tmp_path: Pat
         for name, strategy in combinations
     ]  # fmt: skip
     on_each(run_all, configs, world_size=2)
+    kept = tmp_path / "gcl-fedavg" / "checkpoints" / "round-000000" / "pairs"
+    assert len(list(kept.iterdir())) == 3, "those of the clients of both slots"
     weights = {}
     for name, strategy in combinations:
         (line,) = metrics_of(tmp_path / f"{name}-{strategy}")

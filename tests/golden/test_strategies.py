@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from helpers import assemble, metrics_of, on_ranks, tree, write_dataset, zero
+from helpers import assemble, metrics_of, on_ranks, tree, weights_of, write_dataset, zero
 from numpy.typing import NDArray
-from test_protocol import GRADIENTS, trace
+from test_protocol import GRADIENTS, SIDES, trace
+
+from feddra_ds.config.load import from_dict
+from feddra_ds.federation.schedule import stages_of_round
 
 Vector = NDArray[np.float64]
 CURVATURE, RATE, ROUNDS = 0.5, 0.02, 4
@@ -40,7 +43,16 @@ class Plain:
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
 
+    def added_gradient(self, w: Vector, start: Vector, client: int) -> Vector:
+        return np.zeros(4)
+
     def after_step(self, w: Vector, start: Vector, client: int, trains: Vector) -> Vector:
+        return w
+
+    def weights(self, p: Vector, here: list[int]) -> Vector:
+        return p[here] / p[here].sum()
+
+    def looked_at(self, w: Vector, snapshot: Vector) -> Vector:
         return w
 
     def begin(self) -> None:
@@ -61,6 +73,31 @@ class Prox(Plain):
 
     def after_step(self, w: Vector, start: Vector, client: int, trains: Vector) -> Vector:
         return np.where(trains, (w + RATE * 0.8 * start) / (1 + RATE * 0.8), w)
+
+
+class Contrast(Plain):
+    """The paper's term by the chain rule, over the one number of the embeddings that is not constant."""
+
+    keys: ClassVar[dict[str, Any]] = {"mu": 5.0, "temperature": 0.1}
+
+    def added_gradient(self, w: Vector, start: Vector, client: int) -> Vector:
+        previous = self.state.get("previous", {}).get(client, start)
+        x, near, far = (value_of(client, at) for at in (w, start, previous))
+        slope = 0.0
+        for side in SIDES:
+            cosine = lambda y, s=side: (x * y + s * s) / np.hypot(x, s) / np.hypot(y, s)
+            change = lambda y, s=side: s * s * (y - x) / np.hypot(x, s) ** 3 / np.hypot(y, s)  # of cosine by x
+            of_far = 1 / (1 + np.exp((cosine(near) - cosine(far)) / 0.1))  # share of the previous model
+            slope += 5.0 * of_far * (change(far) - change(near)) / 0.1
+        return slope * (DIRECTIONS[client] + CURVATURE * w)
+
+    def end(self, w: Vector, start: Vector, client: int, trains: Vector, num_steps: int) -> None:
+        if trains.all():  # the round's last stage
+            self.state.setdefault("previous", {})[client] = w
+
+
+def value_of(client: int, w: Vector) -> float:
+    return float(DIRECTIONS[client] @ w + 0.5 * CURVATURE * w @ w)
 
 
 class Momentum(Plain):
@@ -150,6 +187,21 @@ class Agnostic(Plain):
         return onto_simplex(p + 0.04 * losses)
 
 
+class Drawn(Agnostic):
+    """Algorithm 1 of the paper, with the losses of all clients at the snapshot."""
+
+    keys: ClassVar[dict[str, Any]] = {"step_size": 0.1}
+
+    def weights(self, p: Vector, here: list[int]) -> Vector:
+        return np.full(len(here), 1 / len(here))  # one drawn twice is there twice
+
+    def looked_at(self, w: Vector, snapshot: Vector) -> Vector:
+        return snapshot
+
+    def next_p(self, p: Vector, losses: Vector) -> Vector:
+        return onto_simplex(p + 0.1 * losses)
+
+
 def onto_simplex(q: Vector) -> Vector:
     """The nearest point of the simplex, by the sort of Held, Wolfe and Crowder."""
     falling = np.sort(q)[::-1]
@@ -160,6 +212,7 @@ def onto_simplex(q: Vector) -> Vector:
 PREDICTIONS: dict[str, type[Plain]] = {
     "fedavg": Plain,
     "fedprox": Prox,
+    "moon": Contrast,
     "fedavgm": Momentum,
     "diloco": Nesterov,
     "fedadam": Adam,
@@ -167,29 +220,40 @@ PREDICTIONS: dict[str, type[Plain]] = {
     "scaffold": Controlled,
     "qffl": Fair,
     "afl": Agnostic,
+    "drfa": Drawn,
 }
 
 
 def predict(
-    kind: type[Plain], stages: list[tuple[int, Vector]], present: list[list[int]] | None = None
+    kind: type[Plain],
+    stages: list[tuple[int, Vector]],
+    present: list[list[int]] | None = None,
+    snapshots: list[int] | None = None,
 ) -> list[tuple[Vector, Vector]]:
-    """(w, p) after each round; present: which clients train in each, None for all."""
+    """(w, p) after each round; present: which clients train in each, None for all; snapshots: after which step of the
+    round the clients are looked at too, None for its last."""
     rule, w, p = kind(), np.array([1.0, 2, 3, 4]), kind.center
     out = []
     for number in range(ROUNDS):
         here = [0, 1, 2] if present is None else present[number]
+        looked_after = sum(steps for steps, _ in stages) if snapshots is None else snapshots[number]
         for num_steps, trains in stages:
-            locals_ = []
+            locals_, seen = [], []
             rule.begin()
             for client in here:
                 x = w
-                for _ in range(num_steps):
-                    x = x - RATE * trains * (DIRECTIONS[client] + CURVATURE * x)
-                    x = rule.after_step(x, w, client, trains)
+                for step in range(num_steps):
+                    gradient = DIRECTIONS[client] + CURVATURE * x + rule.added_gradient(x, w, client)
+                    x = rule.after_step(x - RATE * trains * gradient, w, client, trains)
+                    if step + 1 == looked_after:
+                        seen.append(x)
                 rule.end(x, w, client, trains, num_steps)
                 locals_.append(x)
-            w = rule.server(w, p[here] / p[here].sum() @ np.array(locals_), trains)
-        losses = DIRECTIONS @ w + 0.5 * CURVATURE * w @ w
+            looked_after -= num_steps
+            if seen:
+                snapshot = rule.weights(p, here) @ np.array(seen)
+            w = rule.server(w, rule.weights(p, here) @ np.array(locals_), trains)
+        losses = np.array([value_of(client, rule.looked_at(w, snapshot)) for client in range(3)])
         assert losses.min() > 0, "a negative loss is not believed"
         p = rule.next_p(p, losses)
         out.append((w, p))
@@ -205,6 +269,7 @@ def run(dataset: Path, out: Path, strategy: str, layout: str, schedule: str, **k
     """Two rounds, and the other two by a new process group that resumes; what is after each round: w, p."""
     world_size, per_slot, stage = LAYOUTS[layout]
     after: dict[tuple[int, str], Any] = {}
+    config: dict[str, Any] = {}
     for rounds, first in ((ROUNDS // 2, 0), (ROUNDS, ROUNDS // 2)):
         config = tree(
             dataset, out, deepspeed=zero(stage), topology__ranks_per_slot=per_slot, optimizer__lr=RATE,
@@ -223,9 +288,20 @@ def run(dataset: Path, out: Path, strategy: str, layout: str, schedule: str, **k
     present = [[[*PAIRS].index(name) for name in line.get("present_clients", PAIRS)] for line in lines]
     return {
         "present": present,
+        "snapshots": [snapshot_of(config, number) for number in range(ROUNDS)],
         "w": [after[r, "stage2"] for r in range(ROUNDS)],
         "p": [line["next_client_weights"] for line in lines],
     }
+
+
+def snapshot_of(config: dict[str, Any], number: int) -> int:
+    """After how many steps of a round a strategy that takes snapshots does."""
+    passed = 0
+    for stage in stages_of_round(from_dict(config), number, takes_snapshot=True):
+        if stage.snapshot is not None:
+            return passed + stage.snapshot
+        passed += stage.num_steps
+    raise AssertionError("no snapshot")
 
 
 ROWS = [(name, layout, schedule) for name in PREDICTIONS for layout in LAYOUTS for schedule in SCHEDULES]
@@ -241,9 +317,20 @@ def test_the_paper_s_formulas(dataset: Path, tmp_path: Path, strategy: str, layo
     section: Callable[[str], str] = lambda key: "dro" if key == "step_size" else "strategy"
     keys: ClassVar[dict[str, Any]] = {f"{section(key)}__{key}": value for key, value in kind.keys.items()}
     seen = run(dataset, tmp_path, strategy, layout, schedule, **keys)
-    for number, (w, p) in enumerate(predict(kind, SCHEDULES[schedule][1])):
+    for number, (w, p) in enumerate(predict(kind, SCHEDULES[schedule][1], seen["present"], seen["snapshots"])):
         np.testing.assert_allclose(seen["w"][number], w, atol=5e-6, err_msg=f"round {number}")
         np.testing.assert_allclose(seen["p"][number], p, atol=2e-6, err_msg=f"round {number}")
+
+
+def test_the_average_over_rounds(dataset: Path, tmp_path: Path) -> None:
+    """Of the global models after rounds 0 to t, weighted as β^(t − k), on two slots of two ranks, resumed in the middle."""
+    run(dataset, tmp_path, "fedavg", "zero3", "two", aggregate__ema=0.7)
+    models = [w for w, _ in predict(Plain, SCHEDULES["two"][1])]
+    for last in range(ROUNDS):
+        shares = 0.7 ** np.arange(last, -1, -1)
+        saved = weights_of(tmp_path, last, "ema")
+        found = np.concatenate([saved["aligner.w"], saved["backbone.w"]])
+        np.testing.assert_allclose(found, shares / shares.sum() @ np.array(models[: last + 1]), atol=5e-6)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from data_helpers import encoded
-from helpers import tree, write_dataset
+from helpers import tree, weights_of, write_dataset
 from run_helpers import CLIENTS, HELD_OUT, add_model, make_config, make_data, make_line, make_run
 
 from feddra_ds.cli import main
@@ -20,6 +21,7 @@ from feddra_ds.data.format.writer import DatasetWriter
 from feddra_ds.doctor import selftest
 from feddra_ds.doctor.machine import check_disk, check_network, check_software
 from feddra_ds.evaluation.models import open_models
+from feddra_ds.model.folder import load_pretrained
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -42,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds over three clients of the helpers' data, trained by `feddra-ds train`."""
     work = tmp_path_factory.mktemp("trained")
     root = write_dataset(work / "data", num_val=12)
-    config = tree(root, work / "run")
+    config = tree(root, work / "run", aggregate__ema=0.5)
     (work / "config.yaml").write_text(yaml.safe_dump(config))
     done = feddra("train", "--config", work / "config.yaml")
     assert "round 1 (2/2) stage2: 3 clients × 3 steps, loss" in done.stderr, "a pipe gets plain lines"
@@ -87,6 +89,27 @@ def test_the_newest_checkpoint_stands_in_for_a_model(
     words = ("--bootstrap", 20, "--no-zero-shot")
     a, b = (told(capsys, "evaluate", run, *words) for run in (going, trained))
     assert a["pooled"] == b["pooled"]
+
+
+def test_the_average_over_rounds_is_measured_and_exported(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(trained), "--ema", "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    exported = load_pretrained(tmp_path / "out")[0].state_dict()
+    first, last = (weights_of(trained, number) for number in (0, 1))
+    for name, values in last.items():  # β = 0.5 and two rounds: weights as 1 to 2
+        np.testing.assert_allclose(exported[name].flatten(), first[name] / 3 + 2 * values / 3, atol=1e-6, err_msg=name)
+    kept = (trained / "evaluation.json").read_text() if (trained / "evaluation.json").exists() else None
+    words = ("--data", trained.parent / "data", "--bootstrap", 20, "--no-zero-shot")
+    of_average, of_export, of_model = (
+        told(capsys, "evaluate", *what, *words)
+        for what in ((trained, "--ema"), (tmp_path / "out",), (trained / "model",))
+    )
+    assert of_average["ema"]
+    assert of_average["clients"] == of_export["clients"] != of_model["clients"]
+    now = (trained / "evaluation.json").read_text() if (trained / "evaluation.json").exists() else None
+    assert kept == now, "the report shows the global model"
 
 
 def test_status_and_report_of_the_trained_run(trained: Path) -> None:
@@ -213,6 +236,9 @@ MISTAKES = [
     (["probe", "RUN", "--fractions", "2"], "--fractions: 2 is no share"),
     (["probe", "RUN", "--strength", "0"], "--strength: must be above 0"),
     (["probe", "RUN", "--train-split", "test"], "has a test split to train on"),
+    (["evaluate", "RUN", "--ema"], "has no whole checkpoint, and the average over rounds"),
+    (["evaluate", "RUN/model", "--ema"], "export the average with `feddra-ds export RUN --ema`"),
+    (["export", "RUN", "--ema", "--client", "north", "--out", "x"], "leave out --client"),
     (["doctor", "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
     (["doctor", "--num-ranks", "0"], "--num-ranks: must be at least 1"),
     (["doctor", "--timeout", "0"], "--timeout: must be more than 0 seconds"),

@@ -59,7 +59,8 @@ def scramble(module: nn.Module, seed: int = 3) -> None:
 def save(model: PreTrainedModel, folder: Path) -> str:
     """save_pretrained, without the import of deepspeed that it costs."""
     folder.mkdir(parents=True)
-    save_torch_state_dict({k: v.contiguous() for k, v in model.state_dict().items()}, folder)
+    tied = model.all_tied_weights_keys or {}
+    save_torch_state_dict({k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}, folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     return str(folder)

@@ -43,6 +43,12 @@ def permutation(n: int, *parts: object) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
+def uniform(n: int, *parts: object) -> np.ndarray:
+    """n numbers in [0, 1), float64, seeded by the parts; the same on every platform and version."""
+    key = np.frombuffer(seeded("uniform", *parts)[:16], dtype=np.uint64)
+    return (np.random.Philox(key=key).random_raw(n) >> np.uint64(11)) * 2.0**-53
+
+
 class Order:
     """Training order of one client: batches of (epoch, sample) entries, and substitutes for bad samples."""
 

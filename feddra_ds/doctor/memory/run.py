@@ -30,6 +30,7 @@ class Miniature:
         self.device = self.host if layout.device == "cpu" else Ledger(keeps=False)
         self.optimizer = self.host if layout.offloads_optimizer else self.device
         self.strategy = build_strategy(config.strategy, config.dro)
+        self.has_anchors = config.objective.anchor_weight > 0 or self.strategy.adds_loss
         zero = config.deepspeed.get("zero_optimization") or {}
         self.bucket = bucket_elements(config.deepspeed, layout.trained)
         self.prefetch = int(float(zero.get("stage3_prefetch_bucket_size", 5e7)))
@@ -72,7 +73,7 @@ class Miniature:
         if lay.zero_stage == 0 and lay.width < 4:  # DeepSpeed's constructor takes an optimizer step
             self.moments(PARTS)
             self.optimizer.pulse("gradients of DeepSpeed's own first step", lay.each(PARTS, 4 + lay.width))
-        if self.config.objective.anchor_weight > 0:
+        if self.has_anchors:
             self.hold_twin("frozen aligner (θ_g)", lay.aligner)
             if self.config.objective.anchors == "resident":
                 self.hold_twin("frozen model (anchors=resident)", lay.every)
@@ -80,6 +81,8 @@ class Miniature:
             host.hold("server: global model", lay.state(PARTS))
         if self.config.aggregate.precision != "fp32" and self.strategy.averages:
             host.hold("server: residuals", lay.state(PARTS))
+        if self.config.aggregate.ema is not None:
+            host.hold("server: average over rounds", lay.state(PARTS))
         for _ in range(self.strategy.num_outer):
             host.hold("server: what the strategy keeps", lay.state(PARTS))
         for _ in range(self.strategy.num_kept * lay.clients):
@@ -136,19 +139,21 @@ class Miniature:
         has_own_aligners = any(one.hands_on_aligner for one in stages_of_round(c, 0))
         if stage.averages and self.strategy.averages:
             host.hold("server: running sum", lay.state(stage.parts))
+            if self.strategy.takes_snapshot:  # the sum of the clients', and that of the client that trains
+                host.hold("snapshot", lay.state(stage.parts))
+                host.hold("snapshot", lay.state(stage.parts))
         for _ in range(lay.clients):
             host.hold(
                 "data: batches decoded ahead", blocks([self.pixels(c.data.prefetch * max(1, c.data.num_workers))])
             )
-            if stage.trains_backbone:
-                if has_own_aligners:
-                    host.shrink("clients' own aligners", lay.state(["aligner"]))
-                self.replay(stage)
+            if stage.trains_backbone and has_own_aligners:
+                host.shrink("clients' own aligners", lay.state(["aligner"]))
+            self.replay(stage)
             self.steps(stage)
             if stage.keeps_aligner:
                 host.hold("clients' own aligners", lay.state(["aligner"]))
             host.drop("data: batches decoded ahead", "data: batches kept for the replay")
-        host.drop("server: running sum")
+        host.drop("server: running sum", "snapshot")
         if not has_own_aligners:
             host.drop("clients' own aligners")  # they waited for p alone
 
@@ -156,7 +161,9 @@ class Miniature:
         return batches * self.per_rank * 3 * self.config.data.image_size**2
 
     def replay(self, stage: Stage) -> None:
-        if self.config.objective.anchor_weight > 0 and self.config.objective.anchors == "replay":
+        """Batches that are embedded before a stage's steps: for anchors, or under a client's own last model."""
+        replays_anchors = stage.trains_backbone and self.has_anchors and self.config.objective.anchors == "replay"
+        if replays_anchors or self.strategy.adds_loss:
             kept = min(self.pixels(stage.num_steps), self.config.data.replay_cache_bytes)
             self.host.hold("data: batches kept for the replay", blocks([kept]))
             self.embed(self.rows)
@@ -194,8 +201,7 @@ class Miniature:
         if (which, rows) not in self._passes:
             data = self.config.data
             sizes = Sizes(rows, data.image_size, data.text_length)
-            anchors = self.config.objective.anchor_weight > 0
-            self._passes[which, rows] = self.tracer.run(which, sizes, anchors=anchors)
+            self._passes[which, rows] = self.tracer.run(which, sizes, anchors=self.has_anchors)
         return self._passes[which, rows]
 
     def gather(self) -> None:
@@ -220,7 +226,7 @@ class Miniature:
         new = set(parts) - self._has_moments
         self._has_moments |= new
         options = self.config.optimizer
-        copies = 2 if options.name == "adamw" else int(options.momentum > 0)
+        copies = int(options.momentum > 0) if options.name == "sgd" else 2  # muon has one of matrices: a bound
         for _ in range(copies):
             self.optimizer.hold("optimizer state", self.layout.state(new))
 

@@ -155,6 +155,9 @@ class _AsOnCpu(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist and (window := self._recorder.window(args[0])) is not None:
+            with _disable_current_modes():
+                return self._recorder.tape.value(window).tolist()
         shown = _SHOWN.get(func)
         if shown is not None and self._recorder.window(args[0]) is not None:
             return shown(*args)

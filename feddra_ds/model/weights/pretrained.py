@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -16,13 +16,12 @@ from feddra_ds.model.weights.tensor_files import all_stored
 
 
 def load_deferred(
-    recorder: Recorder, source: str, config: PreTrainedConfig, attention: dict[str, str]
+    recorder: Recorder, source: str, architecture: Any, config: PreTrainedConfig, attention: dict[str, str]
 ) -> PreTrainedModel:
     """The model of a folder or hub id, fp32, within a `defer`: transformers maps names and shapes, the files are read later.
 
     Raises CannotDefer where the weights are not in safetensors files, and what transformers raises.
     """
-    architecture = MODEL_MAPPING[type(config)]
     if isinstance(architecture, (tuple, list)):
         raise CannotDefer(f"a {config.model_type} model may be one of several classes")
     tensors = {

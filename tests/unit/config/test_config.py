@@ -83,6 +83,11 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
         ({"aggregate": {"sparsity": 0.05}}, "aggregate.precision", "use int2, int4 or no sparsity"),
         ({"aggregate": {"sparsity": 0.05, "precision": "int8"}}, "aggregate.precision", "int8 does not go"),
         ({"aggregate": {"precision": "int2"}}, "aggregate.precision", "needs aggregate.sparsity"),
+        (
+            {"aggregate": {"ema": 0.9}, "model": {"adapter": {"type": "lora", "aggregation": "product"}}},
+            "aggregate.ema",
+            "use factors or freeze_a, or null",
+        ),
         ({"model": {"text": {"pretrained": "x", "config": {}}}}, "model.text.config", "contradicts"),
         ({"model": {"text": {"num_layers": 6}}}, "model.text.num_layers", "num_hidden_layers in model.text.config"),
         (

@@ -127,6 +127,9 @@ def test_stage_1_holds_less_than_stage_2_and_embedding_least() -> None:
         ({}, {"clients": 4}),
         ({"optimizer__name": "sgd"}, {}),
         ({}, {"clients": 3, "strategy__name": "local"}),
+        ({}, {"aggregate__ema": 0.9}),
+        ({"strategy__name": "afl"}, {"strategy__name": "drfa"}),
+        ({"strategy__name": "fedavg"}, {"strategy__name": "moon"}),
     ],
 )  # fmt: skip
 def test_every_lever_moves_the_peak_the_right_way(less: dict[str, Any], more: dict[str, Any]) -> None:

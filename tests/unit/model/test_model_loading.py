@@ -221,7 +221,7 @@ WRONG = [
     ({"text": {"pretrained": "{tmp}/empty"}}, {}, "model.text.pretrained: cannot load .*empty"),
     ({"vision": {"pretrained": "{bert}"}}, {}, "model.vision.pretrained: .* bert model, which reads input_ids"),
     ({"text": {"pretrained": "{vit}"}}, {}, "model.text.pretrained: .* vit model, which reads pixel_values, not in"),
-    ({"pretrained": "{bert}"}, {}, "model.pretrained: .* is a bert model; give a CLIP or VisionTextDualEncoder"),
+    ({"pretrained": "{bert}"}, {}, "model.pretrained: .* is a bert model; give a CLIP, SigLIP or VisionTextDualEncoder"),
     ({"pretrained": "/no/such/folder"}, {}, "model.pretrained: there is no folder /no/such/folder"),
     ({"vision": {"pretrained": "{vit}"}}, {"image_size": 36}, "model.vision.pretrained: 8 does not divide data.image"),
     ({"text": {"pretrained": "{bert}"}}, {"vocab_size": 81}, "model.text.pretrained: its 80 tokens are fewer .* 81;"),

@@ -23,7 +23,9 @@ FAMILIES = [
     ("vit", VISION, "cls"), ("deit", VISION, "cls"), ("dinov2", VISION, "cls"), ("clip_vision_model", VISION, "cls"),
     ("siglip_vision_model", VISION, "mean"), ("bert", TEXT, "cls"), ("roberta", TEXT, "cls"),
     ("electra", TEXT, "cls"), ("mpnet", TEXT, "cls"), ("distilbert", DISTIL, "cls"), ("modernbert", MODERN, "cls"),
-    ("clip_text_model", CLIP_TEXT, "last"), ("siglip_text_model", CLIP_TEXT, "mean"),
+    ("clip_text_model", CLIP_TEXT, "last"), ("siglip_text_model", CLIP_TEXT, "mean"), ("beit", VISION, "mean"),
+    ("siglip2_vision_model", {**BODY, "patch_size": 8, "num_patches": 16}, "mean"),
+    ("siglip2_text_model", CLIP_TEXT, "mean"),
 ]  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def make(kind: str, values: dict) -> tuple[PreTrainedModel, str]:
     for module in encoder.modules():
         if "Norm" in type(module).__name__ and hasattr(module, "weight"):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    return encoder, "vision" if "image_size" in values else "text"
+    return encoder, "vision" if "patch_size" in values else "text"
 
 
 def test_every_tested_type_is_tested() -> None:
@@ -61,6 +63,10 @@ def test_cut_and_merged_equal_the_plain_encoder(kind: str, values: dict, pooling
         normed = states if top.norm is None else top.norm(states)
         if kind == "clip_vision_model":  # its final norm acts on the pooled token alone
             assert torch.allclose(normed[:, 0], plain.pooler_output, atol=1e-6)
+            normed = states
+        if kind == "beit":  # and this one's on the mean of the patches
+            assert top.norm is not None
+            assert torch.allclose(top.norm(states[:, 1:].mean(1)), plain.pooler_output, atol=1e-6)
             normed = states
         assert torch.allclose(normed[real], plain.last_hidden_state[real], atol=1e-6)
         assert all(m.record is None for m in cut.modules() if isinstance(m, towers.Tap))
@@ -103,7 +109,11 @@ def test_too_many_top_blocks_are_refused_with_the_counts(num_top: int) -> None:
     ("kind", "values", "message"),
     [
         ("albert", TEXT, "k: a albert encoder .* has no list of its 4 blocks"),
-        ("t5", {"vocab_size": 60, "d_model": 32, "num_layers": 2, "d_kv": 8, "d_ff": 64}, "k: a t5 .* has a decoder"),
+        (
+            "efficientnet",
+            {"image_size": 32, "hidden_dim": 64},
+            "k: a efficientnet .* has no list of its .* keep it whole",
+        ),
     ],
 )
 def test_encoders_that_cannot_be_cut_are_refused(kind: str, values: dict, message: str) -> None:
@@ -140,7 +150,7 @@ def test_untested_types_are_checked_when_built(kind: str) -> None:
 
 
 def test_check_draws_no_random_numbers_and_changes_nothing() -> None:
-    encoder, side = make("beit", VISION)
+    encoder, side = make("data2vec-vision", VISION)
     encoder.train()
     before, state = copy.deepcopy(encoder.state_dict()), torch.get_rng_state()
     towers.check_cut(encoder, towers.find_layout(encoder, "k"), 1, encoders.probe_inputs(encoder.config, side), "k")

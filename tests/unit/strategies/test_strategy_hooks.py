@@ -12,6 +12,7 @@ from feddra_ds import strategies
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.tree import merge
 from feddra_ds.config.load import from_dict
+from feddra_ds.objectives import Features
 from feddra_ds.strategies import Strategy
 from feddra_ds.strategies.base import Averaged
 from feddra_ds.strategies.robust_weights import full_simplex_radius
@@ -98,6 +99,45 @@ def test_scaffold_s_control_is_moved_by_those_who_took_part() -> None:
             torch.testing.assert_close(now, then + change)
 
 
+def test_drfa_averages_clients_as_often_as_they_were_drawn() -> None:
+    weights = strategy("drfa").average_weight(np.array([0.1, 0.6, 0.3]), np.array([1, 3, 0]))
+    np.testing.assert_array_equal(weights, [0.25, 0.75, 0])
+
+
+def test_drfa_moves_p_as_afl_does() -> None:
+    p, losses, center = np.array([0.1, 0.6, 0.3]), np.array([2.0, 5, 1]), np.full(3, 1 / 3)
+    moved = [strategy(name, {"step_size": 0.05}).next_mixture(p, losses, center) for name in ("drfa", "afl")]
+    np.testing.assert_array_equal(*moved)
+
+
+def features(seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    return Features(*(torch.randn(6, 4, generator=generator) for _ in range(2)))
+
+
+def test_moon_s_term_is_the_cross_entropy_of_the_paper_s_two_similarities() -> None:
+    live, anchors, previous = features(0), features(1), features(2)
+    found = strategy("moon", mu=5.0, temperature=0.3).added_loss(live, anchors, previous)
+    wanted = torch.zeros(6)
+    for z, near, far in zip(live[:2], anchors[:2], previous[:2], strict=True):
+        cosines = torch.stack([torch.cosine_similarity(z, other, dim=1) for other in (near, far)], 1)
+        wanted += torch.nn.functional.cross_entropy(cosines / 0.3, torch.zeros(6, dtype=torch.int64), reduction="none")
+    torch.testing.assert_close(found, 5 * wanted)
+
+
+def test_moon_s_gradient_is_0_where_the_client_s_last_model_is_the_global_one() -> None:
+    """The paper's first round, of which this is the reason to leave the term out."""
+    image, text = (x.requires_grad_() for x in features(0)[:2])
+    loss = strategy("moon").added_loss(Features(image, text), features(1), features(1))
+    for gradient in torch.autograd.grad(loss.sum(), [image, text]):
+        torch.testing.assert_close(gradient, torch.zeros(6, 4), rtol=0, atol=1e-7)
+
+
+def test_moon_at_mu_0_adds_nothing() -> None:
+    assert not strategy("moon", mu=0.0).adds_loss
+    assert strategy("moon", mu=0.1).adds_loss
+
+
 def test_afl_is_feddra_where_the_ball_holds_the_simplex() -> None:
     rng, center = np.random.default_rng(0), np.full(5, 0.2)
     afl = strategy("afl", {"step_size": 0.1})
@@ -115,6 +155,10 @@ def test_afl_is_feddra_where_the_ball_holds_the_simplex() -> None:
 
 TWO_STAGES: dict[str, Any] = {"schedule": {"stage1_steps": 2, "stage2_steps": 3}}
 PRODUCT: dict[str, Any] = {"model": {"adapter": {"type": "lora", "aggregation": "product"}}}
+READ_OFF_ANCHORS: dict[str, Any] = TWO_STAGES | {
+    "dro": {"evaluate_on": "anchors"},
+    "objective": {"anchor_weight": 1.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +171,11 @@ PRODUCT: dict[str, Any] = {"model": {"adapter": {"type": "lora", "aggregation": 
         ("qffl", {"strategy": {"q": 0.0}, "dro": {"apply": "loss"}}, "dro.apply", "use aggregate"),
         ("qffl", {"strategy": {"q": 0.0}, "dro": {"fixed_weights": [0.5, 0.5]}}, "dro.fixed_weights", "remove it"),
         ("afl", {"clients": {"per_round": 2}}, "clients.per_round", "set dro.minimum_weight"),
+        ("drfa", TWO_STAGES | {"aggregate": {"after_stage1": False}}, "aggregate.after_stage1", "use true"),
+        ("drfa", PRODUCT, "model.adapter.aggregation", "use factors"),
+        ("drfa", {"dro": {"apply": "both"}}, "dro.apply", "use aggregate"),
+        ("drfa", {"clients": {"minimum": 2}}, "clients.minimum", "use 1"),
+        ("drfa", READ_OFF_ANCHORS, "dro.evaluate_on", "use train"),
         ("scaffold", {"dro": {"radius": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"radius_share": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"apply": "both"}}, "dro.apply", "use aggregate"),
@@ -140,7 +189,9 @@ def test_what_does_not_compose_is_refused_by_name(name: str, tree: dict[str, Any
     assert remedy in line
 
 
-@pytest.mark.parametrize("name", ["fedprox", "fedavgm", "fedadam", "fedyogi", "diloco", "scaffold", "afl"])
+@pytest.mark.parametrize(
+    "name", ["fedprox", "moon", "fedavgm", "fedadam", "fedyogi", "diloco", "scaffold", "afl", "drfa"]
+)
 def test_what_composes_is_accepted(name: str) -> None:
     tree = {"data": {"root": "x"}, "strategy": {"name": name}, "objective": {"anchor_weight": 1.0}}
     from_dict(tree | {"aggregate": {"precision": "int8"}, "model": {"adapter": {"type": "lora"}}})
