@@ -5,11 +5,12 @@
 A dual encoder of 12 + 12 layers, one rank a slot, gloo. Cases, interleaved, each begun together:
     raw            one all-reduce of a flat fp32 tensor of as many bytes as the model
     fp32 … int4    this project's average at aggregate.precision, from the accumulated sums to the new host state
+    sparse int2    the same at aggregate.sparsity 0.05 and that precision
     refresh        the average into the masters and the working weights, apart
     gather_rank0   every slot's arrays to rank 0, the weighted mean there, the result to everybody
     flower         Flower's in-memory weighted aggregation of the slots' arrays on rank 0, nothing sent: its own
                    function where flwr is installed, else `flower_formula`, the same lines
-Prints a table of ratios to `raw`, and appends a row a case to results/aggregate.csv.
+Prints a table of ratios to `raw` and of CPU time, and appends a row a case to results/aggregate.csv.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import append_row, interleaved_seconds, median_ratio, quantiles
+from _common import append_row, interleaved_times, median_ratio, quantiles
 from _runs import FULL, QUICK, Sizes, discard_results, launch, make_config, print_table, write_clients
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
+AVERAGES: dict[str, dict[str, Any]] = {  # keys of the section aggregate
+    **{precision: {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")},
+    "sparse int2": {"precision": "int2", "sparsity": 0.05},
+}
 
 
 def flower() -> tuple[str, Callable[[list[tuple[list[np.ndarray], int]]], list[np.ndarray]]]:
@@ -48,7 +52,7 @@ def flower_formula(results: list[tuple[list[np.ndarray], int]]) -> list[np.ndarr
 
 
 def child(argument: dict[str, Any]) -> dict[str, Any]:
-    """One rank: its seconds by case, and the bytes that each case handed to collectives."""
+    """One rank: its wall and CPU seconds by case, and the bytes that each case handed to collectives."""
     from feddra_ds import strategies
     from feddra_ds.checkpoint.format import SHARED
     from feddra_ds.distributed.launch import Launch
@@ -65,9 +69,9 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
     root = Path(argument["root"])
     sizes, zero = Sizes(**argument["sizes"]), {"zero_optimization": {"stage": argument["zero"]}}
 
-    def config_of(precision: str) -> Any:
+    def config_of(case: str) -> Any:
         return make_config(
-            root, root.parent, sizes, deepspeed=zero, aggregate__precision=precision, topology__ranks_per_slot=1
+            root, root.parent, sizes, deepspeed=zero, aggregate=AVERAGES[case], topology__ranks_per_slot=1
         )
 
     config = config_of("fp32")
@@ -90,15 +94,15 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
         peers.barrier().wait()
 
     strategy = strategies.build(config.strategy, config.dro)
-    servers = {precision: Server(engine, strategy, config_of(precision), topology) for precision in PRECISIONS}
+    servers = {case: Server(engine, strategy, config_of(case), topology) for case in AVERAGES}
 
-    def average(precision: str) -> Callable[[], None]:
-        server = servers[precision]
+    def average(case: str) -> Callable[[], None]:
+        server = servers[case]
 
         def run() -> None:
             before = server.num_bytes
             server.finish(topology, 1.0)
-            num_bytes[precision] = server.num_bytes - before
+            num_bytes[case] = server.num_bytes - before
             together()
 
         return run
@@ -143,21 +147,23 @@ def child(argument: dict[str, Any]) -> dict[str, Any]:
         together()
 
     num_bytes |= {"gather_rank0": 4 * elements, name: 0, "refresh": 0}
-    cases = {"raw": raw, **{p: average(p) for p in PRECISIONS}, "refresh": refresh}
+    cases = {"raw": raw, **{case: average(case) for case in AVERAGES}, "refresh": refresh}
     cases |= {"gather_rank0": gather_rank0, name: in_memory}
 
-    times: dict[str, list[float]] = {case: [] for case in cases}
+    wall: dict[str, list[float]] = {case: [] for case in cases}
+    cpu: dict[str, list[float]] = {case: [] for case in cases}
     for turn in range(argument["repeats"] + 1):
         for case, run in cases.items():
             if case in servers:  # what precedes the average: the clients' weights in the sums
                 servers[case].begin(stage)
                 servers[case]._sum.add(weight, state, place.rank)
             together()
-            seconds = interleaved_seconds({case: run}, "cpu", 1, warmup=0)[case]
+            seconds, cpu_seconds = interleaved_times({case: run}, "cpu", 1, warmup=0)
             if turn:
-                times[case] += seconds
+                wall[case] += seconds[case]
+                cpu[case] += cpu_seconds[case]
     topology.close()
-    return {"seconds": times, "bytes": num_bytes, "elements": elements, "slices": len(arrays)}
+    return {"seconds": wall, "cpu": cpu, "bytes": num_bytes, "elements": elements, "slices": len(arrays)}
 
 
 def main() -> None:
@@ -187,6 +193,7 @@ def main() -> None:
             slowest = {
                 c: [max(turn) for turn in zip(*(r["seconds"][c] for r in ranks), strict=True)] for c in first["seconds"]
             }
+            most_cpu = {case: max(quantiles(r["cpu"][case])["p50"] for r in ranks) for case in first["cpu"]}
             rows = []
             for case, seconds in slowest.items():
                 sent = max(r["bytes"].get(case, 0) for r in ranks)
@@ -195,6 +202,7 @@ def main() -> None:
                         "case": case,
                         "ms": 1e3 * quantiles(seconds)["p50"],
                         "ratio_to_raw": median_ratio(seconds, slowest["raw"]),
+                        "cpu_ms": 1e3 * most_cpu[case],
                         "bytes_share": sent / first["bytes"]["raw"],
                     }
                 )

@@ -88,6 +88,12 @@ def contradictions(config: Config) -> list[str]:
             )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use val")
+    if c.aggregate.sparsity is not None and c.aggregate.precision not in ("int4", "int2"):
+        out.append(
+            f"aggregate.precision: {c.aggregate.precision} does not go with aggregate.sparsity; use int2, int4 or no sparsity"
+        )
+    if c.aggregate.sparsity is None and c.aggregate.precision == "int2":
+        out.append("aggregate.precision: int2 needs aggregate.sparsity, as 0.05; without it use int4")
     rule = (c.model.adapter or {}).get("aggregation") or "factors"
     if c.aggregate.ema is not None and rule not in ("factors", "freeze_a"):
         out.append(

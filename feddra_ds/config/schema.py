@@ -210,10 +210,14 @@ class TopologyConfig(Section):
 
 
 class AggregateConfig(Section):
-    precision: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
-    """What travels between peers: fp32 or bf16 weights, or blockwise quantised deltas with error feedback."""
+    precision: Literal["fp32", "bf16", "int8", "int4", "int2"] = "fp32"
+    """What travels between peers: fp32 weights, or deltas rounded to bf16 or quantised by blocks, with error feedback; int2
+    goes with sparsity alone."""
     block_size: int = Field(256, ge=16)
-    """Elements that share one scale in int8 and int4."""
+    """Elements that share one scale in int8 and int4 without sparsity."""
+    sparsity: float | None = Field(None, ge=1 / 4096, le=0.25)
+    """Share of each block of 4,096 elements that travels, the largest ones, at precision int4 or int2; null: all elements.
+    Error feedback sends the others later (docs/compression.md)."""
     ema: float | None = Field(None, gt=0, lt=1)
     """β of an average of the global models of all rounds so far, that of t rounds ago weighted ∝ β^t, kept beside the global
     model: `evaluate --ema` measures it, `export --ema` writes it. Training does not see it. null: none."""

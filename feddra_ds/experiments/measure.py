@@ -11,6 +11,7 @@ Over the clients that were trained on, on the split that the spec names; recall 
     train_loss, worst_train_loss           L_i of training pairs, as the run's last round measured it
     worst_mixture_loss, worst_mixture_…    what `evaluate` says of the worst mixture
     largest_p, robust_gain_share           the weights p after the last round
+    mb_sent                                10^6 bytes that a rank sent to its peers in the last round
     recall@5/CLIENT, loss/CLIENT, p/CLIENT one client's
 """
 
@@ -93,7 +94,7 @@ def mixture_metrics(result: Mapping[str, Any]) -> Metrics:
 
 
 def round_metrics(line: Mapping[str, Any]) -> Metrics:
-    """Of a line of metrics.jsonl: p after the round, the losses that moved it, the share of the robust gain."""
+    """Of a line of metrics.jsonl: p after the round, the losses that moved it, the share of the robust gain, bytes."""
     weights = line.get("next_client_weights") or line["client_weights"]
     out = {f"p/{c}": float(p) for c, p in zip(line["client_ids"], weights, strict=True)}
     out["largest_p"] = max(out.values())
@@ -101,5 +102,7 @@ def round_metrics(line: Mapping[str, Any]) -> Metrics:
     losses = memorised or [x for x in line["client_losses"] if x is not None]  # where L_i is of training pairs itself
     if losses:
         out |= {"train_loss": float(np.mean(losses)), "worst_train_loss": max(losses)}
+    if "bytes_sent_per_rank" in line:
+        out["mb_sent"] = line["bytes_sent_per_rank"] / 1e6
     gain = (line.get("robust_gain") or {}).get("share")
     return out | ({"robust_gain_share": float(gain)} if isinstance(gain, (int, float)) else {})

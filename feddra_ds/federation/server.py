@@ -13,7 +13,7 @@ from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
-from feddra_ds.federation.aggregation.compression import Codec
+from feddra_ds.federation.aggregation.compression import DeltaCodec, codec_of
 from feddra_ds.federation.aggregation.delta import DeltaSum
 from feddra_ds.federation.aggregation.lora_rules import RULES, first_rows
 from feddra_ds.federation.aggregation.mean import WeightedSum
@@ -26,7 +26,7 @@ from feddra_ds.strategies.base import Averaged, SliceState
 class Server:
     """The shared model (φ_g, θ_g): clients start a stage from it, and their average becomes it."""
 
-    codec: Codec | None = None  # of the deltas that travel; None: fp32 weights travel
+    codec: DeltaCodec | None = None  # of the deltas that travel; None: fp32 weights travel
     _stage: Stage  # that is being averaged
     _sum: WeightedSum
     _snapshot_sum: WeightedSum | None = None  # of the clients' weights in the midst of that stage (Stage.snapshot)
@@ -41,13 +41,14 @@ class Server:
         if self._ema is not None:
             self.states[EMA] = engine.state()
         self.num_bytes = 0  # handed to collectives so far
-        if config.aggregate.precision != "fp32":
-            self.codec = Codec(config.aggregate.precision, config.aggregate.block_size)
+        aggregate = config.aggregate
+        self.codec = codec_of(aggregate.precision, aggregate.block_size, aggregate.sparsity)
+        if self.codec is not None:
             self.residuals = {part: [torch.zeros_like(s) for s in self.states[SHARED][part]] for part in PARTS}
         self._factor_sum = None if engine.adapter is None else RULES.get(engine.adapter.aggregation)
         schedule = config.schedule
         self._aligners_go_on = (
-            config.aggregate.after_stage1 and schedule.stage1_steps > 0 and schedule.stage2_start == "client"
+            aggregate.after_stage1 and schedule.stage1_steps > 0 and schedule.stage2_start == "client"
         )
         self._live_slots = topology.live_slots
         self._owed_at_start: PartState = []  # the aligner's residual before stage 1

@@ -38,6 +38,11 @@ class DRFA(AFL):
             out.append(
                 "dro.evaluate_on: anchors are not of the model that strategy.name=drfa looks at; use train or val"
             )
+        if config.aggregate.sparsity is not None:
+            out.append(
+                "aggregate.sparsity: leaves out most of the snapshot of strategy.name=drfa, and no later one makes up for it; "
+                "use null"
+            )
         if config.clients.minimum > 1:
             out.append(
                 f"clients.minimum: {config.clients.minimum} is more than may train where strategy.name=drfa draws one client "

@@ -10,13 +10,27 @@ import pytest
 import torch
 from spawn import free_port, run_ranks
 
-from feddra_ds.federation.aggregation.compression import Codec, CompressedSum
+from feddra_ds.federation.aggregation.compression import Codec, CompressedSum, DeltaCodec
+from feddra_ds.federation.aggregation.sparse import SparseCodec
 
 SIZES = (1000, 1, 4099, 300)  # flat tensors; nothing divides anything
 BUCKET = 2048  # three buckets, the last not full
 ROUNDS = 12
-PRECISIONS = ("bf16", "int8", "int4")
-LEVEL = {"bf16": 2**-8, "int8": 1 / 127, "int4": 1 / 7}  # a step of each, relative to the largest of a block
+CODECS: dict[str, DeltaCodec] = {
+    "bf16": Codec("bf16", 64),
+    "int8": Codec("int8", 64),
+    "int4": Codec("int4", 64),
+    "sparse": SparseCodec(4, 0.25, block_size=256),
+}
+# of a size at which the shares of bytes are stated
+BIG: dict[str, DeltaCodec] = {
+    "bf16": Codec("bf16", 256),
+    "int8": Codec("int8", 256),
+    "int4": Codec("int4", 256),
+    "sparse": SparseCodec(2, 0.05),
+}
+# a step of each, relative to the largest of a block; what of a block does not travel is smaller than what does
+LEVEL = {"bf16": 2**-8, "int8": 1 / 127, "int4": 1 / 7, "sparse": 0.5}
 
 
 def deltas_of(rank: int, round_index: int) -> list[torch.Tensor]:
@@ -28,8 +42,7 @@ def case(rank: int, num_peers: int, port: int) -> dict[str, Any]:
     store = torch.distributed.TCPStore("127.0.0.1", port, num_peers, rank == 0, timedelta(seconds=60))
     group = torch.distributed.ProcessGroupGloo(store, rank, num_peers, timedelta(seconds=60))
     out: dict[str, Any] = {}
-    for precision in PRECISIONS:
-        codec = Codec(precision, 64)  # type: ignore[arg-type]
+    for precision, codec in CODECS.items():
         exchange = CompressedSum(codec, group, rank, num_peers, torch.device("cpu"), BUCKET)
         residuals = [torch.zeros(size) for size in SIZES]
         once = []
@@ -52,12 +65,11 @@ def case(rank: int, num_peers: int, port: int) -> dict[str, Any]:
             "total": total,
             "last_residuals": torch.cat(residuals),
         }
-    big = Codec("int8", 256), Codec("int4", 256), Codec("bf16", 256)
-    for codec in big:  # a size at which the shares of bytes are stated
+    for precision, codec in BIG.items():
         exchange = CompressedSum(codec, group, rank, num_peers, torch.device("cpu"))
         exchange.run([torch.randn(100_000)], [torch.zeros(100_000)])
-        out[f"bytes of {codec.precision}"] = exchange.num_bytes
-    empty = CompressedSum(big[0], group, rank, num_peers, torch.device("cpu"))
+        out[f"bytes of {precision}"] = exchange.num_bytes
+    empty = CompressedSum(BIG["int8"], group, rank, num_peers, torch.device("cpu"))
     empty.run([], [])
     out["bytes of nothing"] = empty.num_bytes
     store.set(f"done{rank}", "1")
@@ -79,7 +91,7 @@ def exact_sum(num_peers: int) -> torch.Tensor:
 
 
 cases = pytest.mark.parametrize("num_peers", [2, 4])
-precisions = pytest.mark.parametrize("precision", PRECISIONS)
+precisions = pytest.mark.parametrize("precision", CODECS)
 
 
 @cases
@@ -121,7 +133,7 @@ def test_feedback_keeps_the_error_from_growing(num_peers: int, precision: str) -
 @precisions
 def test_bytes_are_counted_exactly(num_peers: int, precision: str) -> None:
     """(S − 1) chunks in the reduce-scatter and one in the all-gather, bucket by bucket."""
-    codec = Codec(precision, 64)  # type: ignore[arg-type]
+    codec = CODECS[precision]
     expected = 0
     for start in range(0, sum(SIZES), BUCKET):
         n = min(BUCKET, sum(SIZES) - start)
@@ -131,7 +143,7 @@ def test_bytes_are_counted_exactly(num_peers: int, precision: str) -> None:
 
 
 @cases
-@pytest.mark.parametrize(("precision", "share"), [("bf16", 0.501), ("int8", 0.27), ("int4", 0.15)])
+@pytest.mark.parametrize(("precision", "share"), [("bf16", 0.501), ("int8", 0.27), ("int4", 0.15), ("sparse", 0.02)])
 def test_share_of_the_fp32_bytes(num_peers: int, precision: str, share: float) -> None:
     for result in results(num_peers):
         assert 0 < result[f"bytes of {precision}"] <= share * 4 * 100_000

@@ -20,8 +20,13 @@ ADAMW = {
 }  # at 1e-3 such small runs are chaotic: any rounding moves them
 
 
+SPARSE = {"aggregate__precision": "int2", "aggregate__sparsity": 0.05, "strategy__name": "diloco"}
+ONE_SYNC = {"aggregate__after_stage1": False}
+LORA = {"type": "lora", "r": 4, "alpha": 8, "aggregation": "factors"}
+
+
 def compressed(dataset: Path, out: Path, precision: str, **changes: Any) -> dict[str, Any]:
-    return tree(dataset, out, aggregate__precision=precision, aggregate__block_size=64, **changes)
+    return tree(dataset, out, **{"aggregate__precision": precision, "aggregate__block_size": 64} | changes)
 
 
 def owed_of(out: Path, round_index: int) -> dict[str, np.ndarray]:
@@ -51,11 +56,32 @@ def test_after_ten_rounds_the_loss_is_that_of_fp32(losses: dict[str, list[dict[s
 
 
 @pytest.mark.slow
+def test_after_ten_rounds_sparse_deltas_have_learned_too(dataset: Path, tmp_path: Path) -> None:
+    """5 % of the elements a round: slower than fp32, far below the start."""
+    changes = {"schedule__rounds": 10, "evaluation__every": 0, "checkpoint__every": 10} | ADAMW
+    config = compressed(dataset, tmp_path, "int2", aggregate__sparsity=0.05, **changes)
+    on_ranks(run_all, 2, config)
+    first, last = (metrics_of(tmp_path)[i]["mean_loss"] for i in (0, -1))
+    assert last < 0.9 * first
+
+
+@pytest.mark.slow
 def test_bytes_in_the_metrics(losses: dict[str, list[dict[str, Any]]]) -> None:
     """Scales are per 64 elements here: 1/16 more an element than the 1/64 of the default."""
     exact = losses["fp32"][-1]["bytes_sent_per_rank"]
     for precision, share in (("bf16", 0.51), ("int8", 0.28), ("int4", 0.16)):
         assert 0 < losses[precision][-1]["bytes_sent_per_rank"] <= share * exact
+
+
+@pytest.mark.parametrize("schedule", [{"schedule__stage1_steps": 0}, {"schedule__stage2_start": "global"}])
+def test_sparse_deltas_are_two_per_cent_of_fp32(dataset: Path, tmp_path: Path, schedule: dict[str, Any]) -> None:
+    """Both measured alike in the metrics, in one stage and in two with anchors, with a Nesterov step on the server."""
+    outs = [tmp_path / name for name in ("fp32", "sparse")]
+    changes = SPARSE | schedule | {"schedule__rounds": 1, "evaluation__every": 0, "objective__anchor_weight": 1.0}
+    trees = [tree(dataset, outs[0], **changes | {"aggregate__precision": "fp32", "aggregate__sparsity": None})]
+    on_each(run_all, [(trees[0],), (tree(dataset, outs[1], **changes),)], world_size=2)
+    exact, sparse = (metrics_of(out)[0]["bytes_sent_per_rank"] for out in outs)
+    assert 0 < sparse <= 0.02 * exact
 
 
 @pytest.mark.parametrize(("ranks_per_slot", "stage"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.slow)])
@@ -107,15 +133,30 @@ def test_one_slot_sends_nothing_and_rounds_nothing(dataset: Path, tmp_path: Path
     assert metrics_of(outs[1])[0]["bytes_sent_per_rank"] == 0
 
 
-@pytest.mark.parametrize("after_stage1", [True, False])
-def test_model_and_residuals_together_are_the_exact_model(dataset: Path, tmp_path: Path, after_stage1: bool) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        ONE_SYNC,
+        {"aggregate__sparsity": 0.05},
+        pytest.param({"aggregate__sparsity": 0.05, "clients__per_round": 2} | ONE_SYNC, marks=pytest.mark.slow),
+        pytest.param({"aggregate__sparsity": 0.05, "model__adapter": LORA}, marks=pytest.mark.slow),
+        pytest.param({"aggregate__sparsity": 0.05, "deepspeed": zero(3, bf16=True)}, marks=pytest.mark.slow),
+    ],
+    ids=["int4", "one sync", "sparse", "sparse, drawn clients", "sparse, LoRA", "sparse, bf16 at ZeRO 3"],
+)
+def test_model_and_residuals_together_are_the_exact_model(
+    dataset: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     """After one round without anchors clients have trained as at fp32, so only what is owed tells the models apart.
 
     In stage 2 the clients go on with their own aligners, which must not count stage 1's rounding twice.
     """
     outs = [tmp_path / precision for precision in ("fp32", "int4")]
-    changes = {"schedule__rounds": 1, "objective__anchor_weight": 0.0, "aggregate__after_stage1": after_stage1}
-    on_each(run_all, [(compressed(dataset, out, out.name, **changes),) for out in outs], world_size=2)
+    changes = changes | {"schedule__rounds": 1, "objective__anchor_weight": 0.0}
+    exactly = changes | {"aggregate__sparsity": None}
+    trees = [compressed(dataset, out, out.name, **how) for out, how in zip(outs, (exactly, changes), strict=True)]
+    on_each(run_all, [(one,) for one in trees], world_size=2)
     exact, rounded = (weights_of(out, 0) for out in outs)
     owed = owed_of(outs[1], 0)
     assert largest_difference(exact, rounded) > 1e-5

@@ -1,4 +1,4 @@
-"""Fewer bytes between peers: deltas in bf16 or blockwise int8/int4, quantised reduce-scatter and all-gather, error feedback.
+"""Fewer bytes between peers: encoded deltas (bf16, blockwise int8/int4, sparse), reduce-scatter and all-gather, error feedback.
 
 Legend: S peers, s and r among them; n elements of a bucket; c elements of a chunk (n / S rounded up to whole blocks).
 
@@ -10,6 +10,7 @@ Peer s has a delta Δ_s of the same n elements. With Q the codec and e_s what it
 
 Both rounding errors stay with a peer: Δ + Σ_s e_s = Σ_s v_s to fp32 rounding, so nothing is lost, only late. A peer sends
 (S − 1)/S · n and n/S encoded elements, n together, for any S, as a ring all-reduce sends 2 (S − 1)/S · n and is handed n.
+An all-gather of Q(v_s) would send (S − 1) · n; docs/compression.md compares the two for sparse deltas.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from feddra_ds.federation.aggregation.sparse import SparseCodec
 
 # fp32 elements on their way at a time; two buckets overlap. A CPU's stay in its cache, a GPU's keep it busy.
 BUCKET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -91,6 +94,18 @@ class Codec:
         return out.mul_(scale.unsqueeze(-1)).view(rows, c)
 
 
+DeltaCodec = Codec | SparseCodec
+
+
+def codec_of(precision: str, block_size: int, sparsity: float | None) -> DeltaCodec | None:
+    """The codec of the deltas by the keys of the section `aggregate`; None where fp32 weights travel."""
+    if precision == "fp32":
+        return None
+    if sparsity is not None:
+        return SparseCodec(int(precision.removeprefix("int")), sparsity)
+    return Codec(precision, block_size)  # type: ignore[arg-type]  # config/checks.py refuses int2 here
+
+
 class Joined:
     """Flat tensors, read and written as if they were one."""
 
@@ -132,7 +147,7 @@ class CompressedSum:
 
     def __init__(
         self,
-        codec: Codec,
+        codec: DeltaCodec,
         peers: dist.ProcessGroup,
         rank: int,
         num_peers: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, PartState
-from feddra_ds.federation.aggregation.compression import Codec, CompressedSum
+from feddra_ds.federation.aggregation.compression import CompressedSum, DeltaCodec
 from feddra_ds.federation.aggregation.mean import WeightedSum
 from feddra_ds.federation.aggregation.peers import BUCKET_ELEMENTS
 from feddra_ds.model.lora_options import FactorName
@@ -27,7 +27,7 @@ class DeltaSum(WeightedSum):
         engine: Engine,
         parts: Sequence[str],
         base: Mapping[str, PartState],
-        codec: Codec,
+        codec: DeltaCodec,
         residuals: Mapping[str, PartState],
         resting: FactorName | None = None,
     ):

@@ -80,6 +80,9 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "schedule.stage2_start",
             "throw stage 1 away",
         ),
+        ({"aggregate": {"sparsity": 0.05}}, "aggregate.precision", "use int2, int4 or no sparsity"),
+        ({"aggregate": {"sparsity": 0.05, "precision": "int8"}}, "aggregate.precision", "int8 does not go"),
+        ({"aggregate": {"precision": "int2"}}, "aggregate.precision", "needs aggregate.sparsity"),
         (
             {"aggregate": {"ema": 0.9}, "model": {"adapter": {"type": "lora", "aggregation": "product"}}},
             "aggregate.ema",

@@ -138,6 +138,7 @@ def test_metrics_of_an_evaluation() -> None:
         "next_client_weights": [0.3, 0.7],
         "client_losses": [1.5, 0.5],
         "client_train_losses": [1.25, None],
+        "bytes_sent_per_rank": 2_500_000,
     }
     assert round_metrics(line) == {
         "p/a": 0.3,
@@ -145,4 +146,5 @@ def test_metrics_of_an_evaluation() -> None:
         "largest_p": 0.7,
         "train_loss": 1.25,
         "worst_train_loss": 1.25,
+        "mb_sent": 2.5,
     }

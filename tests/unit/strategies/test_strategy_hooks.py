@@ -183,6 +183,7 @@ PRODUCT, RESIDUAL, STACK, ALTERNATE = (
         ("drfa", {"dro": {"apply": "both"}}, "dro.apply", "use aggregate"),
         ("drfa", {"clients": {"minimum": 2}}, "clients.minimum", "use 1"),
         ("drfa", READ_OFF_ANCHORS, "dro.evaluate_on", "use train"),
+        ("drfa", {"aggregate": {"precision": "int2", "sparsity": 0.05}}, "aggregate.sparsity", "use null"),
         ("scaffold", {"dro": {"radius": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"radius_share": 0.5}}, "dro.radius", "use 0"),
         ("scaffold", {"dro": {"apply": "both"}}, "dro.apply", "use aggregate"),
