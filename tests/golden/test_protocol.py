@@ -90,6 +90,9 @@ def trace(config_tree: dict[str, Any], curvature: float = 0.0, spoils: bool = Tr
             self.aligner, self.backbone = Aligner([1.0, 2.0]), Part([3.0, 4.0])
             self.config = types.SimpleNamespace(vision_pooling="mean", text_pooling="mean")
 
+        def encoder_with_batchnorm(self) -> None:
+            return None
+
         def decay_parameter_names(self) -> list[str]:
             return []
 
