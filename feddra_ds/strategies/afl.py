@@ -13,7 +13,7 @@ class AFL(Strategy):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         **ONE_PLAIN_STAGE,
-        "dro": {"set": "simplex", "ascent": "projected", "minimum_weight": 0.0},
+        "dro": {"set": "simplex", "ascent": "projected", "minimum_weight": 0.0, "maximum_weight": None},
     }
 
     def problems(self, config: Any) -> list[str]:

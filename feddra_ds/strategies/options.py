@@ -30,10 +30,11 @@ class DroOptions(Section):
     """The step of p: projected (p + η L onto the set), from_center (c + η L onto it, which adds up no noise), closed_form
     (the worst mixture of the losses), or exponentiated (the release), which keeps a weight of 0 at 0 unless minimum_weight
     lifts it."""
-    minimum_weight: float = Field(0.1, ge=0, le=1)
+    minimum_weight: float = Field(0.5, ge=0, le=1)
     """Least p_i, as a part of the centre c_i: from there a client that becomes the worst comes back within rounds."""
-    maximum_weight: float | None = Field(None, ge=1)
-    """Largest p_i, as a multiple of the centre c_i; null for no bound."""
+    maximum_weight: float | None = Field(1.5, ge=1)
+    """Largest p_i, as a multiple of the centre c_i; null for no bound but the set's. It bounds what one client whose loss is
+    high for want of data can cost the others (docs/experiments.md)."""
     step_size: float = Field(0.5, ge=0)
     """η of equation (4), stated for direction_reduction = sum (the release: 0.01 × 50)."""
     apply: Literal["aggregate", "loss", "both"] = "aggregate"
@@ -52,10 +53,10 @@ class DroOptions(Section):
     """Most pairs of a client in the losses that move p; a smaller client gives all it has, in whole batches."""
     evaluation_batch_size: int = Field(32, ge=2)
     """Batch size of those losses, the same for every client (chance is 2 log of it)."""
-    evaluate_on: Literal["val", "train", "anchors"] = "train"
-    """Pairs of the losses that move p. train: training pairs, whose loss falls by memorising. val: the val split, or, for a
-    client that has none, a slice kept out of its training; p then runs to clients whose pairs are few (docs/experiments.md).
-    anchors: read off the next round's stage-1 anchor pass, no extra forward."""
+    evaluate_on: Literal["val", "train", "anchors"] = "val"
+    """Pairs of the losses that move p. val: the val split, or, for a client that has none, a slice kept out of its training.
+    train: training pairs, whose loss falls by memorising. anchors: read off the next round's stage-1 anchor pass, no extra
+    forward."""
     evaluation_sample: Literal["fresh", "fixed"] = "fresh"
     """Whether each round draws its own pairs (seeded), or all rounds have the same."""
     holdout_fraction: float = Field(0.1, gt=0, lt=1)

@@ -10,17 +10,17 @@ from run_helpers import make_config, make_data
 from feddra_ds.config.load import dump
 from feddra_ds.doctor.run_config import check_config
 
-DEFAULT: dict[str, str] = {}
+TRAIN = {"evaluate_on": "train"}
 
 
 @pytest.mark.parametrize(
     ("strategy", "dro", "expected"),
     [
         # 3 clients of 12 pairs, 3 steps of 4 pairs a round; west has no val split
-        ({"name": "fedavg"}, {"evaluate_on": "val"}, "a round shows every client 12 pairs, 1.5 × all of west's"),
-        ({"name": "fedavg"}, DEFAULT, "a round shows every client 12 pairs, 1.0 × all of north's"),
-        ({"name": "centralized"}, DEFAULT, "a round shows 36 pairs, 1.0 × all of them"),
-        ({"name": "centralized", "budget": "client"}, DEFAULT, "a round shows 12 pairs, 0.3 × all of them"),
+        ({"name": "fedavg"}, {}, "a round shows every client 12 pairs, 1.5 × all of west's"),
+        ({"name": "fedavg"}, TRAIN, "a round shows every client 12 pairs, 1.0 × all of north's"),
+        ({"name": "centralized"}, TRAIN, "a round shows 36 pairs, 1.0 × all of them"),
+        ({"name": "centralized", "budget": "client"}, TRAIN, "a round shows 12 pairs, 0.3 × all of them"),
     ],
 )
 def test_what_a_round_shows(tmp_path: Path, strategy: dict[str, str], dro: dict[str, str], expected: str) -> None:

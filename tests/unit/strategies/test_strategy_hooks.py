@@ -143,7 +143,13 @@ def test_afl_is_feddra_where_the_ball_holds_the_simplex() -> None:
     afl = strategy("afl", {"step_size": 0.1})
     ball = strategy(
         "feddra",
-        {"ascent": "projected", "step_size": 0.1, "radius": full_simplex_radius(center), "minimum_weight": 0.0},
+        {
+            "ascent": "projected",
+            "step_size": 0.1,
+            "radius": full_simplex_radius(center),
+            "minimum_weight": 0.0,
+            "maximum_weight": None,
+        },
     )
     p = q = center
     for _ in range(20):

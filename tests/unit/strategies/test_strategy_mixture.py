@@ -26,11 +26,16 @@ def test_only_losses_that_a_model_can_have_are_believed() -> None:
     np.testing.assert_array_equal(believable(told, CHANCE), expected)
 
 
-def test_the_default_step_is_the_release_s() -> None:
+def test_the_default_step_is_the_release_s_within_narrower_bounds() -> None:
     center = np.full(4, 0.25)
     losses = np.array([3.0, 4.0, 5.0, 3.5])
     expected = update_weights(center, losses, 0.5, 1.0, center)
-    np.testing.assert_array_equal(strategy().next_mixture(center, losses, center), expected)
+    unbounded = strategy(minimum_weight=0.0, maximum_weight=None)
+    np.testing.assert_array_equal(unbounded.next_mixture(center, losses, center), expected)
+    assert expected.max() > 1.5 * 0.25
+    bounded = strategy().next_mixture(center, losses, center)
+    assert bounded.max() == pytest.approx(1.5 * 0.25)
+    assert np.argsort(bounded).tolist() == np.argsort(losses).tolist()
 
 
 @pytest.mark.parametrize("ascent", ["projected", "closed_form", "exponentiated"])
