@@ -137,5 +137,5 @@ def test_lora_saved_on_two_ranks_goes_on_at_one_and_four(dataset: Path, tmp_path
 
 def test_products_are_not_averaged_from_rounded_deltas(dataset: Path, tmp_path: Path) -> None:
     config = make_config(dataset, tmp_path, **_settings("product", aggregate__precision="int8"))
-    with pytest.raises(ConfigError, match=r"aggregate.precision: int8 .* use fp32, or factors or freeze_a"):
+    with pytest.raises(ConfigError, match=r"aggregate.precision: int8 .* use fp32, or factors, freeze_a or alternate"):
         check(config, Launch.from_environment())
