@@ -246,6 +246,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(dataset: Path, tmp_
         assert same_bits(weights_of(out, 3), weights_of(whole, 3)), out.name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_two_slots_of_two_ranks_equals_one_that_was_not(dataset: Path, tmp_path: Path) -> None:
     more = {"schedule__rounds": 3, "deepspeed": zero(2), "topology__ranks_per_slot": 2, **MORE}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

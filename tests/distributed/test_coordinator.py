@@ -202,6 +202,7 @@ def test_a_slot_that_does_not_report_is_dropped_and_the_others_regroup(dataset: 
     assert None not in line["client_losses"]
 
 
+@pytest.mark.slow
 def test_a_client_that_was_never_heard_of_does_not_break_the_resume(dataset: Path, tmp_path: Path) -> None:
     on_ranks(with_a_sleeper, 2, tree(dataset, tmp_path, schedule__rounds=1, **SETTINGS), 1, 0, "stage1")
     assert [item["id"] for item in metrics_of(tmp_path)[0]["excluded_clients"]] == ["south"]

@@ -115,7 +115,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("ita", "gcl") else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+)
 def test_no_objective_knows_ranks_or_micro_batches(dataset: Path, tmp_path: Path, name: str) -> None:
     def step(num_ranks: int, micro_batch_size: int | None) -> Any:
         config = tree(

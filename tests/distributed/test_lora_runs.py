@@ -57,7 +57,7 @@ def _updates(flat: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) ->
     ("rule", "layout"),
     [
         pytest.param("factors", (2, 2, 3), marks=pytest.mark.slow),
-        ("product", (4, 2, 2)),
+        pytest.param("product", (4, 2, 2), marks=pytest.mark.slow),
         pytest.param("product", (2, 2, 0), marks=pytest.mark.slow),  # every rank has whole factors: they count once
         ("freeze_a", (2, 1, 0)),
     ],

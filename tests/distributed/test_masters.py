@@ -281,9 +281,9 @@ COMPILED = [  # optimizers that DeepSpeed compiles at first use
     ("world_size", "rows"),
     [
         pytest.param(1, STAGES, marks=pytest.mark.slow),
-        (2, STAGES + FORMS),
+        (2, STAGES),
         pytest.param(1, FORMS + OTHERS, marks=pytest.mark.slow),
-        pytest.param(2, OTHERS, marks=pytest.mark.slow),
+        pytest.param(2, FORMS + OTHERS, marks=pytest.mark.slow),
     ],
     ids=["1 rank", "2 ranks", "1 rank, more", "2 ranks, more"],
 )
@@ -296,6 +296,7 @@ def test_masters_of_every_zero_stage_and_precision(
         assert name not in results or results[name][0]["class"] == expected, name
 
 
+@pytest.mark.slow
 def test_masters_of_a_model_that_comes_whole(dataset: Path) -> None:
     rows = [row for row in STAGES if row[0] in ("zero0-fp32", "zero2-bf16", "zero3-bf16")]
     _check_all(_run(dataset, rows, 2, None, True), 2)

@@ -85,6 +85,7 @@ def _compare_metrics(expected: list[dict[str, Any]], found: list[dict[str, Any]]
         assert [v["pairs"] for v in a["val"].values()] == [v["pairs"] for v in b["val"].values()]
 
 
+@pytest.mark.slow
 def test_sgd_gives_the_same_weights_on_any_ranks(dataset: Path, tmp_path: Path) -> None:
     _compare_weights(dataset, tmp_path, SHORT)
 
