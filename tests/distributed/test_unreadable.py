@@ -36,7 +36,8 @@ def test_a_lost_shard_excludes_its_client_alone(num_ranks: int, ranks_per_slot: 
     """As one slot, as one slot of two ranks that meet in collectives, and as a slot that has no client left."""
     root = write_dataset(tmp_path / "data")
     shard = root / "south" / "train-000000.tar"
-    config = tree(root, tmp_path / "run", topology__ranks_per_slot=ranks_per_slot, dro__evaluation_pairs=6)
+    more = {"dro__evaluation_pairs": 6, "dro__evaluate_on": "train"}
+    config = tree(root, tmp_path / "run", topology__ranks_per_slot=ranks_per_slot, **more)
     assert on_ranks(lose_a_shard, num_ranks, config, str(shard)) == [None] * num_ranks
     lines = metrics_of(tmp_path / "run")
     assert len(lines) == 2

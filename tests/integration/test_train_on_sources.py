@@ -39,7 +39,7 @@ def test_dicom_inside_parquet_trains_for_a_round(tmp_path: Path) -> None:
     out = tmp_path / "data"
     words += f" --from parquet --path {tmp_path}/t.parquet --out {out}"
     assert main(["data", "convert", *words.split()]) == 0
-    config = tree(out, tmp_path / "run", schedule__rounds=1, dro__evaluation_pairs=8)
+    config = tree(out, tmp_path / "run", schedule__rounds=1, dro__evaluation_pairs=8, dro__evaluation_batch_size=4)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [sys.executable, "-m", "feddra_ds", "train", "--config", str(tmp_path / "config.yaml")],

@@ -248,7 +248,10 @@ def test_local_roots_take_options_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        ({"center": "samples"}, "dro.center: samples needs all pairs counted, and those of n are not"),
+        (
+            {"center": "samples", "evaluate_on": "train"},
+            "dro.center: samples needs all pairs counted, and those of n are not",
+        ),
         (
             {"evaluate_on": "val"},
             "dro.evaluate_on: val needs a val split, and client n has none; data.val_fraction makes one",

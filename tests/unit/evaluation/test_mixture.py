@@ -69,7 +69,8 @@ def test_losses_of_a_gallery_are_the_objectives_in_batches_of_one_size() -> None
 
 
 def test_the_worst_mixture_is_the_sets(tmp_path: Path) -> None:
-    dro = {"radius": 0.2, "evaluation_pairs": 32, "evaluation_batch_size": 32}
+    dro = {"radius": 0.2, "minimum_weight": 0.1, "maximum_weight": None}
+    dro |= {"evaluation_pairs": 32, "evaluation_batch_size": 32}
     told = measured(CLIENTS | {"far": FAR}, a_run(tmp_path, dro=dro))
     by_loss, by_recall = told["weights_by_loss"], told["weights_by_recall"]
     inside = MixtureSet("chi2", 0.2, np.full(3, 1 / 3))

@@ -58,9 +58,8 @@ def test_a_radius_can_be_a_share_of_the_whole_simplex() -> None:
     for size in (3, 10):
         center = np.full(size, 1 / size)
         assert strategy(radius_share=0.5).mixture_set(center).radius == pytest.approx(0.5 * full_simplex_radius(center))
-    assert strategy(set="kl", radius_share=1.0, minimum_weight=0.0).mixture_set(center).reach()[1] == pytest.approx(
-        np.ones(10)
-    )
+    whole = strategy(set="kl", radius_share=1.0, minimum_weight=0.0, maximum_weight=None)
+    assert whole.mixture_set(center).reach()[1] == pytest.approx(np.ones(10))
 
 
 def test_fixed_weights_stay() -> None:
