@@ -129,7 +129,7 @@ def trained(data: dict[str, Any], out: Path, num_ranks: int) -> dict[str, Any]:
     """The one line of metrics.jsonl of a round on that many ranks of one client slot."""
     config = tree(
         out, out / "run", schedule__rounds=1, schedule__stage1_steps=1, schedule__stage2_steps=2, dro__evaluation_pairs=8,
-        dro__evaluation_batch_size=4, evaluation__max_pairs=8, topology__ranks_per_slot=num_ranks,
+        dro__evaluation_batch_size=3, evaluation__max_pairs=8, topology__ranks_per_slot=num_ranks,
     )  # fmt: skip
     config["data"] = {
         **config["data"],
