@@ -150,7 +150,7 @@ def _client_table(run: RunFiles | None, result: dict[str, Any]) -> None:
     if result[POOLED]:
         rows.append(["all, one gallery", result[POOLED]["pairs"], "", "", *_recalls(result[POOLED])])
     cuts = "/".join(str(k) for k in RECALL_AT)
-    columns = ["client", "pairs", "p", "train loss", f"i→t @{cuts}", f"t→i @{cuts}", f"chance @{cuts}"]
+    columns = ["client", "pairs", "p", "loss", f"i→t @{cuts}", f"t→i @{cuts}", f"chance @{cuts}"]
     if not lines:
         rows = [[row[0], row[1], *row[4:]] for row in rows]
         columns = columns[:2] + columns[4:]
