@@ -47,9 +47,8 @@ class Client:
         default_factory=dict
     )  # by part: what Strategy.correct keeps, on the host
     pairs: Pairs | None = None  # what the objective keeps of each pair, on the host
-    previous: ModelState | None = (
-        None  # its own model of the last round that it trained in (Strategy.added_loss), on the host
-    )
+    # its own model of the last round that it trained in (Strategy.added_loss), on the host
+    previous: ModelState | None = None
     adapter_rank: int | None = None  # where it is below that of the engine's adapters
 
 
