@@ -15,7 +15,7 @@ from rich.text import Text
 
 from feddra_ds.common.console import next_step
 from feddra_ds.common.text import size
-from feddra_ds.config.load import load
+from feddra_ds.config.load import load, read_tree
 from feddra_ds.doctor.finding import Finding
 from feddra_ds.doctor.machine import (
     check_deepspeed,
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--gpu: is a number of GiB for --plan, got {args.gpu:g}")
     if args.plan and args.config is None:
         raise ValueError("--plan: needs --config FILE")
+    if args.config is not None:
+        read_tree(args.config)  # a file that is not there is told before minutes of tests
     return _plan(args) if args.plan else _check(args)
 
 

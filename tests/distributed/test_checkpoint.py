@@ -259,6 +259,7 @@ def test_a_resumed_run_of_two_slots_of_two_ranks_equals_one_that_was_not(dataset
     assert largest_difference(weights_of(whole, 2), weights_of(cut, 2)) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["local", "centralized"])
 def test_other_strategies_resume_as_well(dataset: Path, tmp_path: Path, strategy: str) -> None:
     more = {"strategy__name": strategy, "schedule__stage2_steps": 3, "schedule__rounds": 3, **ADAMW}
@@ -271,6 +272,7 @@ def test_other_strategies_resume_as_well(dataset: Path, tmp_path: Path, strategy
         assert same_bits(weights_of(whole, 2, owner), weights_of(cut, 2, owner))
 
 
+@pytest.mark.slow
 def test_p_read_off_the_anchors_resumes_as_well(dataset: Path, tmp_path: Path) -> None:
     more = {"dro__evaluate_on": "anchors", "schedule__rounds": 3, **MORE}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -11,7 +11,8 @@ from helpers import on_each, run_all, same_bits, tree, weights_of, zero
 from feddra_ds.checkpoint.format import folder_of
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_resumed_run_clips_as_one_that_goes_on(dataset: Path, tmp_path: Path, stage: int) -> None:
     """ZeRO 3 keeps a gradient until the next one of its parameter: stage 1 must not clip by those of the last stage 2."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -73,7 +73,10 @@ def test_bytes_in_the_metrics(losses: dict[str, list[dict[str, Any]]]) -> None:
         assert 0 < losses[precision][-1]["bytes_sent_per_rank"] <= share * exact
 
 
-@pytest.mark.parametrize("schedule", [{"schedule__stage1_steps": 0}, {"schedule__stage2_start": "global"}])
+@pytest.mark.parametrize(
+    "schedule",
+    [{"schedule__stage1_steps": 0}, pytest.param({"schedule__stage2_start": "global"}, marks=pytest.mark.slow)],
+)
 def test_sparse_deltas_are_two_per_cent_of_fp32(dataset: Path, tmp_path: Path, schedule: dict[str, Any]) -> None:
     """Both measured alike in the metrics, in one stage and in two with anchors, with a Nesterov step on the server."""
     outs = [tmp_path / name for name in ("fp32", "sparse")]

@@ -73,7 +73,7 @@ def one_step(config_tree: dict[str, Any], reports: int | None = None) -> dict[st
     return out
 
 
-@pytest.mark.parametrize(("num_ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("num_ranks", "stage"), [(1, 0), (2, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_eight_micro_batches_are_the_whole_batch(dataset: Path, tmp_path: Path, num_ranks: int, stage: int) -> None:
     def step(micro_batch_size: int | None) -> list[dict[str, Any]]:
         config = tree(

@@ -128,7 +128,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("source", ["random", *(pytest.param(x, marks=pytest.mark.slow) for x in ("folders", "lora"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["random", "folders", "lora"])
 def test_every_layout_begins_with_the_same_bits(dataset: Path, folders: Path, source: str) -> None:
     changes: dict[str, Any] = {}
     if source != "random":

@@ -281,7 +281,7 @@ COMPILED = [  # optimizers that DeepSpeed compiles at first use
     ("world_size", "rows"),
     [
         pytest.param(1, STAGES, marks=pytest.mark.slow),
-        (2, STAGES),
+        pytest.param(2, STAGES, marks=pytest.mark.slow),
         pytest.param(1, FORMS + OTHERS, marks=pytest.mark.slow),
         pytest.param(2, FORMS + OTHERS, marks=pytest.mark.slow),
     ],

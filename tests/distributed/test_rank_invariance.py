@@ -111,6 +111,7 @@ def test_adamw_gives_the_same_losses_on_all_layouts_and_stages(dataset: Path, tm
         _compare_metrics(metrics_of(one), metrics_of(folder), 1e-3, folder.name)
 
 
+@pytest.mark.slow
 def test_losses_read_off_the_anchors_know_no_ranks(dataset: Path, tmp_path: Path) -> None:
     settings = {**SGD, "dro__evaluate_on": "anchors", "dro__step_size": 5.0, "objective__duplicates": "positive"}
     one, two = _runs(dataset, tmp_path, [(1, 1, 0, {}), (4, 2, 1, {})], settings)

@@ -138,7 +138,7 @@ def test_smoothed_losses_are_the_average_of_the_rounds_and_survive_a_resume(data
     assert second["next_client_weights"][0] == pytest.approx(second["next_client_weights"][2], abs=1e-12)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_excess_is_what_a_client_s_own_model_would_do_better(dataset: Path, tmp_path: Path, world_size: int) -> None:
     more = {"topology__ranks_per_slot": world_size, **FIXED, **FAST}
     local, run = tmp_path / "local", tmp_path / "run"

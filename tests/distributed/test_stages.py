@@ -60,7 +60,7 @@ def _moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[
     return out
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stage_1_moves_no_bit_of_the_backbone_and_stage_2_moves_everything(
     dataset: Path, tmp_path: Path, world_size: int
 ) -> None:
@@ -164,7 +164,7 @@ def test_anchors_in_train_mode_take_a_batchnorms_statistics_from_the_batch(
         np.testing.assert_allclose(value.numpy(), resident[name].numpy(), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_round_says_how_hard_the_anchors_pull(dataset: Path, tmp_path: Path, world_size: int) -> None:
     variants = {
         "mean": {},

@@ -109,7 +109,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("golden") / "data", PAIRS)
 
 
-FAST = {("two", "zero3"), ("own aligners", "zero2")}
+FAST = {("own aligners", "zero2")}
 
 
 @pytest.mark.parametrize(

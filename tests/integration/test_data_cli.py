@@ -8,28 +8,36 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from feddra_ds.cli import main
 from feddra_ds.data.format.dataset import open_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
 
 
-def feddra(*words: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "feddra_ds", "data", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+class Told(NamedTuple):
+    stdout: str
+    stderr: str
+
+
+def feddra(*words: object, expect: int = 0) -> Told:
+    """`feddra-ds data WORDS`, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(["data", *map(str, words)])
+        except SystemExit as end:  # --help
+            code = int(end.code or 0)
+    assert code == expect, out.getvalue() + err.getvalue()
+    return Told(out.getvalue(), err.getvalue())
 
 
 def test_from_nothing_to_partitioned_data(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ Nothing of feddra_ds is edited. Both keep state that the result depends on, so t
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ import pytest
 import yaml
 from helpers import same_bits, tree, weights_of, write_dataset, zero
 from spawn import free_port
+
+from feddra_ds.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
 OBJECTIVE = '''
@@ -164,30 +168,40 @@ def test_trained_resumed_and_exported(package: Path, root: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
 
 
+def told_by(package: Path, *words: object, expect: int = 0) -> tuple[str, str]:
+    """`feddra-ds WORDS` in this process, with the user's folder on its path: stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.syspath_prepend(package)
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:  # --help
+            code = int(end.code or 0)
+    assert code == expect, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
 def test_their_options_are_keys_like_all_others(package: Path, root: Path, tmp_path: Path) -> None:
     path = config(tmp_path / "c.yaml", root, tmp_path / "run")
     wrong = ["--objective.margn", "1", "--objective.margin", "-1", "--strategy.momentum", "2"]
-    done = command(package, "train", "--config", path, *wrong)
-    assert done.returncode == 2
-    told = [line.removeprefix("feddra-ds: ") for line in done.stderr.strip().splitlines()]
+    _, errors = told_by(package, "train", "--config", path, *wrong, expect=2)
+    told = [line.removeprefix("feddra-ds: ") for line in errors.strip().splitlines()]
     assert told == [
         "objective.margin: must be greater than or equal to 0 (got -1)",
         "objective.margn: unknown key; did you mean objective.margin?",
         "strategy.momentum: must be less than 1 (got 2)",
     ]
-    shown = command(package, "train", "--config", path, "--print_config")
-    resolved = yaml.safe_load(shown.stdout)
+    resolved = yaml.safe_load(told_by(package, "train", "--config", path, "--print_config")[0])
     assert (resolved["objective"]["margin"], resolved["strategy"]["pull"], resolved["dro"]["radius"]) == (
         0.3,
         1.0,
         0.25,
     )
     for words in (("train", "--config", path, "--help"), ("config", "reference", "--config", path)):
-        page = command(package, *words)
-        assert page.returncode == 0, page.stderr
-        assert "objective.margin" in page.stdout
-        assert "By how much a pair must be nearer" in page.stdout
-        assert "strategy.momentum" in page.stdout
+        page, _ = told_by(package, *words)
+        assert "objective.margin" in page
+        assert "By how much a pair must be nearer" in page
+        assert "strategy.momentum" in page
 
 
 @pytest.mark.parametrize(
@@ -203,8 +217,7 @@ def test_a_class_that_cannot_be_used_is_one_line(
     package: Path, root: Path, tmp_path: Path, name: str, expected: str
 ) -> None:
     path = config(tmp_path / "c.yaml", root, tmp_path / "run")
-    done = command(package, "train", "--config", path, "--objective.name", name)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "objective.name" in line]
+    _, errors = told_by(package, "train", "--config", path, "--objective.name", name, expect=2)
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if "objective.name" in line]
     assert expected in line

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pydicom
-import yaml
-from helpers import metrics_of, tree
+from helpers import metrics_of, on_each, run_all, tree
 from pydicom.data import get_testdata_file
 
 from feddra_ds.cli import main
@@ -40,12 +36,7 @@ def test_dicom_inside_parquet_trains_for_a_round(tmp_path: Path) -> None:
     words += f" --from parquet --path {tmp_path}/t.parquet --out {out}"
     assert main(["data", "convert", *words.split()]) == 0
     config = tree(out, tmp_path / "run", schedule__rounds=1, dro__evaluation_pairs=8, dro__evaluation_batch_size=4)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "feddra_ds", "train", "--config", str(tmp_path / "config.yaml")],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    on_each(run_all, [(config,)])
     (line,) = metrics_of(tmp_path / "run")
     assert line["client_ids"] == ["s0", "s1"]
     assert np.isfinite(line["client_losses"]).all()

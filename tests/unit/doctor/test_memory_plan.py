@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 from itertools import accumulate
@@ -52,7 +53,12 @@ def peak(events: list[Event]) -> int:
 
 
 def planned(ranks: int = 1, clients: int = 1, device: str = "cpu", **changes: Any) -> MemoryPlan:
-    c = config(**changes)
+    return _planned(ranks, clients, device, json.dumps(changes))
+
+
+@functools.cache  # many are compared with the same one
+def _planned(ranks: int, clients: int, device: str, changes: str) -> MemoryPlan:
+    c = config(**json.loads(changes))
     return plan_memory(c, meta_model(c), ranks_per_slot=ranks, clients_per_slot=clients, device=device, baseline=0)
 
 
@@ -239,7 +245,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert "weights" in text
     assert text.rstrip().endswith("fits")
-    assert main([*words, "--gpu", "0.001"]) == 1
+    assert main([*words, "--gpu", "0.001"]) == 1  # plans what each remedy would save
     text = capsys.readouterr().out
     assert "does not fit: device" in text
     assert "--model.adapter '{'type': 'lora', 'r': 8}'   saves" in text
