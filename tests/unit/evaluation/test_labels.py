@@ -84,7 +84,7 @@ def test_zero_shot_finds_the_class_whose_prompts_are_near() -> None:
     (task,), _ = find_tasks(infos("edema", [1, 0, 1]))
     image = np.array([[1, 0], [0, 1], [0.8, 0.6]], dtype=np.float32)
     embed = lambda texts: np.array([[0, 1] if "no " in t.lower() else [1, 0] for t in texts], dtype=np.float32)
-    scores = zero_shot_scores(task, image, embed)
+    scores = zero_shot_scores(task.prompts(), image, embed)
     assert scores.argmax(1).tolist() == [1, 0, 1]
     assert np.abs(scores).max() <= 1 + 1e-9
 
