@@ -54,7 +54,7 @@ from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
 from feddra_ds.strategies import Strategy
-from feddra_ds.strategies.robust_weights import MixtureSet, Vector
+from feddra_ds.strategies.mixture_set import MixtureSet, Vector
 
 POOLED = "pooled"  # the one client of a strategy that pools the data
 
