@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,14 +150,17 @@ def _one_at_a_time(path: Path, name: str) -> Iterator[Path]:
 
 
 def by_client(index: dict[str, Any], client_field: str) -> dict[str, dict[str, Any]]:
-    """An index for each client of a set, by the field of the json that names it.
+    """An index for each client of a set, by the field of the json that names it; its rows have their `number` in their shard.
 
     Raises DataError where no pair has the field; pairs without it among others belong to nobody, and are counted.
     """
     clients: dict[str, dict[str, Any]] = {}
     without = 0
     for split, part in index["splits"].items():
+        seen: Counter[int] = Counter()
         for row in part["samples"]:
+            row["number"] = seen[row["shard"]]
+            seen[row["shard"]] += 1
             if "client" not in row:
                 without += 1
                 continue
