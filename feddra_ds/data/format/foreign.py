@@ -20,6 +20,7 @@ from feddra_ds.common.text import listed
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.indexing import Indexer
 from feddra_ds.data.format.remote import Store, is_remote
+from feddra_ds.data.format.text import is_lfs_file
 
 logger = logging.getLogger("feddra_ds")
 
@@ -50,6 +51,10 @@ def shards_of(key: str, given: str | Sequence[str], allow_pipe: bool) -> list[st
     gone = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
     if gone:
         raise DataError(f"{key}: {gone[0]} is not there ({len(gone)} of {len(shards)} shards are missing)")
+    unfetched = [shard for shard in shards if not is_remote(shard) and is_lfs_file(Path(shard))]
+    if unfetched:
+        raise DataError(f"{key}: {unfetched[0]} is a Git-LFS pointer, not the shard ({len(unfetched)} of {len(shards)}); "
+                        "git lfs pull fetches them")  # fmt: skip
     return shards
 
 
