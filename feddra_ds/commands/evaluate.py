@@ -148,7 +148,6 @@ def show(path: Path, run: RunFiles | None, result: dict[str, Any], kept: Path | 
         )
     print()
     _interval_table(result)
-    print()
     _rank_table(result)
     if result.get("worst_mixture"):
         print()
@@ -258,18 +257,10 @@ def _rank_table(result: dict[str, Any]) -> None:
             cells = [f"{about[key]:g}" for key in keys[:2]] + [decimals(about[key], 3) for key in keys[2:]]
             label = "all, one gallery" if name == POOLED else _name(name, about, result["split"])
             rows.append([label, *cells, *(decimals(geometry.get(key), 2) for key in shape)])
-    columns = [
-        "client",
-        "median rank i→t",
-        "t→i",
-        "mAP i→t",
-        "t→i",
-        "alignment",
-        "unif. images",
-        "texts",
-        "modality gap",
-    ]
+    ranked = ["median rank i→t", "t→i", "mAP i→t", "t→i"]
+    columns = ["client", *ranked, "alignment", "uniformity of images", "of texts", "modality gap"]
     if rows:
+        print()
         print_table("Ranks, and how the embeddings lie", columns, rows)
 
 
@@ -280,12 +271,9 @@ def _subgroup_table(told: dict[str, Any] | None) -> None:
     for field, values in told["fields"].items():
         for value, about in values.items():
             e = about.get("recall@5")
-            cells = (
-                [percent(e["recall"]), f"{percent(e['low'])} to {percent(e['high'])}", percent(e["chance"])]
-                if e
-                else []
-            )
-            rows.append([f"{field} = {value}", about["pairs"], *(cells or ["–", "", ""])])
+            interval = f"{percent(e['low'])} to {percent(e['high'])}" if e else ""
+            cells = [percent(e["recall"]), interval, percent(e["chance"])] if e else ["–", "", ""]
+            rows.append([f"{field} = {value}", about["pairs"], *cells])
     print()
     print_table("Subgroups", ["pairs with", "pairs", "recall@5 %", "95 % interval", "chance"], rows)
     if (worst := told["worst"]) is not None:
@@ -299,11 +287,13 @@ def _comparison_table(told: dict[str, Any] | None) -> None:
     if not told:
         return
     rows: list[list[object]] = []
-    of_all = [(f"{name}, {k} %", e, percent) for name, ks in told["retrieval"].items() for k, e in ks.items()]
-    of_all += [(f"{label}, AUROC", e, lambda x: decimals(x, 3)) for label, e in told["zero_shot"].items()]
-    for name, e, shown in of_all:
-        difference = [shown(e[key]) for key in ("difference", "low", "high")]
-        rows.append([name, shown(e["first"]), shown(e["second"]), difference[0], f"{difference[1]} to {difference[2]}"])
+    of_all = [(f"{name}, {k} %", e, 100, 1) for name, ks in told["retrieval"].items() for k, e in ks.items()]
+    of_all += [(f"{label}, AUROC", e, 1, 3) for label, e in told["zero_shot"].items()]
+    for name, e, unit, digits in of_all:
+        first, second, difference, low, high = (
+            decimals(unit * e[key], digits) for key in ("first", "second", "difference", "low", "high")
+        )
+        rows.append([name, first, second, difference, f"{low} to {high}"])
     print()
     print_table(
         f"Against {told['model']}, on the same pairs", ["", "this", "other", "difference", "95 % interval"], rows
@@ -347,7 +337,7 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
                 int(pooled["positives"]) if "positives" in pooled else f"{about['classes']} classes",
                 f"{pooled['auroc']:.3f} ({decimals(pooled['auroc_low'], 2)} to {decimals(pooled['auroc_high'], 2)})",
                 *(f"{pooled[key]:.3f}" for key in ("auprc", "f1", "balanced_accuracy")),
-                f"{pooled['calibration']['ece']:.3f}",
+                decimals(pooled["calibration"] and pooled["calibration"]["ece"], 3),
                 "–" if worst is None else f"{worst[1]:.3f} ({worst[0]})",
             ]
         )

@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; 1 where what was written has weights that are not finite. Raises ValueError where there is no such model."""
+    """Exit code 0; 1 where what was written has weights that are not finite. Raises ValueError where there is no such
+    model."""
     from feddra_ds.evaluation.export import export  # late: torch and transformers, which --help can do without
 
     written = export(

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; 1 where weights or embeddings of the model are not finite, which the page says too. Raises ValueError for a folder that is no run."""
+    """Exit code 0; 1 where weights or embeddings of the model are not finite, which the page says too. Raises ValueError for
+    a folder that is no run."""
     for name in ("examples", "max_pairs"):
         if getattr(args, name) < (0 if name == "examples" else 2):
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small")
@@ -56,4 +57,4 @@ def run(args: argparse.Namespace) -> int:
         follow.append(f"feddra-ds evaluate {files.path}   # for the report too: held-out clients, intervals, zero-shot")
     next_step(*follow)
     kept = finite.in_words(files.evaluation.get("non_finite") or {})
-    return finite.complain(dict.fromkeys([*examples.get("non_finite", []), *kept]))
+    return finite.complain(dict.fromkeys([*examples["non_finite"], *kept]))

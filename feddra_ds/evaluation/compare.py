@@ -43,7 +43,7 @@ def compare_retrieval(
         out[name] = {}
         for k in ranks[0].cutoffs:
             hits = [found.hits("mean", k) for found in ranks]
-            low, high = paired_bootstrap(*hits, gallery.groups, draws=draws, seed=seed)
+            low, high = paired_bootstrap(hits[0], hits[1], gallery.groups, draws=draws, seed=seed)
             out[name][f"recall@{k}"] = _told(float(hits[0].mean()), float(hits[1].mean()), low, high)
     return out
 

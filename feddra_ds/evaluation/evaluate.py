@@ -62,6 +62,12 @@ def evaluate(
     option and what to do, and DataError for data that cannot be read.
     """
     named_set(worst_over or DEFAULT_SET, 1)  # a mistake in an option is told before minutes of embedding
+    if shuffled_texts and (subgroups or prompts or compare):
+        raise ValueError(
+            "--shuffled-texts: takes no --subgroup, --prompts or --compare: it is a control of retrieval alone"
+        )
+    if prompts is not None and not zero_shot:
+        raise ValueError("--prompts: is of zero-shot classification, which --no-zero-shot leaves out")
     out = None if save_embeddings is None else check_path(save_embeddings, "--save-embeddings")
     given = None if prompts is None else read_prompts(prompts)
     models = open_models(path, device, ema=ema)
@@ -84,7 +90,13 @@ def evaluate(
 
     galleries, how = embedded(models), {"draws": bootstrap, "seed": seed}
     masks = find_subgroups([info for gallery in galleries.values() for info in gallery.infos], subgroups)
-    result = {"model": str(models.source), "round": models.round, "data": root, "split": split, "ema": ema}
+    result: dict[str, Any] = {
+        "model": str(models.source),
+        "round": models.round,
+        "data": root,
+        "split": split,
+        "ema": ema,
+    }
     result |= _retrieval(models, dataset, galleries, masks, shuffled_texts, worst_over, how)
     scored: list[Scored] = []
     if zero_shot and not shuffled_texts:

@@ -104,9 +104,8 @@ def probe(
     }
     about["non_finite"] = spoilt
     found = probe_all(train, val, held_out, label_keys, fractions, repeats=repeats, seed=seed, strength=strength)
-    if not found["labels"]:
+    if not found["labels"] and not spoilt:
         reasons = "".join(f"; {label}: {why}" for label, why in found["labels_left_out"].items())
-        reasons += "".join(f"; {part}: {line}" for part, one in spoilt.items() for line in finite.in_words(one))
         raise ValueError(f"--label-key: {root} has no label to predict{reasons}")
     return about | found
 

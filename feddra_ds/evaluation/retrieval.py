@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.gallery import Gallery, value_of
 from feddra_ds.evaluation.verdict import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, joint_verdict
 from feddra_ds.metrics.geometry import geometry
 from feddra_ds.metrics.intervals import bootstrap
@@ -122,7 +122,7 @@ def join(galleries: Sequence[Gallery]) -> Gallery:
         features=np.concatenate([g.features for g in galleries]),
         keys=[f"{g.client}/{key}" for g in galleries for key in g.keys],
         infos=[
-            info | {name: f"{g.client}/{info[name]}" for name in ("patient", g.match_by) if info.get(name)}
+            info | {name: f"{g.client}/{value}" for name in ("patient", g.match_by) if (value := value_of(info, name))}
             for g in galleries
             for info in g.infos
         ],

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.gallery import Gallery, value_of
+from feddra_ds.evaluation.labels import MAX_CLASSES
 from feddra_ds.evaluation.retrieval import Estimate, join
 from feddra_ds.metrics.intervals import bootstrap
 from feddra_ds.metrics.ranking import RECALL_AT
@@ -27,38 +28,31 @@ def find_subgroups(infos: Sequence[Mapping[str, Any]], fields: Sequence[str]) ->
     """field → value → (n,) which pairs have it. A field is looked up in a pair's json, else among its labels.
 
     Numbers of more than MAX_VALUES values are cut at their quartiles: `45 to 61`. Raises ValueError for a field that no
-    pair has.
+    pair has, or that has more than MAX_CLASSES other values.
     """
     out = {}
     for field in fields:
-        values = [_value(info, field) for info in infos]
+        values = [value_of(info, field) for info in infos]
         if all(value is None for value in values):
             there = {key for info in infos for key, value in info.items() if not isinstance(value, (dict, list))}
             there |= {key for info in infos if isinstance(info.get("labels"), dict) for key in info["labels"]}
             raise ValueError(
                 f"--subgroup: no sample has a field {field}; there are: {', '.join(sorted(there)) or 'none'}"
             )
-        out[field] = _masks(values)
+        out[field] = _masks(field, values)
     return out
 
 
-def _value(info: Mapping[str, Any], field: str) -> str | float | None:
-    labels = info.get("labels")
-    value = info.get(field, labels.get(field) if isinstance(labels, dict) else None)
-    if value is None or isinstance(value, (dict, list)) or str(value).strip() == "":
-        return None
-    return str(value).strip()
-
-
-def _masks(values: Sequence[str | float | None]) -> Masks:
-    known = sorted({str(value) for value in values if value is not None})
+def _masks(field: str, values: Sequence[str | None]) -> Masks:
+    known = sorted({value for value in values if value is not None})
     if len(known) > MAX_VALUES:
         try:
-            numbers = np.array([np.nan if value is None else float(value) for value in values])
-        except ValueError:
-            pass
-        else:
-            return _quartiles(numbers)
+            return _quartiles(np.array([np.nan if value is None else float(value) for value in values]))
+        except ValueError as error:  # words
+            if len(known) > MAX_CLASSES:
+                raise ValueError(
+                    f"--subgroup: {field} has {len(known)} values that are no numbers, more than {MAX_CLASSES} subgroups"
+                ) from error
     return {one: np.array([value == one for value in values]) for one in known}
 
 

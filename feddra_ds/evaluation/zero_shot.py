@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from feddra_ds.common.text import listed
 from feddra_ds.evaluation.gallery import Gallery, embed_texts
 from feddra_ds.evaluation.labels import Prompts, Task, find_tasks
 from feddra_ds.evaluation.models import Models
@@ -36,6 +37,9 @@ def score(
     prompts: label → class → prompts, instead of the label's names. Raises ValueError where they do not fit the labels.
     """
     tasks, refused = find_tasks([info for gallery in galleries.values() for info in gallery.infos])
+    there = [task.name for task in tasks]
+    if unknown := [label for label in prompts or {} if label not in there and label not in refused]:
+        raise ValueError(f"--prompts: no label {listed(unknown)}; there are: {', '.join(there) or 'none'}")
     texts = {task.name: task.prompts(prompts) for task in tasks}
     scores: dict[str, list[NDArray[np.float64]]] = {task.name: [] for task in tasks}
     for client, gallery in galleries.items():
@@ -90,10 +94,10 @@ def _measure(
     found = measure(targets, scores)
     if found is None:
         return None
-    own = [groups[i] for i in np.flatnonzero(chosen)]
+    own = [groups[i] for i in np.flatnonzero(chosen).tolist()]
     interval = auroc_interval(targets, scores, own, draws=draws, seed=seed)
     low, high = interval or (None, None)
-    told = calibration(targets, scores, one.temperature)
+    told = calibration(targets, scores, one.temperature) if np.isfinite(one.temperature) else None
     return found | {"auroc_low": low, "auroc_high": high, "calibration": told}
 
 

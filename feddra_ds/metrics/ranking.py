@@ -88,11 +88,12 @@ def ranks(
     -1 (and None) for none. What is not finite matches nothing: as a query it finds its match last, and it is found last.
     """
     _, first, which = np.unique(text_ids, return_index=True, return_inverse=True)
-    image, texts = image.astype(np.float64), text[first].astype(np.float64)
+    images: Floats = image.astype(np.float64)
+    texts: Floats = text[first].astype(np.float64)
     match = _matches(which, len(first), match_ids)
-    by_image = _search(image, texts, match)
-    by_text = _search(texts, image, match.T.tocsr())
-    return Ranks(by_image, Side(*(x[which] for x in (by_text.better, by_text.precision, by_text.matches)), len(image)))
+    by_text = _search(texts, images, match.T.tocsr())
+    of_pairs = Side(by_text.better[which], by_text.precision[which], by_text.matches[which], len(images))
+    return Ranks(_search(images, texts, match), of_pairs)
 
 
 def recall_table(found: Ranks) -> dict[str, float]:
