@@ -71,7 +71,7 @@ def evaluate(
     out = None if save_embeddings is None else check_path(save_embeddings, "--save-embeddings")
     given = None if prompts is None else read_prompts(prompts)
     models = open_models(path, device, ema=ema)
-    other = None if compare is None else open_models(compare, device)
+    other = None if compare is None else _open_second(compare, device)
     root = models.data_root(None if data is None else str(data))
     dataset = open_split(models, root, split, clients)
 
@@ -111,6 +111,13 @@ def evaluate(
     if out is not None:
         result["embeddings"] = str(save(Embeddings.of(galleries), out, str(models.source)))
     return result
+
+
+def _open_second(path: str | Path, device: str) -> Models:
+    try:
+        return open_models(path, device)
+    except ValueError as error:
+        raise ValueError(f"--compare: {error}") from error
 
 
 def _retrieval(

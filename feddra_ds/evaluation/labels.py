@@ -35,6 +35,8 @@ def read_prompts(path: str | Path) -> Prompts:
     """
     try:
         told = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # yes and no stay words
+    except OSError as error:
+        raise ValueError(f"--prompts: cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"--prompts: {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(told, dict) or not told:

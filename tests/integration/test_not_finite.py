@@ -21,7 +21,11 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(run, name of the weight): one value of the vision encoder is NaN."""
     work = tmp_path_factory.mktemp("spoilt")
     data = make_data(work / "data")
-    config = make_config(work / "run", data, model={"head": {"kind": "linear"}, "num_extra_blocks": 0})
+    sections = {
+        "model": {"head": {"kind": "linear"}, "num_extra_blocks": 0},
+        "objective": {"learnable_temperature": True},
+    }
+    config = make_config(work / "run", data, **sections)
     run = make_run(work / "run", config, [make_line(0)])
     add_model(run / "model", config)
     model, processor = load_pretrained(run / "model")
@@ -32,9 +36,9 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return run, name
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: object, expect: int = 1) -> tuple[str, str]:
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
     """(stdout, stderr) of a command that must fail."""
-    assert main([str(word) for word in words]) == expect
+    assert main([str(word) for word in words]) == 1
     out, error = capsys.readouterr()
     return out, error
 
@@ -59,23 +63,27 @@ def test_evaluate(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) 
     assert result["zero_shot"]["odd"]["pooled"]["auroc"] == 0
     assert f"feddra-ds: the model has 1 weights that are not finite: {name} (1)" in error
     assert "feddra-ds: north: 8 image embeddings are not finite: val0" in error
-    capsys.readouterr()
-    assert main(["report", str(run), "--examples", "0"]) == 1, "it shows what evaluate kept"
-    assert name in (run / "report.html").read_text()
-    assert name in capsys.readouterr().err
+    _, error = told(capsys, "report", run, "--examples", 0)
+    assert "north: 8 image embeddings are not finite" in error, "it shows what evaluate kept"
+    assert "north: 8 image embeddings are not finite" in (run / "report.html").read_text()
     (run / "evaluation.json").unlink()
 
 
 def test_probe(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    _, error = told(capsys, "probe", spoilt[0], "--json", expect=2)
+    out, error = told(capsys, "probe", spoilt[0], "--json")
+    result = json.loads(out, parse_constant=refuse)
+    assert result["labels"] == {}
+    assert set(result["labels_left_out"]) == {"odd", "view"}
+    assert result["non_finite"]["val"]["weights"] == {spoilt[1]: 1}
     assert spoilt[1] in error
     assert "north: 12 image embeddings are not finite" in error
 
 
 def test_report(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    _, error = told(capsys, "report", spoilt[0], "--examples", 2)
-    assert spoilt[1] in error
-    assert spoilt[1] in (spoilt[0] / "report.html").read_text()
+    for examples in (2, 0):
+        _, error = told(capsys, "report", spoilt[0], "--examples", examples)
+        assert error.count(spoilt[1]) == 1
+        assert spoilt[1] in (spoilt[0] / "report.html").read_text()
 
 
 @pytest.mark.parametrize("form", ["feddra", "transformers"])
@@ -83,6 +91,21 @@ def test_export(spoilt: tuple[Path, str], form: str, tmp_path: Path, capsys: pyt
     out, error = told(capsys, "export", spoilt[0], "--out", tmp_path / "out", "--format", form)
     assert f"wrote {tmp_path / 'out'}" in out
     assert "weights that are not finite: " in error
+
+
+def test_a_temperature(spoilt: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Embeddings stay finite, and so does the JSON."""
+    model, processor = load_pretrained(spoilt[0] / "model")
+    state = {name: torch.nan_to_num(x) for name, x in model.state_dict().items()}
+    (name,) = (name for name in state if "temperature" in name)
+    state[name] = torch.full_like(state[name], float("nan"))
+    save_model(state, model.config, processor, tmp_path / "model")
+    words = ("--data", spoilt[0].parent / "data", "--bootstrap", 5, "--json")
+    out, error = told(capsys, "evaluate", tmp_path / "model", *words)
+    result = json.loads(out, parse_constant=refuse)
+    assert result["non_finite"] == {"weights": {name: 1}, "pairs": {}}
+    assert result["zero_shot"]["odd"]["pooled"]["calibration"] is None
+    assert name in error
 
 
 def test_an_experiments_arm(spoilt: tuple[Path, str]) -> None:
