@@ -125,7 +125,7 @@ def _known(targets: Ints, scores: Floats) -> tuple[Ints, Floats]:
         return targets, scores
     low, high = (float(x) for x in (scores[finite].min(), scores[finite].max())) if finite.any() else (0.0, 0.0)
     own = np.arange(scores.shape[1]) == targets[:, None]
-    return targets, np.where(finite.all(1)[:, None], scores, np.where(own, low - 1, high + 1))
+    return targets, np.where(finite.all(1, keepdims=True), scores, np.where(own, low - 1, high + 1))
 
 
 def _columns(targets: Ints, scores: Floats) -> list[tuple[NDArray[np.bool_], Floats]]:

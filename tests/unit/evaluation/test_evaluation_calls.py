@@ -131,13 +131,13 @@ def test_everything_that_is_measured_is_documented(
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("odd:\n  yes: an odd one\n  no: [an even one, not odd]\n")
     saved = tmp_path / "saved.safetensors"
-    options: dict[str, Any] = {"bootstrap": 20, "subgroups": ["site", "view"], "prompts": prompts}
+    options: dict[str, Any] = {"bootstrap": 20, "subgroups": ["site", "odd"], "prompts": prompts}
     found = evaluate(run, **options, compare=other, save_embeddings=saved, match_by="patient")
-    words = ("--subgroup", "site,view", "--prompts", prompts, "--save-embeddings", saved, "--match-by", "patient")
+    words = ("--subgroup", "site,odd", "--prompts", prompts, "--save-embeddings", saved, "--match-by", "patient")
     assert main([str(w) for w in ("evaluate", run, *words, "--compare", other, "--bootstrap", 20)]) == 0
     shown = capsys.readouterr().out
     assert "worst subgroup: " in shown
-    assert f"Against {other}, on the same pairs" in shown
+    assert "on the same pairs" in " ".join(shown.split())
     assert found == json.loads((run / "evaluation.json").read_text())
     check_documented("evaluate", found, evaluate(run, shuffled_texts=True), but=r"non_finite|REASON|loss_not_finite")
     check_documented("probe", probe(run, repeats=1), but="non_finite")
