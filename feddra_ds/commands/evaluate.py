@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-embeddings", metavar="FILE", help="write the embeddings as FILE.safetensors or FILE.parquet"
     )
-    parser.add_argument("--no-zero-shot", action="store_true", help="leave out zero-shot classification by label names")
+    parser.add_argument("--no-zero-shot", action="store_true", help="leave out zero-shot classification")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -343,7 +343,7 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
         )
     if rows:
         columns = ["label", "pairs", "positive", "AUROC", "AUPRC", "F1", "balanced acc.", "ECE", "worst client's AUROC"]
-        print_table("Zero-shot by label names, all of these galleries (chance: AUROC 0.5)", columns, rows)
+        print_table("Zero-shot classification, all of these galleries (chance: AUROC 0.5)", columns, rows)
     else:
         print("Zero-shot classification: the samples have no labels that could be told apart")
     for label, reason in result["labels_left_out"].items():
