@@ -60,7 +60,7 @@ def load_config(name: str, key: str) -> PreTrainedConfig:
     """The transformers config of a folder or hub id. Raises ValueError naming `key`."""
     source = local_or_hub(name, key)
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
@@ -79,7 +79,8 @@ def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel
             if recorder is not None:
                 kind = MODEL_MAPPING[type(config)] if kind is AutoModel else kind
                 return _encoder_alone(load_deferred(recorder, source, kind, config, attention))
-            return _encoder_alone(kind.from_pretrained(source, config=config, dtype=torch.float32, **attention))
+            safely: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+            return _encoder_alone(kind.from_pretrained(source, config=config, **safely, **attention))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{key}: {_why(name, error)}") from error
 

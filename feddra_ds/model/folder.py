@@ -125,7 +125,7 @@ def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor
         raise ValueError(f"{folder} holds a {config.model_type} model, not one exported by feddra-ds")
     try:
         with quiet():
-            model, info = DualEncoder.from_pretrained(folder, output_loading_info=True)
+            model, info = DualEncoder.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # missing, cut off or mismatched files: transformers and safetensors raise many types
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder}: its weights cannot be loaded: {first}") from error

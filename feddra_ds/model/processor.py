@@ -76,8 +76,8 @@ class DualEncoderProcessor:
     def from_pretrained(cls, folder: str | Path) -> DualEncoderProcessor:
         """Read what save_pretrained wrote. Raises ValueError naming the folder where it is not all there."""
         try:
-            image_processor = ViTImageProcessorPil.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            image_processor = ViTImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no processor: {str(error).splitlines()[0]}") from error
         return cls(image_processor, tokenizer, tokenizer.model_max_length)

@@ -30,7 +30,7 @@ def load_tokenizer(path_or_id: str | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
     except Exception as error:  # transformers and the hub raise many types for "not there"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"model.text.tokenizer: cannot load a tokenizer from {path_or_id}: {first}") from error

@@ -139,7 +139,7 @@ def test_everything_that_is_measured_is_documented(
     assert "worst subgroup: " in shown
     assert "on the same pairs" in " ".join(shown.split())
     assert found == json.loads((run / "evaluation.json").read_text())
-    check_documented("evaluate", found, evaluate(run, shuffled_texts=True), but=r"non_finite|REASON|loss_not_finite")
+    check_documented("evaluate", found, evaluate(run, shuffled_texts=True), but=r"non_finite|REASON|loss_not_finite|labels_left_out")
     check_documented("probe", probe(run, repeats=1), but="non_finite")
 
     plain = evaluate(run, bootstrap=20)
