@@ -57,6 +57,15 @@ def pooled(run: Path, data: Path, split: str) -> dict:
 
 
 @pytest.mark.slow
+def test_a_round_of_it(tmp_path: Path) -> None:
+    convert(CXR / "metadata.csv", tmp_path / "data")
+    (told,) = train(tmp_path / "data", tmp_path / "run", 1)
+    assert len(told["client_train_losses"]) == 5
+    assert not told["excluded_clients"]
+    assert pooled(tmp_path / "run", tmp_path / "data", "val")["pairs"] >= 60
+
+
+@pytest.mark.exhaustive
 def test_it_learns_the_training_pairs(tmp_path: Path) -> None:
     convert(CXR / "metadata.csv", tmp_path / "data")
     told = train(tmp_path / "data", tmp_path / "run", 10)
