@@ -9,6 +9,7 @@ import pytest
 # xdist hands out files in this order, and none of these should be the last to end
 LONGEST = ("test_quickstart.py", "test_own_classes.py", "test_docs_commands.py", "test_benchmarks.py")
 LONG_S = 60.0
+gc.disable()  # while all is imported and collected
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,6 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    gc.enable()
     gc.collect()
     gc.freeze()  # a run ends with a collection, which costs a second where it goes through torch's and transformers' modules
 
