@@ -225,6 +225,9 @@ class AggregateConfig(Section):
     ema: float | None = Field(None, gt=0, lt=1)
     """β of an average of the global models of all rounds so far, that of t rounds ago weighted ∝ β^t, kept beside the global
     model: `evaluate --ema` measures it, `export --ema` writes it. Training does not see it. null: none."""
+    max_norm_ratio: float | None = Field(100.0, gt=1)
+    """An update whose norm is more than this many times the clients' median of the last round is left out of the average, by
+    name. Where a first round has such an update, its average is not used. null: any finite update is averaged."""
     after_stage1: bool = True
     """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
 

@@ -68,6 +68,7 @@ class Run:
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
+    norm_limits: dict[str, float | None] = field(default_factory=dict)  # by stage: the largest update that is averaged
     # rank 0 only
     coordinator: Coordinator | None = None
     metrics: MetricsFile | None = None
@@ -148,6 +149,7 @@ class Run:
                     self.strategy.loss_weight(self.mixture, client.index),
                     on_step=self.progress.begin_client(client.id),
                     outer=self.server.outer,
+                    norm_limit=self.norm_limits.get(stage.name),
                 )
                 self.prefetch_after(client)
                 reports[client.index] = result.report()
@@ -173,6 +175,10 @@ class Run:
                     self.server.add(client, self.average_weight(client), client.aligner)
                 if not stage.hands_on_aligner:
                     client.aligner = None
+        self.norm_limits[stage.name] = decision.norm_limit
+        if not decision.is_used:
+            self.server.discard()
+            return
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
             self.server.finish(self.topology, decision.total_weight, decision.drift)
 
