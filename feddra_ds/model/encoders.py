@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from feddra_ds.common.text import first_line
+from feddra_ds.common.trust import SAFELY, refuse_code, refuse_pickles
 from feddra_ds.config.schema import EncoderConfig
 from feddra_ds.model.towers import ENCODERS_OF_TWO, check_config
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.pretrained import load_deferred
+from feddra_ds.model.weights.tape import CannotDefer
 
 # Text encoders whose position ids start behind the padding id.
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
@@ -59,15 +61,17 @@ def local_or_hub(name: str, key: str) -> str:
 def load_config(name: str, key: str) -> PreTrainedConfig:
     """The transformers config of a folder or hub id. Raises ValueError naming `key`."""
     source = local_or_hub(name, key)
+    refuse_code(source, key)
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a config of wrong types: each class of transformers raises what it happens to
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
 
 def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel:
     """A transformers model with its weights, fp32, on the CPU, without dropout. Raises ValueError naming `key`."""
     source = local_or_hub(name, key)
+    refuse_pickles(source, key)
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
         if part is not None:
             set_dropout(part, 0.0, set())
@@ -79,13 +83,17 @@ def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel
             if recorder is not None:
                 kind = MODEL_MAPPING[type(config)] if kind is AutoModel else kind
                 return _encoder_alone(load_deferred(recorder, source, kind, config, attention))
-            return _encoder_alone(kind.from_pretrained(source, config=config, dtype=torch.float32, **attention))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            return _encoder_alone(
+                kind.from_pretrained(source, config=config, dtype=torch.float32, **SAFELY, **attention)
+            )
+    except CannotDefer:
+        raise
+    except Exception as error:  # sizes and weights that do not fit: transformers, torch and safetensors raise many types
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
 
 def _why(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     if Path(name).expanduser().is_dir():
         return f"cannot load {name}: {first}"
     return f"{name} is not a folder here and could not be fetched from the Hugging Face hub: {first}"

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from feddra_ds.common.trust import SAFELY
 from feddra_ds.model.weights.deferred import Recorder
 from feddra_ds.model.weights.tape import CannotDefer
 from feddra_ds.model.weights.tensor_files import all_stored
@@ -31,7 +32,7 @@ def load_deferred(
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads would not be recorded
     try:
-        model = architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **attention)
+        model = architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **SAFELY, **attention)
     finally:
         if before is None:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
