@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
-from feddra_ds.config.schema import DataConfig
+from feddra_ds.common.tree import set_path
+from feddra_ds.config.load import load
+from feddra_ds.config.schema import Config, DataConfig
 from feddra_ds.data.format.dataset import INDEX_NAME, Dataset, open_dataset
 from feddra_ds.data.format.look import Look, Seen, look
 from feddra_ds.data.format.writer import index_bare_folders
-from feddra_ds.data.loading.tokens import load_tokenizer
 
+# option: the key of a config that it sets
+_KEYS = {
+    "root": "data.root",
+    "clients": "data.clients",
+    "client_field": "data.client_field",
+    "text_field": "data.text_field",
+    "text_length": "data.text_length",
+    "max_bad_fraction": "data.max_bad_fraction",
+    "tokenizer": "model.text.tokenizer",
+}
 _LABELS_SHOWN = 12
 _CLIENTS_SHOWN = 8
 
@@ -24,7 +39,13 @@ _CLIENTS_SHOWN = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data inspect`."""
     add = parser.add_argument
-    add("root", type=Path, metavar="ROOT", help="folder of the dataset")
+    default = DataConfig()
+    add("root", nargs="?", metavar="ROOT", help="folder of the dataset; with --client-field, of one set of shards")
+    add("--config", metavar="FILE", help="config of a training, whose data, clients and tokenizer are looked at; the options "
+        "here come on top")  # fmt: skip
+    add("--clients", metavar="MAP", help="in place of ROOT: each client's shards, as data.clients, such as "
+        "'{north: /archive/north, south: \"/archive/south/{000..011}.tar\"}'")  # fmt: skip
+    add("--client-field", metavar="F", help="field of a sample's json that names its client, as data.client_field")
     add("--verify", action="store_true", help="also compare every shard's sha256 with its index.json")
     add(
         "--samples",
@@ -39,50 +60,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="field of a sample's json that is its text (its .txt where the json has none), as data.text_field",
     )
-    add("--text-length", type=int, default=DataConfig().text_length, metavar="N", help="say how many texts data.text_length N "
-        "would cut (default %(default)s)")  # fmt: skip
-    add(
-        "--tokenizer",
-        metavar="T",
-        help="count tokens with this tokenizer (model.text.tokenizer; default: the shipped one)",
-    )
+    add("--text-length", type=int, metavar="N", help="say how many texts data.text_length N would cut (default: the config's, "
+        f"else {default.text_length})")  # fmt: skip
+    add("--tokenizer", metavar="T", help="count tokens with it, as model.text.tokenizer (default: the config's, else the "
+        "shipped one)")  # fmt: skip
     add("--max-pictures", type=int, default=20_000, metavar="N", help="look for pictures that are alike where there are at most "
         "N of them; 0 leaves that out (default %(default)s)")  # fmt: skip
-    add("--max-bad-fraction", type=float, default=DataConfig().max_bad_fraction, metavar="F", help="share of unreadable pairs "
-        "of a client above which this is a problem (default %(default)s)")  # fmt: skip
+    add("--max-bad-fraction", type=float, metavar="F", help="share of unreadable pairs of a client above which this is a problem "
+        f"(default: the config's, else {default.max_bad_fraction})")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables and checks. Returns 0 when the dataset is whole, 1 when a check failed. Raises DataError."""
+    """Print the tables and checks. Returns 0 when the dataset is whole, 1 when a check failed. Raises ConfigError, DataError."""
     if args.samples < 1:
         raise DataError(f"--samples: must be at least 1, got {args.samples}")
+    config = _config(args)
     if args.write_index:
-        notes: list[str] = []
-        for folder, counts in index_bare_folders(args.root, args.text_field, notes):
-            print(f"{folder / INDEX_NAME}: {', '.join(f'{n} {split}' for split, n in counts.items())} samples")
-        for note in notes:
-            print(f"note     {note}")
-    dataset = open_dataset(args.root, data=DataConfig(text_field=args.text_field))
-    tokenizer = load_tokenizer(args.tokenizer)
+        _write_index(config.data)
+    # the exact order, whatever the config's: pairs are looked at by their place
+    dataset = open_dataset(config.data.root, config.clients.ids, data=config.data.model_copy(update={"order": "exact"}))
     found = look(
         dataset,
         samples=args.samples,
         verify=args.verify,
-        max_bad_fraction=args.max_bad_fraction,
+        max_bad_fraction=config.data.max_bad_fraction,
         max_pictures=args.max_pictures,
-        num_tokens=lambda text: len(tokenizer(text).input_ids),
+        num_tokens=_token_counter(config),
         track=track,
     )
-    _print_clients(args.root, dataset, found)
+    _print_clients(dataset, found)
     _print_labels(found.seen)
-    _print_texts(found.seen, args.text_length)
+    _print_texts(found.seen, config.data.text_length)
     if not found.problems or found.seen:
-        _print_alike(found.pictures, args.max_pictures)
-    _print_checks(dataset, found, args.verify)
+        _print_alike(dataset, found.pictures, args.max_pictures)
+    _print_checks(dataset, found, args)
     return 1 if found.problems else 0
 
 
-def _print_clients(root: Path, dataset: Dataset, found: Look) -> None:
+def _config(args: argparse.Namespace) -> Config:
+    """What --config says, with the options on top. Raises ConfigError."""
+    overrides: dict[str, Any] = {}
+    for option, key in _KEYS.items():
+        value = getattr(args, option)
+        if value is not None:
+            set_path(overrides, key, _as_yaml(value) if option == "clients" else value)
+    return load(args.config, overrides)
+
+
+def _as_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # which the config refuses
+
+
+def _write_index(data: DataConfig) -> None:
+    if data.root is None or data.client_field is not None:
+        raise DataError(
+            "--write-index: is for a folder of one folder per client; `feddra-ds data index` indexes other shards"
+        )
+    notes: list[str] = []
+    for folder, counts in index_bare_folders(Path(data.root), data.text_field, notes):
+        print(f"{folder / INDEX_NAME}: {', '.join(f'{n} {split}' for split, n in counts.items())} samples")
+    for note in notes:
+        print(f"note     {note}")
+
+
+def _token_counter(config: Config) -> Callable[[str], int]:
+    from feddra_ds.model.build import tokenizer_of  # on demand: it imports torch
+
+    tokenizer = tokenizer_of(config)
+    return lambda text: len(tokenizer(text).input_ids)
+
+
+def _print_clients(dataset: Dataset, found: Look) -> None:
     rows: list[tuple[object, ...]] = []
     for client in (*dataset.client_ids, *dataset.held_out):
         own = found.seen.get(client, Seen())
@@ -94,7 +145,7 @@ def _print_clients(root: Path, dataset: Dataset, found: Look) -> None:
             (name, *counts, len(shards), _megabytes(size), _range(own.words), _range(own.tokens), _range(own.sides))
         )
     columns = ["client", *found.splits, "shards", "MB", "words per text", "tokens per text", "image side"]
-    print_table(f"{root}: {dataset.info.get('source', 'no description')}", columns, rows)
+    print_table(f"{dataset.address}: {dataset.info.get('source', 'no description')}", columns, rows)
 
 
 def _print_labels(seen: dict[str, Seen]) -> None:
@@ -127,12 +178,13 @@ def _print_texts(seen: dict[str, Seen], text_length: int) -> None:
               f"frequent comes {max(repeated.values())} times")  # fmt: skip
 
 
-def _print_alike(pictures: list[tuple[str, str]] | None, most: int) -> None:
+def _print_alike(dataset: Dataset, pictures: list[tuple[str, str]] | None, most: int) -> None:
     """Pictures that look alike, those of two clients or two splits by name."""
+    if dataset.store is not None:
+        print("note     patients and pictures were not compared: their shards are not on this disk")
+    elif pictures is None:
+        print(f"note     pictures were not compared: there are more than --max-pictures {most}")
     if pictures is None:
-        print(
-            f"note     pictures were not compared: there are more than --max-pictures {most}, or they are not on this disk"
-        )
         return
     for part, what in ((0, "at two clients"), (1, "in two splits")):
         apart = [f"{a} and {b}" for a, b in pictures if a.split("/")[part] != b.split("/")[part]]
@@ -142,7 +194,7 @@ def _print_alike(pictures: list[tuple[str, str]] | None, most: int) -> None:
         print(f"note     {len(pictures)} pictures look like another one in the data")
 
 
-def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:
+def _print_checks(dataset: Dataset, found: Look, args: argparse.Namespace) -> None:
     for line in found.problems:
         print(f"PROBLEM  {line}")
     bad = []
@@ -153,10 +205,7 @@ def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:
     if bad:
         print(f"note     unreadable among the pairs looked at: {listed(bad)}")
     if not found.problems:
-        print(
-            "ok       every shard is there and has its full size"
-            + (" and its sha256" if verified else "; --verify checks sha256")
-        )
+        print(f"ok       every shard is there and has its full size{_digests(dataset, args.verify)}")
     if found.leaks:
         print(
             f"note     {found.leaks} texts are in train and in another split too; identical reports count as positives"
@@ -173,8 +222,24 @@ def _print_checks(dataset: Dataset, found: Look, verified: bool) -> None:
         print(
             f"ok       smallest client {smallest}: data.batch_size can be up to {dataset.num_samples(smallest, 'train')}"
         )
-    name = str(dataset.root).rstrip("/").rpartition("/")[2]
-    next_step(f"feddra-ds train --config cxr_regions --data.root {dataset.root} --run.output_dir runs/{name}")
+    next_step(_training(args))
+
+
+def _digests(dataset: Dataset, verified: bool) -> str:
+    """What is to be said of the shards' sha256; those of an index that was made here, at first use, have none."""
+    if not any("sha256" in shard for client in dataset.client_ids for _, shard in dataset.shards(client)):
+        return ""
+    return " and its sha256" if verified else "; --verify checks sha256"
+
+
+def _training(args: argparse.Namespace) -> str:
+    """The command that trains on what was looked at."""
+    name = Path(args.root or args.config or "shards").stem
+    words = ["feddra-ds", "train", "--config", args.config or "cxr_regions"]
+    for option in ("root", "clients", "client_field", "text_field"):
+        if getattr(args, option) is not None:
+            words += [f"--{_KEYS[option]}", getattr(args, option)]
+    return shlex.join([*words, *([] if args.config else ["--run.output_dir", f"runs/{name}"])])
 
 
 def _megabytes(size: int) -> str:

@@ -146,10 +146,6 @@ def _where_data_are(c: Config) -> list[str]:
     if c.data.root is None and c.data.clients is None:
         out.append("data.root: is needed; a folder that `feddra-ds data convert` or `feddra-ds data synth` wrote; or "
                    "data.clients, for shards made elsewhere")  # fmt: skip
-    if c.data.client_field is not None and c.data.order == "streaming":
-        out.append(
-            "data.order: streaming reads each client's own shards, which data.client_field has none of; use exact"
-        )
     if c.data.clients is not None:
         for key in ("root", "client_field"):
             if getattr(c.data, key) is not None:

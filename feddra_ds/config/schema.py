@@ -207,6 +207,10 @@ class OptimizerConfig(Section):
 class TopologyConfig(Section):
     ranks_per_slot: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
     """Ranks of one client slot; null takes as many slots as divide the world, up to one per client."""
+    interface: str | None = Field(None, json_schema_extra=MAY_CHANGE)
+    """The network interface, by its name on every host (`ip -4 addr` lists them), over which ranks meet and exchange tensors: it
+    sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and rank 0 serves the store on it alone. null: as these variables say, else
+    as gloo and NCCL choose; a run on one host whose launcher names the loopback is not heard outside."""
 
 
 class AggregateConfig(Section):

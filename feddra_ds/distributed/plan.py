@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from feddra_ds.common.text import listed
+
+_MOST_ROWS = 64  # of a table for reading
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,26 @@ class Plan:
             )
         )
         return f"{ranks} = {slots} × {each}, {clients}, at most {len(self.clients_of(0))} per slot"
+
+    def table(self, hosts: Sequence[str], devices: Sequence[str], client_ids: Sequence[str]) -> list[str]:
+        """Who is where, as lines of text: a row a rank, of the ranks' hosts and devices; a slot's clients at its first."""
+        rows = [("rank", "host", "device", "slot", "slot rank", "clients")]
+        for rank in range(min(self.world_size, _MOST_ROWS)):
+            slot, slot_rank = self.slot_of(rank), self.slot_rank_of(rank)
+            names = [client_ids[index] for index in self.clients_of(slot)] if client_ids and slot_rank == 0 else []
+            rows.append((str(rank), hosts[rank], devices[rank], str(slot), str(slot_rank), listed(names)))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return lines + [f"and {self.world_size - _MOST_ROWS} more ranks"] * (self.world_size > _MOST_ROWS)
+
+    def apart(self, hosts: Sequence[str]) -> dict[int, list[str]]:
+        """The slots whose ranks are on more than one host, with these hosts."""
+        out = {}
+        for slot in range(self.num_slots):
+            first = slot * self.ranks_per_slot
+            if len(of_slot := list(dict.fromkeys(hosts[first : first + self.ranks_per_slot]))) > 1:
+                out[slot] = of_slot
+        return out
 
 
 def plan(world_size: int, num_clients: int, ranks_per_slot: int | None = None) -> Plan:

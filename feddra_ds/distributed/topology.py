@@ -8,18 +8,20 @@ believes that its client is all there is; slots meet only in the store and in th
 from __future__ import annotations
 
 import contextlib
-import itertools
+import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from feddra_ds.common.errors import WaitTimeout
+from feddra_ds.common.logs import logger
 from feddra_ds.distributed.launch import Launch
+from feddra_ds.distributed.meeting import Place, address_of, meet
 from feddra_ds.distributed.messages import Messages
 from feddra_ds.distributed.plan import Plan
 
@@ -35,17 +37,38 @@ class Topology(Messages):
     slot: int
     slot_rank: int
     device: torch.device
+    places: list[Place]  # of all ranks, by rank
     # how long any wait may last, in seconds
     timeout_s: float
     # the slots that still take part, and the peers of this slot rank in them: None where one slot is left
     live_slots: tuple[int, ...]
     peers: dist.ProcessGroup | None
 
-    def __init__(self, plan: Plan, launch: Launch, device: torch.device, timeout_s: float):
+    def __init__(
+        self,
+        plan: Plan,
+        launch: Launch,
+        device: torch.device,
+        timeout_s: float,
+        *,
+        common: Mapping[str, Any] | None = None,
+        client_ids: Sequence[str] = (),
+        interface: str | None = None,
+    ):
+        """Every rank calls it. common: see meeting.meet. client_ids: of all clients, for the plan that rank 0 logs
+        before the groups are made. interface: the network interface of the store, gloo and NCCL.
+
+        Raises ConfigError, WaitTimeout.
+        """
         self.plan, self.rank, self.device, self.timeout_s = plan, launch.rank, device, timeout_s
         self.slot, self.slot_rank = plan.slot_of(launch.rank), plan.slot_rank_of(launch.rank)
         timeout = timedelta(seconds=timeout_s)
-        self.store = _meet(launch, timeout)
+        if interface is not None:
+            address_of(interface)
+            os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=f"={interface}")  # = : no mere prefix
+        self.store, self.places = meet(launch, str(device), timeout_s, common, interface)
+        if self.is_coordinator and plan.world_size > 1:
+            self._say_who_is_where(client_ids)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"slot/{self.slot}", self.store),
@@ -57,6 +80,16 @@ class Topology(Messages):
         self.live_slots = tuple(range(plan.num_slots))
         self.peers = self._join_peers(generation=0)
         super().__init__(dist.PrefixStore("message", self.store), launch.rank, timeout_s)
+
+    def _say_who_is_where(self, client_ids: Sequence[str]) -> None:
+        hosts, devices = [place.host for place in self.places], [place.device for place in self.places]
+        for line in self.plan.table(hosts, devices, client_ids):
+            logger.info("%s", line)
+        for slot, of_slot in self.plan.apart(hosts).items():
+            logger.warning(
+                f"slot {slot} lies on {' and '.join(of_slot)}: each of its steps crosses the network; choose "
+                "topology.ranks_per_slot and the ranks of each host so that no slot is torn"
+            )
 
     @property
     def is_coordinator(self) -> bool:
@@ -155,37 +188,3 @@ class Topology(Messages):
         if self.is_coordinator:
             for rank in self.live_ranks:
                 self.fetch(f"left/{rank}", sender=f"rank {rank}", timeout_s=30)
-
-
-_stores: dict[tuple[str, int], tuple[dist.TCPStore, Iterator[int]]] = {}  # by address and port
-
-
-def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
-    """The store that rank 0 serves, for one run.
-
-    Under a launcher, whose port all runs of its processes share, the store lives as long as the process, and each run
-    has a name of its own in it: a rank that is early in the next run must not read what the last one left.
-    Raises WaitTimeout where the port is taken, or nobody serves it in time.
-    """
-    if launch.port == 0:  # the store takes a port that is free
-        return _connect(launch, timeout)
-    place = launch.address, launch.port
-    if place not in _stores:
-        _stores[place] = _connect(launch, timeout), itertools.count()
-    store, runs = _stores[place]
-    store.set_timeout(timeout)
-    return dist.PrefixStore(f"run/{next(runs)}", store)
-
-
-def _connect(launch: Launch, timeout: timedelta) -> dist.TCPStore:
-    place = f"{launch.address}:{launch.port}"
-    try:
-        return dist.TCPStore(
-            launch.address, launch.port, launch.world_size, launch.rank == 0, timeout, wait_for_workers=False
-        )
-    except dist.DistError as error:
-        if launch.rank == 0:
-            todo = "is another job using it? choose another: deepspeed --master_port PORT, or MASTER_PORT"
-            raise WaitTimeout(f"rank 0 cannot serve the run's store at {place}; {todo}") from error
-        first = str(error).splitlines()[0]
-        raise WaitTimeout(f"rank {launch.rank} cannot reach the coordinator (rank 0) at {place}: {first}") from None

@@ -18,7 +18,7 @@ from feddra_ds.common.errors import ConfigError
 from feddra_ds.metrics.ranking import ranks
 from feddra_ds.run.files import RunFiles
 from feddra_ds.strategies import robust_weights
-from feddra_ds.strategies.robust_weights import MixtureSet
+from feddra_ds.strategies.mixture_set import MixtureSet, SetKind
 
 if TYPE_CHECKING:
     from feddra_ds.evaluation.gallery import Gallery
@@ -63,7 +63,7 @@ def objective_of(run: RunFiles) -> Objective | None:
 
 def set_of(run: RunFiles, center: NDArray[np.float64]) -> MixtureSet:
     """The set in which the run's p moves, around `center` (N,). An older run, whose config names no set, has the χ² ball."""
-    kind: robust_weights.SetKind = run.get("dro.set") or "chi2"
+    kind: SetKind = run.get("dro.set") or "chi2"
     radius, share = run.get("dro.radius"), run.get("dro.radius_share")
     return robust_weights.set_around(
         center,

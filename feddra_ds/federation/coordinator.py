@@ -20,7 +20,7 @@ from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.base import Draws
-from feddra_ds.strategies.robust_weights import Vector
+from feddra_ds.strategies.mixture_set import Vector
 
 _FAR = 2.0  # times chance: a loss beyond this is said in the log too
 

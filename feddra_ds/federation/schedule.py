@@ -13,7 +13,7 @@ from feddra_ds.data.loading.order import permutation, uniform
 from feddra_ds.model import lora_options
 from feddra_ds.model.lora_options import FactorName
 from feddra_ds.strategies.base import Draws
-from feddra_ds.strategies.robust_weights import Vector
+from feddra_ds.strategies.mixture_set import Vector
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import Config
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.preflight import preflight
-from feddra_ds.distributed.launch import Launch, choose_device
+from feddra_ds.distributed.launch import Launch, choose_device, missing_hostfile
 from feddra_ds.distributed.plan import Plan, plan
 from feddra_ds.model import lora_options
 from feddra_ds.model.lora_options import LoraOptions
@@ -150,6 +150,8 @@ def check(config: Config, launch: Launch) -> Checked:
     except ValueError as error:
         problems += str(error).splitlines()
     layout = None
+    if launch.rank == 0 and (hostfile := missing_hostfile()):
+        problems.append(f"--hostfile: there is no file {hostfile}, so deepspeed has started this host's ranks alone")
     try:
         choose_device(config.run.device, launch.local_rank)
         layout = plan(launch.world_size, num_clients, config.topology.ranks_per_slot)

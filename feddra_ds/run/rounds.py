@@ -39,7 +39,7 @@ from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
 from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.base import Draws
-from feddra_ds.strategies.robust_weights import Vector
+from feddra_ds.strategies.mixture_set import Vector
 
 STAGE_NAMES = ("stage1", "stage2", "aggregate", "evaluate", "checkpoint")
 

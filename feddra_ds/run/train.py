@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.run.checks import Checked, check
+from feddra_ds.run.lock import locked
 
-# What a run sets in the environment for DeepSpeed and for tokenizers.
-_VARIABLES = ("DS_ACCELERATOR", "LOCAL_RANK", "TOKENIZERS_PARALLELISM")
+# What a run sets in the environment for DeepSpeed, tokenizers and the groups.
+_VARIABLES = (
+    "DS_ACCELERATOR", "LOCAL_RANK", "TOKENIZERS_PARALLELISM", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,11 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     """
     checked = _config(config, overrides)
     run_dir = Path(checked.run.output_dir)
-    with log_to_stderr(_rank()), _environment_kept():
-        found = check(checked, Launch.from_environment())
-        with _generators_kept():
+    launch = Launch.from_environment()
+    with log_to_stderr(launch.rank), _environment_kept():
+        os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asks for it, whatever the launcher
+        found = check(checked, launch)
+        with locked(run_dir) if launch.rank == 0 else nullcontext(), _generators_kept():
             _train(checked, found)
     from feddra_ds.run.metrics_file import read_metrics
 
@@ -68,9 +73,11 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
 
 def run(path: str | None, overrides: dict[str, Any]) -> int:
     """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal."""
-    with _signals_end_the_run(), log_to_stderr(_rank()):
+    with _signals_end_the_run():
         try:
-            return _exit_code(load(path, overrides))
+            rank = Launch.from_environment().rank
+            with log_to_stderr(rank):
+                return _exit_code(load(path, overrides), rank)
         except ConfigError as error:
             for problem in error.problems:
                 print(f"feddra-ds: {problem}", file=sys.stderr)
@@ -82,7 +89,7 @@ def run(path: str | None, overrides: dict[str, Any]) -> int:
             return 2
 
 
-def _exit_code(config: Config) -> int:
+def _exit_code(config: Config, rank: int) -> int:
     try:
         result = train(config)
     except Interrupted as stopped:
@@ -94,7 +101,7 @@ def _exit_code(config: Config) -> int:
     except (TooFewClients, WaitTimeout, DataError) as error:
         logger.error("%s", error)
         return 1
-    if _rank() == 0:
+    if rank == 0:
         logger.info("done. Next: feddra-ds report %s", result.run_dir)
     return 0
 
@@ -105,11 +112,6 @@ def _config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[
         return load(config, dict(overrides or {}))
     tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
     return from_dict(merge(tree, dict(overrides or {})))
-
-
-def _rank() -> int:
-    """This process's rank in the launch, before torch is there to ask."""
-    return int(os.environ.get("RANK", 0))
 
 
 def _train(config: Config, found: Checked) -> None:

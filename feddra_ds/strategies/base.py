@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddra_ds.strategies import robust_weights
+from feddra_ds.strategies.mixture_set import MixtureSet, Vector
 from feddra_ds.strategies.options import DroOptions, StrategyOptions
-from feddra_ds.strategies.robust_weights import MixtureSet, Vector
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from feddra_ds.strategies.afl import AFL
 from feddra_ds.strategies.base import Draws
 from feddra_ds.strategies.limits import adapters_are_not
-from feddra_ds.strategies.robust_weights import Vector
+from feddra_ds.strategies.mixture_set import Vector
 
 
 class DRFA(AFL):

@@ -10,8 +10,8 @@ from pydantic import Field
 from feddra_ds.strategies.base import Averaged, SliceState
 from feddra_ds.strategies.fedavg import FedAvg
 from feddra_ds.strategies.limits import clients_undo_the_step, factors_are_new
+from feddra_ds.strategies.mixture_set import Vector
 from feddra_ds.strategies.options import StrategyOptions
-from feddra_ds.strategies.robust_weights import Vector
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -150,14 +150,14 @@ def _in_world(case: Callable[..., Any], args: Sequence[Any], rank: int, world_si
     """Run a case as a rank of a launch, then take down whatever process group it made."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
-    from feddra_ds.distributed import topology
+    from feddra_ds.distributed import meeting
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
         return case(*args)
     finally:
         leave_groups()
-        topology._stores.clear()  # a process keeps its launch's store, and each case is a launch of its own
+        meeting._stores.clear()  # a process keeps its launch's store, and each case is a launch of its own
 
 
 _pools: list[RankPool] = []

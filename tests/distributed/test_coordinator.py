@@ -138,7 +138,8 @@ def test_no_report_is_believed_blindly(dataset: Path, tmp_path: Path, ascent: st
         reported = line["clipped_losses"]
         if name == "chance":
             assert reported == []
-            assert line["robust_gain"]["best"] >= line["robust_gain"]["mixture"] > line["robust_gain"]["mean"]
+            gain = line["robust_gain"]
+            assert gain["best"] * (1 + 1e-12) >= gain["mixture"] > gain["mean"]
         elif name == "huge":
             assert reported == [{"id": "south", "reported": 1e30, "used": pytest.approx(chance)}]
             assert line["client_losses"][1] == 1e30
@@ -243,7 +244,7 @@ def test_a_stop_is_heard_by_all_before_the_coordinator_ends(dataset: Path, tmp_p
 
 # ---- real processes, really killed
 def _start(dataset: Path, out: Path, rank: int, port: int, world_size: int, **changes: Any) -> tuple[Any, Path]:
-    path, log = out.parent / f"{out.name}.yaml", out.parent / f"{out.name}-{rank}.log"
+    path, log = out.parent / f"{out.name}-{rank}.yaml", out.parent / f"{out.name}-{rank}.log"
     path.write_text(json.dumps(tree(dataset, out, **changes)))  # JSON is YAML
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     names = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -157,10 +157,10 @@ def test_all_layouts_train(num_ranks: int, order: str, clients: dict[str, Any], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_one_set_split_by_a_field_trains(num_ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_ranks", "order"), [(1, "exact"), (2, "streaming")])
+def test_one_set_split_by_a_field_trains(num_ranks: int, order: str, tmp_path: Path) -> None:
     hospital = lambda n: {**img2dataset(n), f"{n:09d}.json": told(hospital="ab"[n % 2])}
     write(tmp_path / "set", hospital)
-    line = trained({"root": str(tmp_path / "set"), "client_field": "hospital"}, tmp_path, num_ranks)
+    line = trained({"root": str(tmp_path / "set"), "client_field": "hospital", "order": order}, tmp_path, num_ranks)
     assert line["client_ids"] == ["a", "b"]
     assert not any(line["skipped_samples"].values())

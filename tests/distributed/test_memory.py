@@ -62,4 +62,4 @@ def test_the_coordinator_holds_no_more_than_any_other_rank(dataset: Path, tmp_pa
     by_rank = run_ranks(resident_by_round, 4, config, init_group=False, timeout=500)
     first, *others = [seen["peak"] for seen in by_rank]
     shown = [f"{seen['peak'] / 2**20:.0f} MiB" for seen in by_rank]
-    assert first <= 1.02 * max(others), shown
+    assert first <= 1.05 * max(others), shown

@@ -5,7 +5,6 @@ SGD with a learnable temperature in fp32, because AdamW hides a gradient of the 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,14 @@ ADAMW = {"schedule__rounds": 3, "optimizer__name": "adamw", "optimizer__lr": 3e-
 
 # (ranks, ranks per slot, ZeRO stage, what else differs)
 Layout = tuple[int, int, int, dict[str, Any]]
-FULL: list[Layout] = [
-    (ranks, per_slot, stage, {})
-    for (ranks, per_slot), stage in itertools.product([(1, 1), (2, 2), (2, 1), (4, 2)], range(4))
-]
-OPTIONS: list[Layout] = [
+# With SHORT, every layout of ranks under three ZeRO stages and more.
+MORE: list[Layout] = [
+    (1, 1, 1, {}),
+    (2, 2, 1, {}),
+    (2, 2, 2, {}),
+    (2, 1, 0, {}),
+    (4, 2, 0, {}),
+    (4, 2, 1, {}),
     (2, 1, 3, {"deepspeed__zero_optimization__sub_group_size": 3000}),
     (4, 2, 3, {"objective__anchors": "resident", "objective__impl": "reference"}),
 ]
@@ -91,8 +93,8 @@ def test_sgd_gives_the_same_weights_on_any_ranks(dataset: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_sgd_gives_the_same_weights_on_all_layouts_and_stages(dataset: Path, tmp_path: Path) -> None:
-    _compare_weights(dataset, tmp_path, FULL[1:] + OPTIONS)
+def test_sgd_gives_the_same_weights_on_more_layouts(dataset: Path, tmp_path: Path) -> None:
+    _compare_weights(dataset, tmp_path, MORE)
 
 
 @pytest.mark.parametrize("mean", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sum", "mean"])
@@ -105,8 +107,8 @@ def test_adamw_gives_the_same_losses_and_weights_p(dataset: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_adamw_gives_the_same_losses_on_all_layouts_and_stages(dataset: Path, tmp_path: Path) -> None:
-    one, *others = _runs(dataset, tmp_path, FULL, ADAMW)
+def test_adamw_gives_the_same_losses_on_all_stages(dataset: Path, tmp_path: Path) -> None:
+    one, *others = _runs(dataset, tmp_path, [(1, 1, 0, {}), (2, 1, 1, {}), (2, 2, 2, {}), (2, 2, 3, {})], ADAMW)
     for folder in others:
         _compare_metrics(metrics_of(one), metrics_of(folder), 1e-3, folder.name)
 

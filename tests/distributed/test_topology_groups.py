@@ -134,7 +134,7 @@ def _end_of_process(topology: Any) -> None:
 
     import torch.distributed as dist
 
-    from feddra_ds.distributed.topology import _stores
+    from feddra_ds.distributed.meeting import _stores
 
     topology.peers = topology._messages = topology.store = None
     dist.destroy_process_group()
@@ -195,7 +195,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 
     from feddra_ds.common.errors import WaitTimeout
     from feddra_ds.distributed.launch import Launch
-    from feddra_ds.distributed.topology import _meet
+    from feddra_ds.distributed.meeting import _store
 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -204,9 +204,9 @@ def test_a_port_that_is_taken_is_named() -> None:
         with pytest.raises(
             WaitTimeout, match=f"rank 0 cannot serve the run's store at 127.0.0.1:{port}; .*--master_port"
         ):
-            _meet(Launch(0, 2, 0, "127.0.0.1", port), timedelta(seconds=5))
+            _store(Launch(0, 2, 0, "127.0.0.1", port), timedelta(seconds=5))
     with pytest.raises(WaitTimeout, match=rf"rank 1 cannot reach the coordinator \(rank 0\) at 127.0.0.1:{port}"):
-        _meet(Launch(1, 2, 1, "127.0.0.1", port), timedelta(seconds=2))
+        _store(Launch(1, 2, 1, "127.0.0.1", port), timedelta(seconds=2))
 
 
 def test_a_peer_that_dies_in_an_average_is_named() -> None:

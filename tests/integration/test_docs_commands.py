@@ -61,7 +61,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "images").mkdir()
     draw = np.random.default_rng(0)
     rows = []
-    for number in range(120):
+    for number in range(180):
         image = f"images/{number}.png"
         Image.fromarray(draw.integers(0, 255, (48, 48), dtype=np.uint8)).save(work / image)
         hospital = ("north", "south", "west")[number % 3]

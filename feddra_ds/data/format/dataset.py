@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +164,15 @@ class Dataset:
         return Shards(client, split, own, counts, self.store, self.data.text_field, keep, known)
 
     def _stream_indexed(self, client: str, split: str) -> Shards:
+        """The shards that have samples of the client's split, which the index tells from others by their number in the shard."""
         samples = self.samples(client, split)
-        counts = np.bincount(samples.shard, minlength=len(samples.paths)).tolist()
-        chosen = self._chosen(client) if split in ("train", "val") else None
-        keep = None if chosen is None else _Among(frozenset(samples.keys))
-        used = [i for i, count in enumerate(counts) if count]
-        places = [samples.paths[i] for i in used]
-        return Shards(client, split, places, [counts[i] for i in used], self.store, samples.text_field, keep)
+        own: list[list[int]] = [[] for _ in samples.paths]
+        for shard, number in zip(samples.shard.tolist(), samples.number.tolist(), strict=True):
+            own[shard].append(number)
+        used = [i for i, numbers in enumerate(own) if numbers]
+        keep = _Among([frozenset(own[i]) for i in used], [samples.shard_sizes[i] for i in used])
+        counts: list[int | None] = [len(own[i]) for i in used]
+        return Shards(client, split, [samples.paths[i] for i in used], counts, self.store, samples.text_field, keep)
 
     def index(self, client: str) -> dict[str, Any]:
         """The client's index.json, or the one made of its shards. Raises DataError when it is missing or broken."""
@@ -268,6 +271,8 @@ class Dataset:
             info=place("json"),
             text_ids=np.array([int(row.get("text_id", "0"), 16) for row in rows], dtype=np.int64),
             groups=np.array([int(r["group"], 16) for r in rows], dtype=np.uint64) if "group" in rows[0] else None,
+            number=_numbers(rows),
+            shard_sizes=[shard["samples"] for shard in part["shards"]],
         )
 
     def _place(self, client: str, shard: dict[str, Any]) -> str:
@@ -334,24 +339,44 @@ def safe_name(value: str) -> str:
 
 @dataclass(frozen=True)
 class _Side:
-    """Whether a sample, given its key and json, is on one side of val_fraction."""
+    """A sample is of a split where it is on that side of val_fraction."""
 
     fraction: float
     split: str
 
-    def __call__(self, key: str, info: bytes | None) -> bool:
+    def __call__(self, shard: int, number: int, key: str, info: bytes | None) -> bool:
         group = np.array([int(group_hash(key, {} if info is None else info_of(info)), 16)], dtype=np.uint64)
         return bool(is_val(group, self.fraction)[0]) == (self.split == "val")
+
+    def check(self, shard: int, read: int) -> str | None:
+        return None
 
 
 @dataclass(frozen=True)
 class _Among:
-    """Whether a sample is one of these keys."""
+    """A sample is of a split where an index says so. numbers, sizes: of each shard, the samples that are, and how many it has."""
 
-    keys: frozenset[str]
+    numbers: list[frozenset[int]]
+    sizes: list[int]
 
-    def __call__(self, key: str, info: bytes | None) -> bool:
-        return key in self.keys
+    def __call__(self, shard: int, number: int, key: str, info: bytes | None) -> bool:
+        return number in self.numbers[shard]
+
+    def check(self, shard: int, read: int) -> str | None:
+        if read == self.sizes[shard]:
+            return None
+        return (f"has {read} samples as webdataset reads them, and {self.sizes[shard]} in its index: names come twice in it, or "
+                "members of a sample are apart; data.order=exact reads it")  # fmt: skip
+
+
+def _numbers(rows: list[dict[str, Any]]) -> np.ndarray:
+    """(n,) int32: each row's number in its shard. Rows of one client among others (`by_client`) say it themselves."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for row in rows:
+        numbers.append(row.get("number", seen[row["shard"]]))
+        seen[row["shard"]] += 1
+    return np.array(numbers, dtype=np.int32)
 
 
 def _groups(samples: Samples) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from feddra_ds.common.text import listed
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.indexing import Indexer
 from feddra_ds.data.format.remote import Store, is_remote
+from feddra_ds.data.format.text import is_lfs_file
 
 logger = logging.getLogger("feddra_ds")
 
@@ -49,6 +51,10 @@ def shards_of(key: str, given: str | Sequence[str], allow_pipe: bool) -> list[st
     gone = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
     if gone:
         raise DataError(f"{key}: {gone[0]} is not there ({len(gone)} of {len(shards)} shards are missing)")
+    unfetched = [shard for shard in shards if not is_remote(shard) and is_lfs_file(Path(shard))]
+    if unfetched:
+        raise DataError(f"{key}: {unfetched[0]} is a Git-LFS pointer, not the shard ({len(unfetched)} of {len(shards)}); "
+                        "git lfs pull fetches them")  # fmt: skip
     return shards
 
 
@@ -149,14 +155,17 @@ def _one_at_a_time(path: Path, name: str) -> Iterator[Path]:
 
 
 def by_client(index: dict[str, Any], client_field: str) -> dict[str, dict[str, Any]]:
-    """An index for each client of a set, by the field of the json that names it.
+    """An index for each client of a set, by the field of the json that names it; its rows have their `number` in their shard.
 
     Raises DataError where no pair has the field; pairs without it among others belong to nobody, and are counted.
     """
     clients: dict[str, dict[str, Any]] = {}
     without = 0
     for split, part in index["splits"].items():
+        seen: Counter[int] = Counter()
         for row in part["samples"]:
+            row["number"] = seen[row["shard"]]
+            seen[row["shard"]] += 1
             if "client" not in row:
                 without += 1
                 continue

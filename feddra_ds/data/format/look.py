@@ -13,7 +13,7 @@ from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.format.likeness import alike, thumbnail
 from feddra_ds.data.format.preflight import lost_folders, preflight
 from feddra_ds.data.format.samples import Samples, text_id
-from feddra_ds.data.format.text import no_report
+from feddra_ds.data.format.text import is_lfs_pointer, no_report
 from feddra_ds.data.loading.images import BadSample, open_image
 from feddra_ds.data.progress import Track, untracked
 
@@ -123,7 +123,7 @@ def _patients(dataset: Dataset, clients: list[str]) -> tuple[list[str], list[str
         if split_ones:
             problems.append(f"{client}: {len(split_ones)} patients are in train and in another split too, which makes "
                             f"evaluation look better than it is, e.g. {listed(split_ones, 3)}; convert with "
-                            "--group-column")  # fmt: skip
+                            "--group-column, or let data.val_fraction split")  # fmt: skip
         for patient in sides:
             owners.setdefault(patient, set()).add(client)
     return problems, sorted(patient for patient, own in owners.items() if len(own) > 1)
@@ -146,7 +146,10 @@ def _look_at_pair(part: Samples, index: int, seen: Seen, num_tokens: Callable[[s
         text, image, info = part.read_text(index), part.read_image(index), part.read_info(index)
         if image is None:
             raise BadSample("missing_image")
+        if is_lfs_pointer(image):
+            raise BadSample("git_lfs_pointer")
         seen.sides.append(min(open_image(image).size))
+        thumbnail(image)  # which decodes it
         told = (text or b"").decode()
         reason = no_report(told)
         if reason is not None:

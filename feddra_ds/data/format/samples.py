@@ -45,7 +45,8 @@ class Samples:
     paths: the shards, or their addresses where `store` fetches them. shard: (n,) int32, each sample's place in paths.
     image, text, info: (n, 2) int64, offset and length of the member; -1 says that it is missing. text_ids: (n,) int64.
     text_field: the field of the json member that is the text, or a list of texts; the txt where the json has none. groups:
-    (n,) uint64, what val_fraction goes by (split_by_hash), where the index has it.
+    (n,) uint64, what val_fraction goes by (split_by_hash), where the index has it. number: (n,) int32, each sample's place
+    among all of its shard, of which `shard_sizes` says how many there are, whoever's they are.
     """
 
     client: str
@@ -57,6 +58,8 @@ class Samples:
     text: np.ndarray
     info: np.ndarray
     text_ids: np.ndarray
+    number: np.ndarray
+    shard_sizes: list[int]
     store: Store | None = None
     text_field: str | None = None
     groups: np.ndarray | None = None
@@ -78,6 +81,8 @@ class Samples:
             text=self.text[rows],
             info=self.info[rows],
             text_ids=self.text_ids[rows],
+            number=self.number[rows],
+            shard_sizes=self.shard_sizes,
             store=self.store,
             text_field=self.text_field,
             groups=None if self.groups is None else self.groups[rows],

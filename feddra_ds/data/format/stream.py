@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import write_atomic
@@ -40,12 +40,21 @@ class Raw:
         return self.members.get("txt")
 
 
+class Keep(Protocol):
+    """Which samples of shards are of one client's split."""
+
+    def __call__(self, shard: int, number: int, key: str, info: bytes | None) -> bool:
+        """Whether the sample `number` of a shard is, given its key and its json."""
+
+    def check(self, shard: int, read: int) -> str | None:
+        """What is wrong with a shard that had `read` samples in all; None where nothing is."""
+
+
 @dataclass
 class Shards:
     """The shards of one split of a client. places: paths or addresses. counts: their samples, None where not known yet.
 
-    keep: whether a sample, given its key and json, is of this split (None: all are). known: where counts are kept for the
-    next process, or None.
+    keep: which samples are of this client's split (None: all are). known: where counts are kept for the next process, or None.
     """
 
     client: str
@@ -54,7 +63,7 @@ class Shards:
     counts: list[int | None]
     store: Store | None = None
     text_field: str | None = None
-    keep: Callable[[str, bytes | None], bool] | None = None
+    keep: Keep | None = None
     known: Counts | None = None
 
     @property
@@ -67,17 +76,23 @@ class Shards:
 
         Raises DataError where it cannot be read to its end.
         """
-        number, is_empty, names = 0, True, "no members"
+        number, read, names = 0, 0, "no members"
         for sample in self._samples(self.places[shard]):
             members = {suffix: sample[suffix] for suffix in KNOWN if suffix in sample}
-            names = f"e.g. {sample['__key__']} with {', '.join(name for name in sample if not name.startswith('__'))}"
-            is_empty = is_empty and not members
-            if members and (self.keep is None or self.keep(sample["__key__"], members.get("json"))):
+            if not members:
+                names = (
+                    f"e.g. {sample['__key__']} with {', '.join(name for name in sample if not name.startswith('__'))}"
+                )
+                continue
+            if self.keep is None or self.keep(shard, read, sample["__key__"], members.get("json")):
                 number += 1
                 yield Raw(sample["__key__"], members, self.text_field)
-        if is_empty:
+            read += 1
+        if not read:
             raise DataError(f"{self.places[shard]}: has no sample of client {self.client}: webdataset reads {names}; a sample is "
                             "NAME.jpg, .png or .webp with NAME.txt or NAME.json, where NAME has no dot")  # fmt: skip
+        if self.keep is not None and (wrong := self.keep.check(shard, read)) is not None:
+            raise DataError(f"{self.places[shard]}: {wrong}")
         if self.counts[shard] is None:
             self.counts[shard] = number
             if self.known is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 # What spreadsheets and data frames write where there is nothing, and what de-identification leaves of a whole field.
 _NOTHING = frozenset("nan none null na n/a #n/a n.a nil <na> nat undefined empty".split())
@@ -23,5 +24,11 @@ def no_report(text: str) -> str | None:
 
 
 def is_lfs_pointer(data: bytes) -> bool:
-    """Whether a file's bytes are Git LFS's stand-in for the file; `git lfs pull` fetches the file itself."""
+    """Whether a file's first bytes are Git LFS's stand-in for the file; `git lfs pull` fetches the file itself."""
     return data.startswith(_LFS.encode())
+
+
+def is_lfs_file(path: Path) -> bool:
+    """Whether a file is one. Raises OSError."""
+    with open(path, "rb") as file:
+        return is_lfs_pointer(file.read(len(_LFS)))

@@ -88,14 +88,13 @@ class DatasetWriter:
         info = {"format": FORMAT, "version": VERSION, "clients": sorted(set(splits) - set(self.held_out)),
                 "held_out": sorted(self.held_out), "splits": splits, **self.info}  # fmt: skip
         _write_text(self.aside / DATASET_NAME, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        replaced = self.out.parent / f".{self.out.name}.replaced"
         if self.out.exists():
-            replaced = self.out.parent / f".{self.out.name}.replaced"
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(self.out, replaced)
-            os.replace(self.aside, self.out)
+        os.replace(self.aside, self.out)
+        if replaced.exists():  # perhaps by an earlier run that was killed between the two renames
             shutil.rmtree(replaced)
-        else:
-            os.replace(self.aside, self.out)
 
 
 class _ClientWriter:

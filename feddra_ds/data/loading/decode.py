@@ -20,7 +20,7 @@ from feddra_ds.common.errors import DataError
 from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.format.samples import Samples, text_id
 from feddra_ds.data.format.stream import Raw
-from feddra_ds.data.format.text import no_report
+from feddra_ds.data.format.text import is_lfs_pointer, no_report
 from feddra_ds.data.loading.images import BadSample, evaluation_pixels, training_pixels
 from feddra_ds.data.loading.order import EvaluationOrder, Order, Position, seeded
 from feddra_ds.data.loading.tokens import pad_batch
@@ -251,6 +251,8 @@ def fill(out: np.ndarray, image: bytes | None, text: bytes | None, source: Sourc
         raise BadSample("missing_text")
     if image is None:
         raise BadSample("missing_image")
+    if is_lfs_pointer(image):
+        raise BadSample("git_lfs_pointer")
     try:
         decoded = text.decode("utf-8").strip()
     except UnicodeDecodeError as error:

@@ -140,16 +140,18 @@ class Stream:
 
     def _items(self, shard: int, epoch: int) -> Iterator[Item]:
         part, place = self.shards[shard]
-        known = part.counts[place]
+        known, first = part.counts[place], 0
         if self._skipping and known is not None:
             unread = self._unread.setdefault(shard, {})
-            for number in range(known):
-                if self._is_mine(shard, number):
-                    item = unread[number, epoch] = Item(shard, number, epoch)
+            while first < known and self._skipping:  # which may end in the middle of a shard
+                if self._is_mine(shard, first):
+                    item = unread[first, epoch] = Item(shard, first, epoch)
                     yield item
-            return
+                first += 1
+            if first == known:
+                return
         for number, raw in enumerate(part.read(place)):
-            if self._is_mine(shard, number):
+            if number >= first and self._is_mine(shard, number):
                 yield Item(shard, number, epoch, raw)
 
     def _is_mine(self, shard: int, number: int) -> bool:

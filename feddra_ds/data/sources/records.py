@@ -12,6 +12,7 @@ from typing import Any
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.section import Section
 from feddra_ds.common.text import listed
+from feddra_ds.data.format.text import is_lfs_file
 from feddra_ds.data.sources.base import Row, Skip, Source, nearest
 
 _SPLITS = {"validation": "val", "validate": "val", "valid": "val", "dev": "val", "training": "train", "testing": "test"}
@@ -171,12 +172,19 @@ def _image(value: Any, name: str) -> tuple[str, bytes | None]:
 
 
 def data_files(path: Path, option: str, endings: Sequence[str]) -> list[Path]:
-    """The file itself, or those of a folder and its folders with one of the endings, sorted. Raises DataError for none."""
+    """The file itself, or those of a folder and its folders with one of the endings, sorted.
+
+    Raises DataError for none, and for one that is a Git-LFS pointer.
+    """
     if path.is_file():
-        return [path]
-    found = sorted(p for ending in endings for p in path.rglob(f"*{ending}") if p.is_file()) if path.is_dir() else []
+        found = [path]
+    elif not path.is_dir():
+        raise DataError(f"{option}: cannot read {path}: No such file or directory")
+    else:
+        found = sorted(p for ending in endings for p in path.rglob(f"*{ending}") if p.is_file())
     if not found:
-        if not path.is_dir():
-            raise DataError(f"{option}: cannot read {path}: No such file or directory")
         raise DataError(f"{option}: {path} has no file that ends in {' or '.join(endings)}")
+    for file in found:
+        if is_lfs_file(file):
+            raise DataError(f"{option}: {file} is a Git-LFS pointer, not the file; git lfs pull fetches it")
     return found

@@ -15,11 +15,14 @@ import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_helpers import encoded
+from data_helpers import client_data, encoded
 
 from feddra_ds.cli import main
 from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.data.format.text import no_report
+from feddra_ds.data.format.writer import DatasetWriter
+from feddra_ds.data.loading.order import Position
+from feddra_ds.data.loading.pool import DecodePool
 from feddra_ds.data.sources.reports import choose_sections, sections
 
 COLUMNS = ("image", "text", "hospital", "patient")
@@ -176,6 +179,37 @@ def test_a_column_of_no_reports_is_refused(place: Path, tmp_path: Path, capsys) 
     assert "e.g. t.csv line 2: no report (nan)" in error
     assert convert(*words, "--max-no-report", 0.2) == 0
     assert len(pairs(tmp_path / "out")) == 20
+
+
+def test_git_lfs_pointers_are_told_wherever_they_stand(place: Path, tmp_path: Path, capsys) -> None:
+    """In the table's place, a picture's, a text's, a shard's, and for members of a shard."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+    rows = [[image, pointer.decode() if n == 4 else text, *rest] for n, (image, text, *rest) in enumerate(ROWS)]
+    (place / "images" / "7.jpg").write_bytes(pointer)
+    with (place / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    assert convert("--csv", place / "t.csv", "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "git lfs pointer (version https" in printed
+    assert (
+        "image file cannot be read (images/7.jpg: a Git-LFS pointer, not the picture; git lfs pull fetches it)"
+        in printed
+    )
+    (place / "t.csv").write_bytes(pointer)
+    assert convert("--csv", place / "t.csv", "--out", tmp_path / "other") == 2
+    assert "t.csv is a Git-LFS pointer, not the file; git lfs pull fetches it" in capsys.readouterr().err
+    (place / "0.tar").write_bytes(pointer)
+    assert main(["data", "inspect", "--clients", f"{{a: {place}}}"]) == 2
+    assert "0.tar is a Git-LFS pointer, not the shard (1 of 1); git lfs pull fetches them" in capsys.readouterr().err
+    with DatasetWriter(tmp_path / "members") as writer:
+        for n in range(10):
+            writer.add("a", "train", f"k{n}", image=pointer if n < 2 else encoded(n), text=f"r{n}", info={})
+    assert main(["data", "inspect", str(tmp_path / "members")]) == 1
+    assert "a: 2 of the 10 pairs looked at are unreadable (2 git_lfs_pointer)" in capsys.readouterr().out
+    with DecodePool() as pool:
+        data = client_data(open_dataset(tmp_path / "members"), ["a"], pool=pool, max_bad_fraction=0.2)
+        list(data.batches(Position(), 3))
+    assert set(data.take_skipped()) == {"git_lfs_pointer"}
 
 
 @pytest.mark.parametrize(

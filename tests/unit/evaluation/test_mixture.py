@@ -19,7 +19,7 @@ from feddra_ds.evaluation.mixture import Measured, center_of, measure_mixture, n
 from feddra_ds.losses import fused_dro_loss
 from feddra_ds.objectives.ita import ImageTextAlignment
 from feddra_ds.run.files import open_run
-from feddra_ds.strategies.robust_weights import MixtureSet
+from feddra_ds.strategies.mixture_set import MixtureSet
 
 
 def gallery(client: str, n: int, seed: int, noise: float) -> Gallery:

@@ -14,7 +14,7 @@ from run_helpers import make_config
 from feddra_ds.distributed.plan import plan
 from feddra_ds.model.build import model_of, tokenizer_of
 from feddra_ds.run.build import _say_what_starts, _say_where_p_moves
-from feddra_ds.strategies.robust_weights import MixtureSet, SetKind
+from feddra_ds.strategies.mixture_set import MixtureSet, SetKind
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING, **sections: Any) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import linprog, minimize
 
 from feddra_ds.strategies import robust_weights
-from feddra_ds.strategies.robust_weights import MixtureSet, Vector
+from feddra_ds.strategies.mixture_set import MixtureSet, Vector
 
 KINDS = ("chi2", "kl", "cvar", "simplex")
 NAN = float("nan")
