@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.parse import parse_json, shown
+from feddra_ds.common.text import first_line
 
 SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # for every from_pretrained of weights
 # What transformers reads to decide which classes to make: any of them may name code.
@@ -14,6 +15,7 @@ _ABOUT = (
     "config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
     "image_processor_config.json", "video_preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
+_OF_HUB = ("config.json", "tokenizer_config.json")  # all that the loaders here let transformers read of a hub id
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -21,7 +23,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 def refuse_code(source: str | Path, key: str) -> None:
     """Raise ValueError, one line that starts with `key`, where a model's folder or hub id names code to be run (auto_map), or
     its json files cannot be read. Nothing of it is run to find out."""
-    for name in _ABOUT:
+    for name in _ABOUT if Path(source).is_dir() else _OF_HUB:
         content = _read(source, name, key)
         for field, value in _fields(content):
             if field == "auto_map" and value:
@@ -40,27 +42,42 @@ def refuse_pickles(source: str | Path, key: str) -> None:
     index = _read(source, _INDEX, key)
     if index:
         places = index.get("weight_map")
-        files = set(places.values()) if isinstance(places, dict) and all(isinstance(p, str) for p in places.values()) else {""}
+        files = (
+            set(places.values())
+            if isinstance(places, dict) and all(isinstance(p, str) for p in places.values())
+            else {""}
+        )
         if wrong := sorted(f for f in files if "/" in f or "\\" in f or not f.endswith(".safetensors")):
-            raise ValueError(f"{key}: {source}: {_INDEX} names {shown(wrong[0])}, which is no safetensors file beside it")
-    folder = Path(source)
-    if index or not folder.is_dir() or (folder / _WEIGHTS).is_file():
+            raise ValueError(
+                f"{key}: {source}: {_INDEX} names {shown(wrong[0])}, which is no safetensors file beside it"
+            )
+    if index or _path(source, _WEIGHTS, key) is not None:
         return
-    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES):
-        raise ValueError(f"{key}: {source} has {pickles[0]} but no {_WEIGHTS}; a pickle can run code, so it is not opened: "
-                         f"convert it, safetensors.torch.save_file(torch.load('{pickles[0]}', weights_only=True), '{_WEIGHTS}')"
-                         )  # fmt: skip
+    folder = Path(source)
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in _PICKLES) if folder.is_dir() else []
+    if pickles or not folder.is_dir():
+        name = pickles[0] if pickles else "pytorch_model.bin"
+        raise ValueError(f"{key}: {source} has no {_WEIGHTS}, and a pickle, such as {name}, is never opened, as it can run "
+                         f"code; where you trust it, convert it: safetensors.torch.save_file(torch.load('{name}', "
+                         f"weights_only=True), '{_WEIGHTS}')")  # fmt: skip
+
+
+def _path(source: str | Path, name: str, key: str) -> Path | None:
+    """A file of a folder or hub id; None where it has none."""
+    path = Path(source) / name
+    if not Path(source).is_dir():
+        fetched = _fetched(str(source), name, key)
+        return Path(fetched) if fetched else None
+    return path if path.is_file() else None
 
 
 def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
     """A json file of a folder or hub id; {} where it has none."""
-    path: str | Path | None = Path(source) / name
-    if not Path(source).is_dir():
-        path = _fetched(str(source), name)
-    if path is None or not Path(path).is_file():
+    path = _path(source, name, key)
+    if path is None:
         return {}
     try:
-        content = parse_json(Path(path).read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}: {source}: {name} cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -68,16 +85,15 @@ def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
     return content
 
 
-def _fetched(source: str, name: str) -> str | None:
-    """A hub id's file in the cache here, fetched where need be; None where there is none, or no hub."""
+def _fetched(source: str, name: str, key: str) -> str | None:
+    """A hub id's file, fetched where need be; None where it has none, or where the hub cannot be reached."""
     from transformers.utils import cached_file  # on demand: it is slow to import
 
-    quietly: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in
-                               ("missing_entries", "gated_repo", "connection_errors")}  # fmt: skip
     try:
-        found: str | None = cached_file(source, name, **quietly)
-    except (OSError, ValueError):  # no such repository, which loading it will say
-        return None
+        found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ValueError(f"{key}: {source} is not a folder here and could not be fetched from the Hugging Face hub: "
+                         f"{first_line(error)}") from error  # fmt: skip
     return found
 
 

@@ -88,7 +88,9 @@ def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel
             )
     except CannotDefer:
         raise
-    except Exception as error:  # sizes and weights that do not fit: transformers, torch and safetensors raise many types
+    except (
+        Exception
+    ) as error:  # sizes and weights that do not fit: transformers, torch and safetensors raise many types
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
 

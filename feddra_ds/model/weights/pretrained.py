@@ -32,7 +32,9 @@ def load_deferred(
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads would not be recorded
     try:
-        model = architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **SAFELY, **attention)
+        model = architecture.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, **SAFELY, **attention
+        )
     finally:
         if before is None:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
