@@ -79,9 +79,9 @@ def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
     try:
         content: Any = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: {source}: {name} cannot be read: {error}") from None
+        raise ValueError(f"{key}: cannot load {source}: {name} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{key}: {source}: {name} must be an object, got {shown(content)}")
+        raise ValueError(f"{key}: cannot load {source}: {name} must be an object, got {shown(content)}")
     return content
 
 
