@@ -36,9 +36,9 @@ SOURCES := pyproject.toml $(shell find feddra_ds tests configs launch benchmarks
 # Each worker keeps a pool of four ranks (3 GB), which wait more than they compute.
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(TEST_WORKERS) --dist loadfile
-FAST := $(PYTEST) -m "not slow and not gpu"
+FAST := $(PYTEST) -m "not slow and not exhaustive and not gpu"
 
-test test-all: export OMP_NUM_THREADS ?= 1   # many ranks share the cores
+test test-all test-exhaustive: export OMP_NUM_THREADS ?= 1   # many ranks share the cores
 test: $(VENV)/.installed         ## unit, distributed and short integration tests (≤ 15 minutes on 2 cores)
 	$(FAST)
 	@touch $(VENV)/.tested
@@ -48,7 +48,10 @@ $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 test-all: $(VENV)/.tested        ## the slow tests too, but those that need a GPU (the fast ones only if a file has changed since they passed)
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not exhaustive and not gpu"
+
+test-exhaustive: $(VENV)/.installed  ## the whole of what test-all has a part of: every config, layout, stage and precision (an hour and more)
+	$(PYTEST) -m "exhaustive and not gpu"
 
 # Reads metadata only. Local wheels are left out: what they make possible here may not resolve on a user's machine.
 resolve: $(VENV)/.installed      ## check that the packages resolve on the plain index, on every declared Python

@@ -27,11 +27,11 @@ def positive(text: str) -> int:
     return value
 
 
-def split_ids(text: str | None) -> list[str] | None:
-    """`a,b` as a list; None for None. Raises ValueError for an empty one."""
+def split_ids(text: str | None, option: str = "--clients") -> list[str] | None:
+    """`a,b` as a list; None for None. Raises ValueError, which names the option, for an empty one."""
     if text is None:
         return None
     ids = [part.strip() for part in text.split(",") if part.strip()]
     if not ids:
-        raise ValueError("--clients: is empty; leave it out to take all of them")
+        raise ValueError(f"{option}: is empty; leave it out to take all of them")
     return ids

@@ -12,6 +12,7 @@ from feddra_ds.commands._model_arguments import add_model_arguments, positive, s
 from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.files import write_atomic
 from feddra_ds.common.text import decimals, listed, percent
+from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.labels import weakest
 from feddra_ds.evaluation.mixture import RECALL, chance_in_words, mixture_rows, set_in_words
 from feddra_ds.evaluation.verdict import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, joint_verdict, judged
@@ -55,11 +56,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema", action="store_true", help="measure the run's average over rounds (aggregate.ema) in place of its model"
     )
-    parser.add_argument("--no-zero-shot", action="store_true", help="leave out zero-shot classification by label names")
+    parser.add_argument(
+        "--match-by",
+        default="match",
+        metavar="FIELD",
+        help="field of the samples' json whose equal values make a client's pairs matches of each other, such as study "
+        "(default: match)",
+    )
+    parser.add_argument(
+        "--subgroup",
+        metavar="A,B",
+        help="fields of the json, such as age,sex,scanner: measure the pairs of each value apart, and name the worst",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="YAML of zero-shot prompts, label: {class: [prompt, ...]} (default: label names)",
+    )
+    parser.add_argument(
+        "--compare", metavar="MODEL2", help="a second run or model on the same pairs: differences, paired intervals"
+    )
+    parser.add_argument(
+        "--save-embeddings", metavar="FILE", help="write the embeddings as FILE.safetensors or FILE.parquet"
+    )
+    parser.add_argument("--no-zero-shot", action="store_true", help="leave out zero-shot classification")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; 1 where the --shuffled-texts control is not at chance."""
+    """Exit code 0; 1 where weights or embeddings are not finite, or the --shuffled-texts control is not at chance."""
     from feddra_ds.evaluation.evaluate import evaluate  # late: torch and transformers, which --help can do without
     from feddra_ds.evaluation.models import run_of
 
@@ -79,20 +103,27 @@ def run(args: argparse.Namespace) -> int:
         shuffled_texts=args.shuffled_texts,
         worst_over=args.worst_over,
         ema=args.ema,
+        match_by=args.match_by,
+        subgroups=split_ids(args.subgroup, "--subgroup") or (),
+        prompts=args.prompts,
+        compare=args.compare,
+        save_embeddings=args.save_embeddings,
     )
     of_the_whole_run = is_run(path) and args.clients is None and not args.shuffled_texts and not args.ema
     kept = keep(path / EVALUATION_NAME, result) if of_the_whole_run else None
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
         show(path, run_of(path), result, kept)
-    return 1 if result["control_at_chance"] is False else 0
+    spoilt = finite.in_words(result["non_finite"])
+    spoilt += [f"--compare: {line}" for line in finite.in_words(result.get("compared", {}).get("non_finite", {}))]
+    return max(finite.complain(spoilt), int(result["control_at_chance"] is False))
 
 
 def keep(path: Path, result: dict[str, Any]) -> Path | None:
     """Write the result where `report` looks for it. Returns the path, or None where it cannot be written."""
     try:
-        write_atomic(path, json.dumps(result) + "\n")
+        write_atomic(path, json.dumps(result, allow_nan=False) + "\n")
     except OSError as error:
         print(
             f"feddra-ds: {path} cannot be written ({error.strerror}), so the report will not show this", file=sys.stderr
@@ -117,6 +148,7 @@ def show(path: Path, run: RunFiles | None, result: dict[str, Any], kept: Path | 
         )
     print()
     _interval_table(result)
+    _rank_table(result)
     if result.get("worst_mixture"):
         print()
         _mixture_table(result["worst_mixture"])
@@ -132,8 +164,12 @@ def show(path: Path, run: RunFiles | None, result: dict[str, Any], kept: Path | 
     if "zero_shot" in result:
         print()
         _zero_shot_table(result)
+    _subgroup_table(result.get("subgroups"))
+    _comparison_table(result.get("compared"))
     if result["shuffled_texts"]:
         print(CONTROL[joint_verdict(result)])
+    if "embeddings" in result:
+        print(f"wrote {result['embeddings']}")
     if kept is not None:
         print(f"\nkept in {kept}, which `feddra-ds report` shows")
     print()
@@ -211,6 +247,59 @@ def _interval_table(result: dict[str, Any]) -> None:
     )
 
 
+def _rank_table(result: dict[str, Any]) -> None:
+    keys = ("i2t_median_rank", "t2i_median_rank", "i2t_map", "t2i_map")
+    shape = ("alignment", "image_uniformity", "text_uniformity", "modality_gap")
+    rows: list[list[object]] = []
+    for name, about in (result["clients"] | ({POOLED: result[POOLED]} if result[POOLED] else {})).items():
+        if keys[0] in about:
+            geometry = about["geometry"] or {}
+            cells = [f"{about[key]:g}" for key in keys[:2]] + [decimals(about[key], 3) for key in keys[2:]]
+            label = "all, one gallery" if name == POOLED else _name(name, about, result["split"])
+            rows.append([label, *cells, *(decimals(geometry.get(key), 2) for key in shape)])
+    ranked = ["median rank i→t", "t→i", "mAP i→t", "t→i"]
+    columns = ["client", *ranked, "alignment", "uniformity of images", "of texts", "modality gap"]
+    if rows:
+        print()
+        print_table("Ranks, and how the embeddings lie", columns, rows)
+
+
+def _subgroup_table(told: dict[str, Any] | None) -> None:
+    if not told:
+        return
+    rows: list[list[object]] = []
+    for field, values in told["fields"].items():
+        for value, about in values.items():
+            e = about.get("recall@5")
+            interval = f"{percent(e['low'])} to {percent(e['high'])}" if e else ""
+            cells = [percent(e["recall"]), interval, percent(e["chance"])] if e else ["–", "", ""]
+            rows.append([f"{field} = {value}", about["pairs"], *cells])
+    print()
+    print_table("Subgroups", ["pairs with", "pairs", "recall@5 %", "95 % interval", "chance"], rows)
+    if (worst := told["worst"]) is not None:
+        print(
+            f"worst subgroup: {worst['field']} = {worst['value']}, "
+            f"recall@5 {percent(worst['recall'])} % ({percent(worst['low'])} to {percent(worst['high'])})"
+        )
+
+
+def _comparison_table(told: dict[str, Any] | None) -> None:
+    if not told:
+        return
+    rows: list[list[object]] = []
+    of_all = [(f"{name}, {k} %", e, 100, 1) for name, ks in told["retrieval"].items() for k, e in ks.items()]
+    of_all += [(f"{label}, AUROC", e, 1, 3) for label, e in told["zero_shot"].items()]
+    for name, e, unit, digits in of_all:
+        first, second, difference, low, high = (
+            decimals(unit * e[key], digits) for key in ("first", "second", "difference", "low", "high")
+        )
+        rows.append([name, first, second, difference, f"{low} to {high}"])
+    print()
+    print_table(
+        f"Against {told['model']}, on the same pairs", ["", "this", "other", "difference", "95 % interval"], rows
+    )
+
+
 def _mixture_table(told: dict[str, Any]) -> None:
     rows = []
     for name, about in mixture_rows(told):
@@ -246,14 +335,15 @@ def _zero_shot_table(result: dict[str, Any]) -> None:
                 label,
                 int(pooled["n"]),
                 int(pooled["positives"]) if "positives" in pooled else f"{about['classes']} classes",
-                f"{pooled['auroc']:.3f}",
-                f"{pooled['balanced_accuracy']:.3f}",
+                f"{pooled['auroc']:.3f} ({decimals(pooled['auroc_low'], 2)} to {decimals(pooled['auroc_high'], 2)})",
+                *(f"{pooled[key]:.3f}" for key in ("auprc", "f1", "balanced_accuracy")),
+                decimals(pooled["calibration"] and pooled["calibration"]["ece"], 3),
                 "–" if worst is None else f"{worst[1]:.3f} ({worst[0]})",
             ]
         )
     if rows:
-        columns = ["label", "pairs", "positive", "AUROC", "balanced acc.", "worst client's AUROC"]
-        print_table("Zero-shot by label names, all of these galleries (chance: AUROC 0.5)", columns, rows)
+        columns = ["label", "pairs", "positive", "AUROC", "AUPRC", "F1", "balanced acc.", "ECE", "worst client's AUROC"]
+        print_table("Zero-shot classification, all of these galleries (chance: AUROC 0.5)", columns, rows)
     else:
         print("Zero-shot classification: the samples have no labels that could be told apart")
     for label, reason in result["labels_left_out"].items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from feddra_ds.checkpoint.format import SHARED
 from feddra_ds.common.console import next_step
+from feddra_ds.evaluation import finite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0. Raises ValueError where there is no such model."""
+    """Exit code 0; 1 where what was written has weights that are not finite. Raises ValueError where there is no such
+    model."""
     from feddra_ds.evaluation.export import export  # late: torch and transformers, which --help can do without
 
     written = export(
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     for path in written:
         print(f"wrote {path}")
     next_step(*_advice(args.format, args.out))
-    return 0
+    spoilt = finite.of_folders(written)
+    return finite.complain([finite.weights_in_words(spoilt)] if spoilt else [])
 
 
 def _advice(kind: str, out: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from feddra_ds.commands._model_arguments import add_model_arguments, positive, split_ids
 from feddra_ds.common.console import next_step, print_table
+from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.verdict import POOLED
 
 
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0. Raises ValueError for what cannot be probed."""
+    """Exit code 0; 1 where weights or features are not finite. Raises ValueError for what cannot be probed."""
     fractions = parse_fractions(args.fractions)
     from feddra_ds.evaluation.probe import probe  # late: torch and transformers, which --help can do without
 
@@ -82,10 +83,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
         show(result, path)
-    return 0
+    parts = result["non_finite"].items()
+    return finite.complain(f"{part}: {line}" for part, found in parts for line in finite.in_words(found))
 
 
 def parse_fractions(text: str) -> list[float]:

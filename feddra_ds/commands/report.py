@@ -7,6 +7,7 @@ from pathlib import Path
 
 from feddra_ds.common.console import next_step
 from feddra_ds.common.files import write_atomic
+from feddra_ds.evaluation import finite
 from feddra_ds.report.page import examples_of, render
 from feddra_ds.run.files import open_run
 
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0. Raises ValueError for a folder that is no run."""
+    """Exit code 0; 1 where weights or embeddings of the model are not finite, which the page says too. Raises ValueError for
+    a folder that is no run."""
     for name in ("examples", "max_pairs"):
         if getattr(args, name) < (0 if name == "examples" else 2):
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small")
@@ -41,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or files.path / "report.html"
     if not out.parent.is_dir():
         raise ValueError(f"--out: {out.parent} is not a folder")
-    page = render(files, examples_of(files, args.data, args.examples, args.max_pairs, args.seed))
+    examples = examples_of(files, args.data, args.examples, args.max_pairs, args.seed)
+    page = render(files, examples)
     write_atomic(out, page)
     print(f"wrote {out} ({len(page.encode()) / 1e6:.2f} MB)")
     follow = [f"open {out} in a browser"]
@@ -53,4 +56,5 @@ def run(args: argparse.Namespace) -> int:
     if (files.models or files.checkpoints) and not files.evaluation:
         follow.append(f"feddra-ds evaluate {files.path}   # for the report too: held-out clients, intervals, zero-shot")
     next_step(*follow)
-    return 0
+    kept = finite.in_words(files.evaluation.get("non_finite") or {})
+    return finite.complain(dict.fromkeys([*examples["non_finite"], *kept]))

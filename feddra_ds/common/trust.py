@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.parse import parse_json, shown
-from feddra_ds.common.text import first_line
 
 SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # for every from_pretrained of weights
 # What transformers reads to decide which classes to make: any of them may name code.
@@ -51,7 +50,7 @@ def refuse_pickles(source: str | Path, key: str) -> None:
             raise ValueError(
                 f"{key}: {source}: {_INDEX} names {shown(wrong[0])}, which is no safetensors file beside it"
             )
-    if index or _path(source, _WEIGHTS, key) is not None:
+    if index or _path(source, _WEIGHTS) is not None:
         return
     folder = Path(source)
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in _PICKLES) if folder.is_dir() else []
@@ -62,18 +61,18 @@ def refuse_pickles(source: str | Path, key: str) -> None:
                          f"weights_only=True), '{_WEIGHTS}')")  # fmt: skip
 
 
-def _path(source: str | Path, name: str, key: str) -> Path | None:
+def _path(source: str | Path, name: str) -> Path | None:
     """A file of a folder or hub id; None where it has none."""
     path = Path(source) / name
     if not Path(source).is_dir():
-        fetched = _fetched(str(source), name, key)
+        fetched = _fetched(str(source), name)
         return Path(fetched) if fetched else None
     return path if path.is_file() else None
 
 
 def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
     """A json file of a folder or hub id; {} where it has none."""
-    path = _path(source, name, key)
+    path = _path(source, name)
     if path is None:
         return {}
     try:
@@ -85,15 +84,14 @@ def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
     return content
 
 
-def _fetched(source: str, name: str, key: str) -> str | None:
-    """A hub id's file, fetched where need be; None where it has none, or where the hub cannot be reached."""
+def _fetched(source: str, name: str) -> str | None:
+    """A hub id's file, fetched where need be; None where it has none, or cannot be reached, which loading it will say."""
     from transformers.utils import cached_file  # on demand: it is slow to import
 
     try:
         found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise ValueError(f"{key}: {source} is not a folder here and could not be fetched from the Hugging Face hub: "
-                         f"{first_line(error)}") from error  # fmt: skip
+    except OSError:
+        return None
     return found
 
 

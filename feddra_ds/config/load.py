@@ -19,6 +19,7 @@ from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.section import Section
 from feddra_ds.common.tree import get_path, merge
 from feddra_ds.config.checks import contradictions
+from feddra_ds.config.deepspeed_file import read_deepspeed_file
 from feddra_ds.config.schema import Config
 from feddra_ds.config.shipped import find, names
 from feddra_ds.objectives import Objective, ObjectiveOptions
@@ -108,6 +109,8 @@ def read_tree(path: str | Path | None, overrides: dict[str, Any] | None = None) 
             raise ConfigError([f"--config: {path} is not YAML: {' '.join(str(error).split())}"]) from error
         if not isinstance(tree, dict):
             raise ConfigError([f"--config: {path} must be sections of keys, got {type(tree).__name__}"])
+        if isinstance(tree.get("deepspeed"), str):
+            tree["deepspeed"] = read_deepspeed_file(tree["deepspeed"])
     return merge(tree, overrides or {})
 
 

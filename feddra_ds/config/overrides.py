@@ -8,11 +8,15 @@ from typing import Any
 import yaml
 
 from feddra_ds.common.errors import ConfigError
-from feddra_ds.common.tree import set_path
+from feddra_ds.common.tree import merge, set_path
+from feddra_ds.config.deepspeed_file import read_deepspeed_file
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--a.b value` and `--a.b=value` as a nested dict, values read as YAML; the last of a key wins. Raises ConfigError."""
+    """`--a.b value` and `--a.b=value` as a nested dict, values read as YAML; the last of a key wins.
+
+    `--deepspeed FILE.json` stands for the file's keys, under the `--deepspeed.key value` beside it. Raises ConfigError.
+    """
     tree: dict[str, Any] = {}
     problems, items = [], list(arguments)
     while items:
@@ -32,7 +36,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             parsed = value
         if isinstance(parsed, str) and _is_float(parsed):
             parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text
-        set_path(tree, key[2:], parsed)
+        if key == "--deepspeed" and isinstance(parsed, str):
+            tree["deepspeed"] = merge(read_deepspeed_file(parsed), tree.get("deepspeed", {}))
+        else:
+            set_path(tree, key[2:], parsed)
     if problems:
         raise ConfigError(problems)
     return tree

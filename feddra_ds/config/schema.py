@@ -291,7 +291,8 @@ class Config(Section):
     strategy: SerializeAsAny[StrategyOptions] = StrategyOptions()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: dict[str, Any] = Field({}, json_schema_extra=_FREE_OF_DEEPSPEED)
-    """Keys of DeepSpeed's own config, passed through (zero_optimization, bf16, fp16, …)."""
+    """Keys of DeepSpeed's own config, passed through (zero_optimization, bf16, fp16, …), or the path of a JSON file of
+    them, in which what is "auto" is left to feddra_ds."""
     topology: TopologyConfig = TopologyConfig()
     aggregate: AggregateConfig = AggregateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -78,7 +78,8 @@ class Launch:
     """What the launcher's environment says of this process.
 
     job: what only the ranks of this launch know, "" where the launcher gives nothing. agent_serves: torchrun's agent
-    serves the store at address:port, through all its restarts; else rank 0 does.
+    serves the store at address:port, through all its restarts; else rank 0 does. is_launched: False for a
+    process that is a world of its own.
     """
 
     rank: int
@@ -88,6 +89,7 @@ class Launch:
     port: int
     job: str = ""
     agent_serves: bool = False
+    is_launched: bool = True
 
     @staticmethod
     def from_environment() -> Launch:
@@ -99,7 +101,7 @@ class Launch:
         names = next((names for names in LAUNCHERS if names.rank in env), None)
         if names is None:
             _check_alone(env)
-            return Launch(0, 1, 0, "127.0.0.1", 0)  # the store takes a port that is free
+            return Launch(0, 1, 0, "127.0.0.1", 0, is_launched=False)  # the store takes a port that is free
         rank, world_size = _number(env, (names.rank,), names), _number(env, names.world_size, names)
         if not 0 <= rank < world_size:
             raise ConfigError([f"{names.rank}={rank}: there is no such rank among {world_size} ({names.launcher})"])
@@ -113,7 +115,7 @@ class Launch:
         if names is _TORCH and world_size == 1:
             _check_not_one_of_many(env)
         if names is not _TORCH and world_size == 1:
-            return Launch(0, 1, 0, "127.0.0.1", 0)
+            return Launch(0, 1, 0, "127.0.0.1", 0, is_launched=False)
         job = "/".join(env[name] for name in names.job if name in env)
         return Launch(
             rank,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.format.samples import Samples
 from feddra_ds.data.loading.images import BadSample, open_image, to_rgb
+from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.gallery import Gallery, embed_clients
 from feddra_ds.evaluation.models import Models
 from feddra_ds.evaluation.retrieval import join
-from feddra_ds.metrics.ranking import Ranks, ranks
+from feddra_ds.metrics.ranking import Ranks
 
 THUMBNAIL = 176  # pixels of the longer side; shown at half of that
 NUM_TEXTS, NUM_IMAGES = 3, 4  # results shown of a query
@@ -73,8 +75,9 @@ class _Reader:
 
 def retrieval_examples(
     models: Models, dataset: Dataset, split: str, *, num_each: int, max_pairs: int, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(pictures with the texts found, texts with the pictures found), `num_each` of each, drawn at random by the seed.
+) -> tuple[list[Example], list[Example], dict[str, Any]]:
+    """(pictures with the texts found, texts with the pictures found), `num_each` of each, drawn at random by the seed; and
+    what is not finite (finite.of_evaluation).
 
     They are spread over the clients. The gallery is everybody's where all share one model, else the client's own.
     """
@@ -87,7 +90,7 @@ def retrieval_examples(
         shelf = _Shelf(
             gallery,
             [(part, i) for part in parts for i in range(len(part))],
-            ranks(gallery.image, gallery.text, gallery.text_ids),
+            gallery.ranks,
         )
         start = 0
         for client, part in zip(group, parts, strict=True):
@@ -100,7 +103,7 @@ def retrieval_examples(
             by_image.append(_example(shelf, start + index, reader, by_image=True))
         else:
             by_text.append(_example(shelf, start + index, reader, by_image=False))
-    return by_image, by_text
+    return by_image, by_text, finite.of_evaluation(models, galleries)
 
 
 def _draw(galleries: dict[str, Gallery], wanted: int, rng: np.random.Generator) -> list[tuple[str, int]]:
@@ -117,21 +120,21 @@ def _example(shelf: _Shelf, place: int, reader: _Reader, *, by_image: bool) -> E
     gallery = shelf.gallery
     queries, others = (gallery.image, gallery.text) if by_image else (gallery.text, gallery.image)
     scores = others.astype(np.float64) @ queries[place].astype(np.float64)
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
     order = np.argsort(-scores, kind="stable")
     if by_image:  # a report that several pairs share is shown once
         _, first = np.unique(gallery.text_ids[order], return_index=True)
         order = order[np.sort(first)]
-    found = []
+    match_ids, found = gallery.match_ids, []
     for i in order[: NUM_TEXTS if by_image else NUM_IMAGES].tolist():
         owner, index = shelf.places[i]
         text, image = reader.read(owner, index, picture=not by_image)
-        match = bool(gallery.text_ids[i] == gallery.text_ids[place])
+        match = bool(gallery.text_ids[i] == gallery.text_ids[place] or match_ids[i] == match_ids[place] >= 0)
         found.append(Found(float(scores[i]), match, owner.client, text, image))
     owner, index = shelf.places[place]
     text, image = reader.read(owner, index, picture=True)
-    better = int((shelf.ranks.i2t if by_image else shelf.ranks.t2i)[place])
-    searched = shelf.ranks.num_texts if by_image else len(gallery)
-    return Example(owner.client, image, text, better + 1, searched, found)
+    side = shelf.ranks.i2t if by_image else shelf.ranks.t2i
+    return Example(owner.client, image, text, int(side.better[place]) + 1, side.gallery, found)
 
 
 def thumbnail(data: bytes) -> str | None:

@@ -5,7 +5,7 @@ Legend: n pairs, D embedding size, H width of the vision encoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from feddra_ds.data.format.samples import Samples
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.pool import DecodePool
 from feddra_ds.evaluation.models import Models
+from feddra_ds.metrics.ranking import Ranks, ranks
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.processor import DualEncoderProcessor
 
@@ -31,7 +32,8 @@ class Gallery:
     model's temperature.
 
     features: (n, H) fp32 image features before the head, or (n, 0) where they were not asked for. infos: the pairs'
-    json members. skipped: reason → number of unreadable pairs, which are left out.
+    json members. match_by: the field of them by whose value pairs match each other. skipped: reason → number of unreadable
+    pairs, which are left out.
     """
 
     client: str
@@ -44,9 +46,29 @@ class Gallery:
     infos: list[dict[str, Any]]
     skipped: dict[str, int]
     temperature: float
+    match_by: str = "match"
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def non_finite(self) -> dict[str, list[str]]:
+        """image, text → keys of the pairs whose embedding, or image features, are not finite; sides without any left out."""
+        image = np.isfinite(self.image).all(1) & np.isfinite(self.features).all(1)
+        sides = {"image": image, "text": np.isfinite(self.text).all(1)}
+        return {side: [self.keys[i] for i in np.flatnonzero(~good)] for side, good in sides.items() if not good.all()}
+
+    @property
+    def match_ids(self) -> NDArray[np.int64]:
+        """(n,) equal for pairs whose json has an equal value at `match_by`: they match each other. -1 without one."""
+        numbers: dict[str, int] = {}
+        told = [value_of(info, self.match_by) for info in self.infos]
+        return np.array([-1 if m is None else numbers.setdefault(m, len(numbers)) for m in told], dtype=np.int64)
+
+    @property
+    def ranks(self) -> Ranks:
+        """How the pairs are found among all of the gallery."""
+        return ranks(self.image, self.text, self.text_ids, self.match_ids)
 
     @property
     def groups(self) -> list[str]:
@@ -56,6 +78,16 @@ class Gallery:
             f"{self.client}/{info['patient']}" if info.get("patient") else f"text {text}"
             for info, text in zip(self.infos, self.text_ids.tolist(), strict=True)
         ]
+
+
+def value_of(info: Mapping[str, Any], name: str) -> str | None:
+    """The value at `name` of a pair's json, else of its labels, as text; None where it is missing, empty, NaN or no single
+    value."""
+    labels = info.get("labels")
+    value = info.get(name, labels.get(name) if isinstance(labels, dict) else None)
+    if value is None or isinstance(value, (dict, list)) or value != value:  # NaN, which a table's gap may become
+        return None
+    return str(value).strip() or None
 
 
 def open_split(models: Models, root: str, split: str, clients: Sequence[str] | None) -> Dataset:

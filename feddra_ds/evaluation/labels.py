@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 MAX_CLASSES = 50
@@ -23,6 +25,36 @@ POSITIVE_PROMPTS = ("{}", "There is {}.", "Findings consistent with {}.")
 NEGATIVE_PROMPTS = ("no {}", "There is no {}.", "No evidence of {}.")
 CLASS_PROMPTS = ("{}", "an image of {}", "Findings consistent with {}.")
 
+Prompts = dict[str, dict[str, list[str]]]  # label → class → prompts
+
+
+def read_prompts(path: str | Path) -> Prompts:
+    """A YAML or JSON file `label: {class: [prompt, …]}`, whose binary labels have the classes `yes` and `no`.
+
+    Raises ValueError that names what is wrong.
+    """
+    try:
+        told = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # yes and no stay words
+    except OSError as error:
+        raise ValueError(f"--prompts: cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--prompts: {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(told, dict) or not told:
+        raise ValueError(
+            f"--prompts: {path} holds no labels; it needs lines like `edema: {{yes: [edema], no: [no edema]}}`"
+        )
+    out: Prompts = {}
+    for label, classes in told.items():
+        if not isinstance(classes, dict):
+            raise ValueError(f"--prompts: {path}: {label}: needs a list of prompts for each class")
+        lists = {name: [some] if isinstance(some, str) else some for name, some in classes.items()}
+        if not all(
+            isinstance(some, list) and some and all(isinstance(p, str) for p in some) for some in lists.values()
+        ):
+            raise ValueError(f"--prompts: {path}: {label}: needs a list of prompts for each class")
+        out[label] = lists
+    return out
+
 
 @dataclass(frozen=True)
 class Task:
@@ -33,8 +65,17 @@ class Task:
     binary: bool
     targets: NDArray[np.int64]
 
-    def prompts(self) -> list[list[str]]:
-        """Prompts of each class, in the order of `classes`."""
+    def prompts(self, given: Prompts | None = None) -> list[list[str]]:
+        """Prompts of each class, in the order of `classes`: those `given` for the label, else of its names.
+
+        Raises ValueError where what is given for the label leaves out one of its classes. A binary label's are `no` and `yes`.
+        """
+        own = (given or {}).get(self.name)
+        if own is not None:
+            names = ("no", "yes") if self.binary else self.classes
+            if set(own) != set(names):
+                raise ValueError(f"--prompts: {self.name}: needs the classes {', '.join(names)}, got {', '.join(own)}")
+            return [own[name] for name in names]
         if self.binary:
             name = readable(self.name.rpartition(":")[2])
             return [[p.format(name) for p in side] for side in (NEGATIVE_PROMPTS, POSITIVE_PROMPTS)]

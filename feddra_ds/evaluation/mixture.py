@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from feddra_ds import objectives
 from feddra_ds.common.errors import ConfigError
-from feddra_ds.metrics.ranking import ranks
 from feddra_ds.run.files import RunFiles
 from feddra_ds.strategies import robust_weights
 from feddra_ds.strategies.mixture_set import MixtureSet, SetKind
@@ -141,7 +140,7 @@ def pair_losses(gallery: Gallery, objective: Objective, batch_size: int) -> NDAr
 
 def pair_hits(gallery: Gallery) -> NDArray[np.float64]:
     """Recall@5, pair by pair, the mean of both directions; empty where the gallery has no more than five texts."""
-    found = ranks(gallery.image, gallery.text, gallery.text_ids)
+    found = gallery.ranks
     return found.hits("mean", _K) if _K in found.cutoffs else np.zeros(0)
 
 
@@ -161,6 +160,7 @@ def measure_mixture(
     num_samples: training pairs by client. worst_over: see named_set; None for the run's own set, or DEFAULT_SET where
     that is its centre alone. Intervals resample within each client, with the mixture's weights held. `losses` has L_i of
     every client with a whole batch of pairs, held-out ones too; `loss_by_chance` is that of a model that knows nothing.
+    Where the loss of any of the clients is not finite (`loss_not_finite`) there is no mixture by loss.
     """
     insiders = [name for name in galleries if name not in held_out]
     if len(insiders) < 2:
@@ -173,14 +173,21 @@ def measure_mixture(
     batch_size = int((run.get("dro.evaluation_batch_size") if run is not None else None) or _BATCH_SIZE)
     losses: dict[str, Measured] = {}
     hits: dict[str, Measured] = {}
+    endless: list[str] = []
     for i, (client, gallery) in enumerate(galleries.items()):
         for out, values in (
             (losses, np.zeros(0) if objective is None else pair_losses(gallery, objective, batch_size)),
             (hits, pair_hits(gallery)),
         ):
-            if values.size:
+            if not np.isfinite(values).all():
+                endless.append(client)
+            elif values.size:
                 out[client] = Measured.of(values, gallery.groups[: values.size], draws, seed + i)
-    found = {"loss": _worst_of(losses, insiders, inside, 1.0), RECALL: _worst_of(hits, insiders, inside, -1.0)}
+    whole = not any(name in endless for name in insiders)  # a mixture that left those out would be too good
+    found = {
+        "loss": _worst_of(losses, insiders, inside, 1.0) if whole else None,
+        RECALL: _worst_of(hits, insiders, inside, -1.0),
+    }
     if not any(found.values()):
         return None
     parts = lambda key: {name: about[key] for name, about in found.items() if about}
@@ -202,6 +209,7 @@ def measure_mixture(
         "loss_by_chance": None if objective is None else objective.chance(batch_size),
         "losses": {client: measured.value for client, measured in losses.items()},
         "too_few_pairs": parts("too_few_pairs"),
+        "loss_not_finite": endless,
     }
 
 

@@ -14,6 +14,7 @@ from feddra_ds.checkpoint.restore import load_checkpoint
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.distributed.launch import choose_device
+from feddra_ds.evaluation import finite
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.folder import find_model, load_pretrained
 from feddra_ds.model.processor import DualEncoderProcessor
@@ -27,7 +28,8 @@ class Models:
     """The model of a run or an export; with strategy.name = local, a model per client.
 
     folders: by client, or "" for the one that all share; exports, or the run's newest checkpoint. run: the run
-    directory, or None for an export. owner: whose, in a checkpoint, the shared one is.
+    directory, or None for an export. owner: whose, in a checkpoint, the shared one is. non_finite: the number of values
+    that are not finite, by weight (by client/weight where each has a model of its own), of the models opened so far.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class Models:
     run: RunFiles | None
     device: torch.device
     owner: str = SHARED
+    non_finite: dict[str, int] = field(default_factory=dict)
     _open: dict[str, tuple[DualEncoder, DualEncoderProcessor]] = field(default_factory=dict)
 
     @property
@@ -73,6 +76,9 @@ class Models:
             folder = self.folders[key]
             is_checkpoint = (folder / "manifest.json").is_file()
             model, processor = load_checkpoint(folder, key or self.owner) if is_checkpoint else load_pretrained(folder)
+            prefix = f"{key}/" if key else ""
+            spoilt = finite.of_tensors(model.state_dict().items())
+            self.non_finite |= {prefix + name: count for name, count in spoilt.items()}
             self._open[key] = (model.to(self.device).eval(), processor)
         return self._open[key]
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddra_ds.common.console import track
+from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
 from feddra_ds.evaluation.labels import Task, find_tasks
 from feddra_ds.evaluation.models import open_models
@@ -62,8 +63,8 @@ def probe(
 
     path, data, clients, device, max_pairs, num_workers: as `evaluate` takes them. label_keys: labels to predict (None:
     every one). fractions: shares of the training labels. features: what goes into the image head, or what comes out of
-    it. repeats: draws of the labels where not all are used. strength: inverse of the L2 penalty. Raises ValueError for
-    what cannot be probed.
+    it. repeats: draws of the labels where not all are used. strength: inverse of the L2 penalty. Pairs whose features are
+    not finite are left out, and `non_finite` of the result names them. Raises ValueError for what cannot be probed.
     """
     if strength <= 0:
         raise ValueError(f"--strength: must be above 0, got {strength:g}")
@@ -88,14 +89,22 @@ def probe(
         )
         for part in (train_split, split)
     )
+    spoilt = {name: finite.of_evaluation(models, part) for name, part in ((train_split, train), (split, val))}
+    spoilt = {name: found for name, found in spoilt.items() if found}
     held_out = models.held_out(dataset, dataset.client_ids)
     if not any(c in train for c in dataset.client_ids if c not in held_out):
         raise ValueError(
             f"--train-split: none of {', '.join(dataset.client_ids)} has a {train_split} split to train on"
         )
-    about = {"model": str(models.source), "data": root, "features": features, "fractions": list(fractions)}
+    about: dict[str, Any] = {
+        "model": str(models.source),
+        "data": root,
+        "features": features,
+        "fractions": list(fractions),
+    }
+    about["non_finite"] = spoilt
     found = probe_all(train, val, held_out, label_keys, fractions, repeats=repeats, seed=seed, strength=strength)
-    if not found["labels"]:
+    if not found["labels"] and not spoilt:
         reasons = "".join(f"; {label}: {why}" for label, why in found["labels_left_out"].items())
         raise ValueError(f"--label-key: {root} has no label to predict{reasons}")
     return about | found
@@ -133,7 +142,9 @@ def probe_all(
 def _side(part: dict[str, Gallery], targets: NDArray[np.int64]) -> Side:
     features = [g.features if g.features.shape[1] else g.image for g in part.values()]
     owner = np.repeat(np.arange(len(part)), [len(g) for g in part.values()])
-    return Side(list(part), owner, np.concatenate(features), targets)
+    together = np.concatenate(features)
+    finite_targets = np.where(np.isfinite(together).all(1), targets, -1)
+    return Side(list(part), owner, together, finite_targets)
 
 
 def _probe(

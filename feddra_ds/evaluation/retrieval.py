@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.gallery import Gallery, value_of
 from feddra_ds.evaluation.verdict import ABOVE, BELOW, NUM_SHUFFLES, POOLED, SURE, UNSURE, joint_verdict
+from feddra_ds.metrics.geometry import geometry
 from feddra_ds.metrics.intervals import bootstrap
-from feddra_ds.metrics.ranking import ranks, recall_table
+from feddra_ds.metrics.ranking import rank_table, recall_table
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,27 @@ def measure_retrieval(
 
 @dataclass(frozen=True)
 class Retrieved:
-    """A gallery's recall_table, with an Estimate for each cut-off."""
+    """A gallery's recall_table (and rank_table), with an Estimate for each cut-off, and its geometry."""
 
     table: dict[str, float]
     estimates: list[Estimate]
+    geometry: dict[str, float] | None = None
 
     def report(self) -> dict[str, Any]:
         """The table and the estimates as a JSON-ready dict."""
-        return self.table | {"intervals": {f"recall@{e.k}": asdict(e) | {"verdict": e.verdict} for e in self.estimates}}
+        intervals = {f"recall@{e.k}": asdict(e) | {"verdict": e.verdict} for e in self.estimates}
+        return self.table | {"intervals": intervals, "geometry": self.geometry}
 
 
 def retrieve(gallery: Gallery, draws: int, seed: int) -> Retrieved:
     """Recall with 95 % intervals from `draws` resamplings of whole patients, or of texts."""
-    found = ranks(gallery.image, gallery.text, gallery.text_ids)
+    found = gallery.ranks
     estimates = []
     for k in found.cutoffs:
         hits = found.hits("mean", k)
         low, high = bootstrap(hits, gallery.groups, draws=draws, seed=seed)
         estimates.append(Estimate(k, float(hits.mean()), low, high, float(found.chance(k).mean())))
-    return Retrieved(recall_table(found), estimates)
+    return Retrieved(recall_table(found) | rank_table(found), estimates, geometry(gallery.image, gallery.text))
 
 
 def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
@@ -94,7 +97,7 @@ def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
     A random pairing is found as often as chance says, unless the measure leaks or the model puts frequent texts first
     whatever the picture; that is what the control looks for. `draws` is not used.
     """
-    orders = [ranks(g.image, g.text, g.text_ids) for g in (shuffle(gallery, [seed, i]) for i in range(NUM_SHUFFLES))]
+    orders = [shuffle(gallery, [seed, i]).ranks for i in range(NUM_SHUFFLES)]
     tables = [recall_table(found) for found in orders]
     estimates = []
     for k in orders[0].cutoffs:
@@ -119,12 +122,13 @@ def join(galleries: Sequence[Gallery]) -> Gallery:
         features=np.concatenate([g.features for g in galleries]),
         keys=[f"{g.client}/{key}" for g in galleries for key in g.keys],
         infos=[
-            info | ({"patient": f"{g.client}/{info['patient']}"} if info.get("patient") else {})
+            info | {name: f"{g.client}/{value}" for name in ("patient", g.match_by) if (value := value_of(info, name))}
             for g in galleries
             for info in g.infos
         ],
         skipped={},
         temperature=galleries[0].temperature,
+        match_by=galleries[0].match_by,
     )
 
 

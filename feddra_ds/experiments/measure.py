@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.mixture import DEFAULT_SET
 from feddra_ds.experiments.spec import EvaluateSpec
 
@@ -30,7 +31,8 @@ Metrics = dict[str, float]
 
 
 def measure(run_dir: Path, how: EvaluateSpec, rounds: list[dict[str, Any]]) -> Metrics:
-    """The metrics of a finished run; rounds: the lines of its metrics.jsonl. Raises ValueError and DataError."""
+    """The metrics of a finished run; rounds: the lines of its metrics.jsonl. Raises DataError, and ValueError, as where
+    weights or embeddings are not finite."""
     from feddra_ds.evaluation.evaluate import evaluate
 
     local = not (run_dir / "model" / "config.json").is_file()  # a model per client: held-out sites have none
@@ -45,6 +47,8 @@ def measure(run_dir: Path, how: EvaluateSpec, rounds: list[dict[str, Any]]) -> M
         zero_shot=False,
         worst_over=DEFAULT_SET,  # one set for all arms, whatever theirs are
     )
+    if result["non_finite"]:
+        raise ValueError("; ".join(finite.in_words(result["non_finite"])))
     return {
         **retrieval_metrics(result),
         **loss_metrics(result),

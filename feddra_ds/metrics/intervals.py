@@ -22,6 +22,38 @@ def bootstrap(
     Raises ValueError for no values or no draws."""
     if len(values) == 0 or draws < 1:
         raise ValueError(f"bootstrap: needs values and draws, got {len(values)} values and {draws} draws")
+    found = _percentile(values, groups, draws, seed, level)
+    return found or binomial(float(values.mean()), len({str(g) for g in groups}), level)
+
+
+def paired_bootstrap(
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    groups: Sequence[object],
+    *,
+    draws: int,
+    seed: int,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `first` − `second` (n,), values in [0, 1], resampling whole groups of both alike.
+
+    Where all resamplings agree, as many trials as groups that all agreed bound what was missed (binomial), each way. Raises
+    what bootstrap raises.
+    """
+    difference = first - second
+    if len(difference) == 0 or draws < 1:
+        raise ValueError(f"bootstrap: needs values and draws, got {len(difference)} values and {draws} draws")
+    found = _percentile(difference, groups, draws, seed, level)
+    if found is not None:
+        return found
+    mean, missed = float(difference.mean()), binomial(0.0, len({str(g) for g in groups}), level)[1]
+    return max(-1.0, mean - missed), min(1.0, mean + missed)
+
+
+def _percentile(
+    values: NDArray[np.float64], groups: Sequence[object], draws: int, seed: int, level: float
+) -> tuple[float, float] | None:
+    """None where the resamplings have no spread, as of one group."""
     _, member = np.unique(np.array([str(g) for g in groups]), return_inverse=True)
     sums, sizes = np.bincount(member, values), np.bincount(member)
     if len(sums) > 1 and draws > 1:  # one group or one resampling has no spread
@@ -38,7 +70,7 @@ def bootstrap(
         ).confidence_interval
         if found.high - found.low >= 1e-12:
             return float(found.low), float(found.high)
-    return binomial(float(values.mean()), len(sums), level)
+    return None
 
 
 def binomial(share: float, trials: int, level: float = 0.95) -> tuple[float, float]:

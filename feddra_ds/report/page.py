@@ -8,15 +8,17 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from feddra_ds.common.text import duration, listed, number, percent, size
+from feddra_ds.evaluation import finite
 from feddra_ds.report.charts import NUM_COLOURS, NUM_SHADES
 from feddra_ds.report.contents import context
 from feddra_ds.run.files import RunFiles
 
 
 def examples_of(files: RunFiles, data: str | None, num: int, max_pairs: int, seed: int) -> dict[str, Any]:
-    """{by_image, by_text, split, source}, or {why} where there are none."""
+    """{by_image, by_text, split, source, shared, non_finite: lines on what is not finite}, or {why, non_finite} where there
+    are none."""
     if num == 0:
-        return {"why": "They were left out (--examples 0)."}
+        return {"why": "They were left out (--examples 0).", "non_finite": _spoilt_weights(files)}
     # late: these import torch and transformers, which a page without examples can do without
     from feddra_ds.evaluation.examples import retrieval_examples
     from feddra_ds.evaluation.gallery import open_split
@@ -27,11 +29,23 @@ def examples_of(files: RunFiles, data: str | None, num: int, max_pairs: int, see
         split = str(files.get("evaluation.split") or "val")
         root = models.data_root(data)
         dataset = open_split(models, root, split, None)
-        by_image, by_text = retrieval_examples(models, dataset, split, num_each=num, max_pairs=max_pairs, seed=seed)
+        by_image, by_text, spoilt = retrieval_examples(
+            models, dataset, split, num_each=num, max_pairs=max_pairs, seed=seed
+        )
     except (ValueError, OSError) as error:
-        return {"why": f"There are none: {str(error).splitlines()[0]}"}
+        return {"why": f"There are none: {str(error).splitlines()[0]}", "non_finite": _spoilt_weights(files)}
     source = models.source.relative_to(files.path) if models.source.is_relative_to(files.path) else models.source
-    return {"by_image": by_image, "by_text": by_text, "split": split, "source": str(source), "shared": models.shared}
+    about = {"split": split, "source": str(source), "shared": models.shared, "non_finite": finite.in_words(spoilt)}
+    return {"by_image": by_image, "by_text": by_text, **about}
+
+
+def _spoilt_weights(files: RunFiles) -> list[str]:
+    spoilt = {
+        f"{client}/{name}" if client else name: count
+        for client, folder in files.models.items()
+        for name, count in finite.of_folders([folder]).items()
+    }
+    return [finite.weights_in_words(spoilt)] if spoilt else []
 
 
 def render(files: RunFiles, examples: dict[str, Any]) -> str:

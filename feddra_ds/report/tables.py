@@ -9,6 +9,7 @@ from typing import Any
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import number, percent
 from feddra_ds.data.format.dataset import Dataset, open_dataset
+from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.labels import weakest
 from feddra_ds.evaluation.mixture import RECALL, mixture_rows, set_in_words
 from feddra_ds.metrics.ranking import RECALL_AT
@@ -181,6 +182,7 @@ def evaluation(files: RunFiles) -> dict[str, Any] | None:
             for name, about in galleries
         ],
         "without_split": told["without_split"],
+        "non_finite": finite.in_words(told.get("non_finite") or {}),
         "mixture": _mixture(told.get("worst_mixture")),
         "labels": [
             {"name": label, **about["pooled"], "classes": about["classes"], "weakest": weakest(about["clients"])}

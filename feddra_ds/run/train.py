@@ -24,6 +24,7 @@ from feddra_ds.common.tree import merge
 from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.launch import Launch
+from feddra_ds.distributed.launcher_watch import end_with_launcher
 from feddra_ds.run.checks import Checked, check
 from feddra_ds.run.lock import locked
 
@@ -75,9 +76,11 @@ def run(path: str | None, overrides: dict[str, Any]) -> int:
     """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal."""
     with _signals_end_the_run():
         try:
-            rank = Launch.from_environment().rank
-            with log_to_stderr(rank):
-                return _exit_code(load(path, overrides), rank)
+            launch = Launch.from_environment()
+            with log_to_stderr(launch.rank):
+                if launch.is_launched:
+                    end_with_launcher()
+                return _exit_code(load(path, overrides), launch.rank)
         except ConfigError as error:
             for problem in error.problems:
                 print(f"feddra-ds: {problem}", file=sys.stderr)
@@ -143,12 +146,17 @@ def _rounds(config: Config, found: Checked) -> None:
 
 @contextmanager
 def _signals_end_the_run() -> Iterator[None]:
-    """While in it, SIGINT and SIGTERM raise Interrupted: no collective, no write; the next start resumes."""
+    """While in it, SIGINT, SIGTERM and SIGHUP raise Interrupted: no collective, no write; the next start resumes.
+
+    Under nohup, which ignores SIGHUP, it stays ignored.
+    """
 
     def stop(number: int, frame: Any) -> None:
         raise Interrupted(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    heard += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:

@@ -259,8 +259,10 @@ def test_a_resumed_run_of_two_slots_of_two_ranks_equals_one_that_was_not(dataset
     assert largest_difference(weights_of(whole, 2), weights_of(cut, 2)) <= 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["local", "centralized"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("local", marks=pytest.mark.slow), pytest.param("centralized", marks=pytest.mark.exhaustive)],
+)
 def test_other_strategies_resume_as_well(dataset: Path, tmp_path: Path, strategy: str) -> None:
     more = {"strategy__name": strategy, "schedule__stage2_steps": 3, "schedule__rounds": 3, **ADAMW}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -280,11 +280,12 @@ COMPILED = [  # optimizers that DeepSpeed compiles at first use
 @pytest.mark.parametrize(
     ("world_size", "rows"),
     [
-        pytest.param(1, STAGES, marks=pytest.mark.slow),
+        pytest.param(1, STAGES, marks=pytest.mark.exhaustive),
+        pytest.param(1, FORMS + OTHERS, marks=pytest.mark.exhaustive),
         pytest.param(2, STAGES, marks=pytest.mark.slow),
         pytest.param(2, FORMS + OTHERS, marks=pytest.mark.slow),
     ],
-    ids=["1 rank", "2 ranks", "2 ranks, more"],
+    ids=["1 rank", "1 rank, more", "2 ranks", "2 ranks, more"],
 )
 def test_masters_of_every_zero_stage_and_precision(
     dataset: Path, world_size: int, rows: list[tuple[str, dict[str, Any]]]

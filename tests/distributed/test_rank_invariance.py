@@ -5,6 +5,7 @@ SGD with a learnable temperature in fp32, because AdamW hides a gradient of the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ ADAMW = {"schedule__rounds": 3, "optimizer__name": "adamw", "optimizer__lr": 3e-
 
 # (ranks, ranks per slot, ZeRO stage, what else differs)
 Layout = tuple[int, int, int, dict[str, Any]]
+FULL: list[Layout] = [
+    (ranks, per_slot, stage, {})
+    for (ranks, per_slot), stage in itertools.product([(1, 1), (2, 2), (2, 1), (4, 2)], range(4))
+]
 # With SHORT, every layout of ranks under three ZeRO stages and more.
 MORE: list[Layout] = [
     (1, 1, 1, {}),
@@ -97,6 +102,11 @@ def test_sgd_gives_the_same_weights_on_more_layouts(dataset: Path, tmp_path: Pat
     _compare_weights(dataset, tmp_path, MORE)
 
 
+@pytest.mark.exhaustive
+def test_sgd_gives_the_same_weights_on_all_layouts_and_stages(dataset: Path, tmp_path: Path) -> None:
+    _compare_weights(dataset, tmp_path, FULL[1:])
+
+
 @pytest.mark.parametrize("mean", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sum", "mean"])
 def test_adamw_gives_the_same_losses_and_weights_p(dataset: Path, tmp_path: Path, mean: bool) -> None:
     more = {"objective__direction_reduction": "mean"} if mean else {}
@@ -106,9 +116,15 @@ def test_adamw_gives_the_same_losses_and_weights_p(dataset: Path, tmp_path: Path
     _compare_metrics(lines, metrics_of(other), 1e-3, other.name)
 
 
-@pytest.mark.slow
-def test_adamw_gives_the_same_losses_on_all_stages(dataset: Path, tmp_path: Path) -> None:
-    one, *others = _runs(dataset, tmp_path, [(1, 1, 0, {}), (2, 1, 1, {}), (2, 2, 2, {}), (2, 2, 3, {})], ADAMW)
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param([(1, 1, 0, {}), (2, 1, 1, {}), (2, 2, 2, {}), (2, 2, 3, {})], id="stages", marks=pytest.mark.slow),
+        pytest.param(FULL, id="all", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_adamw_gives_the_same_losses(dataset: Path, tmp_path: Path, layouts: list[Layout]) -> None:
+    one, *others = _runs(dataset, tmp_path, layouts, ADAMW)
     for folder in others:
         _compare_metrics(metrics_of(one), metrics_of(folder), 1e-3, folder.name)
 

@@ -226,6 +226,18 @@ def test_probe(exported: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) 
 
 
 MISTAKES = [
+    (
+        ["evaluate", "RUN", "--subgroup", "ages"],
+        "--subgroup: no sample has a field ages; there are: odd",
+    ),
+    (["evaluate", "RUN", "--subgroup", "site", "--shuffled-texts"], "--shuffled-texts: takes no --subgroup"),
+    (["evaluate", "RUN", "--prompts", "x.yaml", "--no-zero-shot"], "--prompts: is of zero-shot classification"),
+    (["evaluate", "RUN", "--prompts", "nowhere.yaml"], "--prompts: cannot read nowhere.yaml"),
+    (["evaluate", "RUN", "--compare", "RUM"], "--compare: RUM does not exist; give a run directory"),
+    (
+        ["evaluate", "RUN", "--save-embeddings", "x.csv"],
+        "--save-embeddings: x.csv must end with .safetensors or .parquet",
+    ),
     (["evaluate", "RUM"], "RUM does not exist; give a run directory"),
     (["evaluate", "RUN", "--data", "nowhere"], "nowhere is not a folder"),
     (["evaluate", "RUN", "--clients", "nort"], "no client nort under"),

@@ -127,7 +127,7 @@ def test_a_worker_that_dies_is_a_row_and_is_replaced(tmp_path: Path) -> None:
     assert [rows[name]["status"] for name in ("feddra-seed1", "fedavg-seed2", "feddra-seed2")] == ["ok"] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_and_launches_give_the_same_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, arms={"fedavg": {"strategy.name": "fedavg"}}, seeds={"dev": [1, 2]})
     for name, words in (("one", ["--workers", "1"]), ("two", ["--workers", "2"]), ("launched", ["--ranks", "1"])):

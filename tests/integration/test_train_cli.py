@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -229,6 +230,21 @@ def test_a_killed_rank_ends_the_job_and_is_named(root: Path, tmp_path: Path) -> 
     assert time.monotonic() - began < 60
     assert process.returncode != 0
     assert str(victim) in output  # the launcher names the process that died
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_orphan(root: Path, tmp_path: Path) -> None:
+    """`deepspeed` itself is killed; its helper, which lives on, and the ranks end by themselves."""
+    out = tmp_path / "run"
+    shape = {"topology__ranks_per_slot": 1, "schedule__rounds": 500}
+    command = launched(write_config(tmp_path / "c.yaml", root, out, **shape), 2)
+    process = start_and_wait_for(command, out, 1)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 3  # the helper and two ranks
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    _, left = psutil.wait_procs(below, timeout=60)
+    assert not left
 
 
 def _command_of(pid: Path) -> bytes:

@@ -86,7 +86,7 @@ def test_two_jobs_of_slurm_have_two_ports(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     set_environment(monkeypatch, words)
-    assert Launch.from_environment() == Launch(0, 1, 0, "127.0.0.1", 0)
+    assert Launch.from_environment() == Launch(0, 1, 0, "127.0.0.1", 0, is_launched=False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from feddra_ds.commands.probe import parse_fractions
 from feddra_ds.evaluation.gallery import Gallery
-from feddra_ds.evaluation.labels import find_tasks, readable
+from feddra_ds.evaluation.labels import find_tasks, read_prompts, readable
 from feddra_ds.evaluation.probe import probe_all
 from feddra_ds.evaluation.zero_shot import zero_shot_scores
 from feddra_ds.metrics.classification import measure
@@ -84,9 +85,36 @@ def test_zero_shot_finds_the_class_whose_prompts_are_near() -> None:
     (task,), _ = find_tasks(infos("edema", [1, 0, 1]))
     image = np.array([[1, 0], [0, 1], [0.8, 0.6]], dtype=np.float32)
     embed = lambda texts: np.array([[0, 1] if "no " in t.lower() else [1, 0] for t in texts], dtype=np.float32)
-    scores = zero_shot_scores(task, image, embed)
+    scores = zero_shot_scores(task.prompts(), image, embed)
     assert scores.argmax(1).tolist() == [1, 0, 1]
     assert np.abs(scores).max() <= 1 + 1e-9
+
+
+def test_prompts_of_the_user(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.yaml"
+    file.write_text("edema:\n  yes: [wet]\n  no: dry\nview:\n  AP: [lying]\n  PA: [standing, upright]\n")
+    given = read_prompts(file)
+    edema, view = find_tasks([{"labels": {"edema": i, "view": v}} for i, v in ((0, "PA"), (1, "AP"))])[0]
+    assert edema.prompts(given) == [["dry"], ["wet"]]
+    assert view.prompts(given) == [["lying"], ["standing", "upright"]]
+    assert edema.prompts({}) == edema.prompts()
+    with pytest.raises(ValueError, match="--prompts: view: needs the classes AP, PA, got AP"):
+        view.prompts({"view": {"AP": ["lying"]}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no labels"),
+        ("edema: [wet]", "edema: needs a list of prompts for each class"),
+        ("edema: {yes: [], no: [dry]}", "edema: needs a list of prompts for each class"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_prompts(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "prompts.yaml")
 
 
 def test_readable() -> None:

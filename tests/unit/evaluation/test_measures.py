@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.compare import compare_retrieval, compare_zero_shot
+from feddra_ds.evaluation.gallery import Gallery, value_of
+from feddra_ds.evaluation.labels import Task
 from feddra_ds.evaluation.retrieval import across, join, measure_retrieval, retrieve, shuffle, skill
+from feddra_ds.evaluation.subgroups import find_subgroups, measure_subgroups
 from feddra_ds.evaluation.verdict import ABOVE, BELOW, POOLED, UNSURE, joint_verdict
+from feddra_ds.evaluation.zero_shot import Scored
 
 
 def gallery(client: str, n: int, seed: int, noise: float) -> Gallery:
@@ -184,3 +188,87 @@ def test_across_and_skill() -> None:
     assert skill({"i2t_recall@5": 0.5, "t2i_recall@5": 0.7, "chance@5": 0.2}) == pytest.approx(0.5)
     assert skill({}) is None
     assert skill({"i2t_recall@5": 1.0, "t2i_recall@5": 1.0, "chance@5": 1.0}) is None
+
+
+def test_pairs_of_a_study_match_where_the_json_says_so() -> None:
+    one, other = gallery("a", 30, 1, 0.1), gallery("b", 30, 2, 0.1)
+    crossed = [replace(g, image=g.image[[1, 0, *range(2, 30)]], match_by="study") for g in (one, other)]
+    told_so = [
+        replace(g, infos=[{"study": 0}, {"study": 0}, {"study": ""}, {"study": float("nan")}, *[{}] * 26])
+        for g in crossed
+    ]
+    assert told_so[0].match_ids.tolist() == [0, 0, *[-1] * 28], "a gap is no study"
+    for many, expected in ((crossed, 28 / 30), (told_so, 1.0)):
+        result = told({"a": many[0], "b": many[1]})
+        assert (
+            result["clients"]["a"]["i2t_recall@1"] == result["clients"]["b"]["t2i_recall@1"] == pytest.approx(expected)
+        )
+        assert result[POOLED]["i2t_recall@1"] == pytest.approx(expected)
+    assert len(set(join(told_so).match_ids.tolist())) == 3, "study 0 of one client is not that of another"
+    assert value_of({"labels": {"age": 5}}, "age") == "5"
+    assert value_of({"study": [1]}, "study") is None
+
+
+def test_subgroups_by_word_and_by_quartile() -> None:
+    ages = [None, *range(20, 79)]
+    infos = [{"sex": "F" if i % 2 else "M", "labels": {"age": age}, "id": f"n{i}"} for i, age in enumerate(ages)]
+    found = find_subgroups(infos, ["sex", "age"])
+    assert found["sex"]["F"].tolist() == [i % 2 == 1 for i in range(60)]
+    assert list(found["age"]) == ["20 to under 34.5", "34.5 to under 49", "49 to under 63.5", "63.5 to 78"]
+    assert sum(mask.sum() for mask in found["age"].values()) == 59, "whose age is not known is in no subgroup"
+    with pytest.raises(ValueError, match="--subgroup: no sample has a field ages; there are: age, id, sex"):
+        find_subgroups(infos, ["ages"])
+    with pytest.raises(ValueError, match="--subgroup: id has 60 values that are no numbers, more than 50 subgroups"):
+        find_subgroups(infos, ["id"])
+
+
+def test_the_worst_subgroup_is_named() -> None:
+    rng = np.random.default_rng(0)
+    good, far = gallery("a", 80, 1, 0.2), gallery("far", 40, 3, 0.2)
+    of_women = np.arange(80) % 4 == 1
+    image = np.where(of_women[:, None], rng.standard_normal(good.image.shape), good.image)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    infos = [{"patient": i, "sex": "F" if woman else "M"} for i, woman in enumerate(of_women)]
+    good = replace(good, image=image.astype(np.float32), infos=infos)
+    galleries = {"a": good, "b": gallery("b", 50, 2, 0.2), "far": far}
+    masks = find_subgroups([info for g in galleries.values() for info in g.infos], ["sex"])
+    result = measure_subgroups(galleries, ["far"], masks, one_model=True, draws=100, seed=0)
+    together = join([good, galleries["b"]]).ranks
+    for value, chosen in (("F", of_women), ("M", ~of_women)):
+        about = result["fields"]["sex"][value]
+        expected = together.hits("mean", 5)[:80][chosen].mean()
+        assert about["recall@5"]["recall"] == pytest.approx(expected, abs=1e-12), "as queries in everybody's gallery"
+        assert about["recall@5"]["low"] <= expected <= about["recall@5"]["high"]
+        assert about["pairs"] == chosen.sum()
+    assert (result["worst"]["field"], result["worst"]["value"]) == ("sex", "F")
+    alone = measure_subgroups(galleries, ["far"], masks, one_model=False, draws=20, seed=0)
+    expected = good.ranks.hits("mean", 5)[of_women].mean()
+    assert alone["fields"]["sex"]["F"]["recall@5"]["recall"] == pytest.approx(expected), "each in its own gallery"
+
+
+def test_two_models_on_the_same_pairs() -> None:
+    first = {"a": gallery("a", 60, 1, 0.2), "b": gallery("b", 50, 2, 0.2)}
+    second = {
+        name: replace(g, image=gallery(name, 60 if name == "a" else 50, 9, 0.2).image) for name, g in first.items()
+    }
+    compare = lambda x, y: compare_retrieval(x, y, [], one_model=True, draws=100, seed=0)
+    found = compare(first, second)
+    assert list(found) == ["a", "b", POOLED]
+    for name, by in (("a", lambda of: of["a"]), (POOLED, lambda of: join(list(of.values())))):
+        about = found[name]["recall@5"]
+        each = [by(of).ranks.hits("mean", 5).mean() for of in (first, second)]
+        assert [about["first"], about["second"]] == pytest.approx(each, abs=1e-12)
+        assert 0 < about["low"] < about["difference"] < about["high"]
+        assert about["difference"] == pytest.approx(each[0] - each[1])
+    assert compare(first, first)["a"]["recall@5"]["difference"] == 0
+    with pytest.raises(ValueError, match="--compare: the two models do not read the same pairs of b"):
+        compare(first, second | {"b": replace(second["b"], keys=second["b"].keys[::-1])})
+    rng = np.random.default_rng(0)
+    task = Task("odd", ("no odd", "odd"), True, np.arange(110) % 2)
+    blind = rng.standard_normal((110, 2))
+    sighted = blind + 2 * np.eye(2)[task.targets]
+    scored = [[Scored(task, scores, 0.07)] for scores in (sighted, blind)]
+    groups = [key for g in first.values() for key in g.groups]
+    about = compare_zero_shot(scored[0], scored[1], groups, draws=100, seed=0)["odd"]
+    assert 0 < about["low"] < about["difference"] < about["high"]
+    assert about["first"] > 0.9 > 0.65 > about["second"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from feddra_ds.metrics.intervals import holm, t_interval
+from feddra_ds.metrics.intervals import bootstrap, holm, paired_bootstrap, t_interval
 
 numbers = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
 
@@ -58,3 +58,19 @@ def test_holm_keeps_the_order_and_lies_between_raw_and_bonferroni(p_values: list
         assert raw <= told <= min(1.0, len(p_values) * raw) + 1e-12 or told == max(adjusted)
     order = np.argsort(p_values, kind="stable")
     assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+
+
+def test_a_paired_interval_is_of_the_difference() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 2, 200).astype(float)
+    second = np.where(np.arange(200) < 20, 0.0, first)  # the same but for a few pairs
+    low, high = paired_bootstrap(first, second, range(200), draws=500, seed=0)
+    assert low < (first - second).mean() < high
+    apart = [bootstrap(x, range(200), draws=500, seed=0) for x in (first, second)]
+    assert high - low < 0.6 * (apart[0][1] - apart[0][0]), (
+        "pairs that both models treat alike say nothing against a difference"
+    )
+    low, high = paired_bootstrap(first, first, range(200), draws=50, seed=0)
+    assert -0.03 < low < 0 < high == -low < 0.03, (
+        "no difference in 200 pairs bounds it, and does not prove that there is none"
+    )

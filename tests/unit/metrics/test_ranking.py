@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from feddra_ds.metrics.intervals import binomial, bootstrap
-from feddra_ds.metrics.ranking import Ranks, ranks, recall_table
+from feddra_ds.metrics.ranking import Ranks, Side, rank_table, ranks, recall_table
 
 
 def unit(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
     x = rng.standard_normal((n, d))
     return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def with_copies(copies: np.ndarray, num_texts: int) -> Ranks:
+    """Ranks of pairs of which each has so many copies of its text, its own included."""
+    n, nothing = len(copies), np.zeros(len(copies), int)
+    return Ranks(Side(nothing, nothing, np.ones(n, int), num_texts), Side(nothing, nothing, copies, n))
 
 
 def test_ranks_against_a_plain_loop_over_more_rows_than_a_block() -> None:
@@ -26,9 +32,9 @@ def test_ranks_against_a_plain_loop_over_more_rows_than_a_block() -> None:
     for j in (0, 17, 511, 512, 699):
         match = ids == ids[j]
         nearer = ~match & (scores[j] >= scores[j][match].max())
-        assert found.i2t[j] == len(np.unique(ids[nearer])), "copies of a text are one entry of the gallery"
-        assert found.t2i[j] == (scores[:, j][~match] >= scores[:, j][match].max()).sum()
-        assert found.positives[j] == match.sum()
+        assert found.i2t.better[j] == len(np.unique(ids[nearer])), "copies of a text are one entry of the gallery"
+        assert found.t2i.better[j] == (scores[:, j][~match] >= scores[:, j][match].max()).sum()
+        assert found.t2i.matches[j] == match.sum()
     assert found.num_texts == len(np.unique(ids))
 
 
@@ -41,11 +47,81 @@ def test_a_tie_counts_against_the_match() -> None:
     assert table["pairs"] == 4
 
 
+def by_brute_force(image: np.ndarray, text: np.ndarray, ids: np.ndarray, study: np.ndarray) -> dict[str, float]:
+    """Recall, chance, median rank and mAP by sorting and by scikit-learn."""
+    from sklearn.metrics import average_precision_score
+
+    distinct = np.unique(ids)
+    texts = np.stack([text[ids == t][0] for t in distinct])
+    match = np.array([[any(ids[m] == t and (m == j or study[m] == study[j] >= 0) for m in range(len(ids))) for t in distinct]
+                      for j in range(len(ids))])  # fmt: skip
+    scores = image @ texts.T
+    of_text = np.searchsorted(distinct, ids)
+    out: dict[str, float] = {}
+    for way, s, right in (("i2t", scores, match), ("t2i", scores.T[of_text], match.T[of_text])):
+        orders = [np.argsort(-row, kind="stable") for row in s]
+        best = np.array([right[j][order].argmax() for j, order in enumerate(orders)])
+        for k in (1, 5, 10):
+            out[f"{way}_recall@{k}"] = (best < k).mean()
+        out[f"{way}_median_rank"] = float(np.median(best) + 1)
+        out[f"{way}_map"] = float(np.mean([average_precision_score(right[j], s[j]) for j in range(len(s))]))
+    for k in (1, 5, 10):
+        ways = [(right.sum(1), right.shape[1]) for right in (match, match.T[of_text])]
+        missed = [math.comb(size - m, k) / math.comb(size, k) for many, size in ways for m in many]
+        out[f"chance@{k}"] = 1 - float(np.mean(missed))
+    return out
+
+
+@pytest.mark.parametrize("with_studies", [False, True])
+def test_all_numbers_are_those_of_brute_force_and_scikit_learn(with_studies: bool) -> None:
+    rng = np.random.default_rng(7)
+    n = 60
+    ids = rng.integers(0, 45, n) * 7
+    study = rng.integers(-1, 25, n) if with_studies else np.full(n, -1)
+    text = unit(rng, 400, 6)[ids]
+    image = text + 0.7 * rng.standard_normal((n, 6))
+    found = ranks(image, text, ids, study)
+    expected = by_brute_force(image, text, ids, study)
+    told = recall_table(found) | rank_table(found)
+    for key, value in expected.items():
+        assert told[key] == pytest.approx(value, abs=1e-9), key
+    assert set(told) == {*expected, "pairs"}
+
+
+def test_a_match_of_a_study_counts_both_ways() -> None:
+    rng = np.random.default_rng(3)
+    text = unit(rng, 20, 8)
+    image = text[[1, 0, *range(2, 20)]]  # the first two pictures lie at each other's text
+    apart, together = (ranks(image, text, np.arange(20), np.array([s, s, *[-1] * 18])) for s in (-1, 0))
+    assert recall_table(apart)["i2t_recall@1"] == recall_table(apart)["t2i_recall@1"] == 0.9
+    assert recall_table(together)["i2t_recall@1"] == recall_table(together)["t2i_recall@1"] == 1
+    assert together.i2t.matches[:3].tolist() == together.t2i.matches[:3].tolist() == [2, 2, 1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_ranks_last(value: float) -> None:
+    text = unit(np.random.default_rng(4), 30, 8)
+    ids = np.array([0, 0, *range(2, 30)])
+    text[1] = text[0]
+    nothing = np.full_like(text, value)
+    for image, words in ((nothing, text), (text, nothing), (nothing, nothing)):
+        told = recall_table(ranks(image, words, ids)) | rank_table(ranks(image, words, ids))
+        assert all(told[f"{way}_recall@{k}"] == 0 for way in ("i2t", "t2i") for k in (1, 5, 10))
+        assert told["i2t_median_rank"] == 29
+    spoilt = text.copy()
+    spoilt[5, 2] = value
+    found = ranks(spoilt, text, ids)
+    assert found.i2t.better[5] == 28, "its text comes after all others"
+    assert found.t2i.better[5] == 29, "it is found after all others"
+    assert np.delete(found.i2t.better, 5).max() == 0
+    assert np.delete(found.t2i.better, 5).max() == 0, "it is in nobody's way"
+
+
 def test_chance_equals_random_orders() -> None:
     rng = np.random.default_rng(1)
     ids = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8])
     n = len(ids)
-    found = Ranks(np.zeros(n, int), np.zeros(n, int), np.array([(ids == i).sum() for i in ids]))
+    found = with_copies(np.array([(ids == i).sum() for i in ids]), len(np.unique(ids)))
     texts = np.unique(ids)
     for k in found.cutoffs:
         by_text = [[(ids[rng.permutation(n)[:k]] == ids[j]).any() for j in range(n)] for _ in range(4000)]
@@ -57,7 +133,7 @@ def test_chance_equals_random_orders() -> None:
 def test_chance_is_the_share_of_all_orders(n: int) -> None:
     positives = np.array([1, 2, 5, 11])
     gallery = np.concatenate([np.repeat(m, m) for m in positives] + [np.ones(n, int)])[:n]
-    found = Ranks(np.zeros(n, int), np.zeros(n, int), gallery)
+    found = with_copies(gallery, round((1 / gallery).sum()))
     for k in found.cutoffs:
         for m, chance in zip(gallery[:19], found.chance(k), strict=False):
             t2i = 1 - math.comb(n - m, k) / math.comb(n, k)
@@ -65,7 +141,8 @@ def test_chance_is_the_share_of_all_orders(n: int) -> None:
 
 
 def test_hits_of_both_ways_are_their_mean() -> None:
-    found = Ranks(np.array([0, 4, 9]), np.array([2, 0, 0]), np.ones(3, int))
+    sides = (Side(np.array(better), np.ones(3), np.ones(3, int), 20) for better in ([0, 4, 9], [2, 0, 0]))
+    found = Ranks(*sides)
     assert found.hits("mean", 1).tolist() == [0.5, 0.5, 0.5]
     assert found.hits("i2t", 5).tolist() == [1, 1, 0]
 

@@ -291,7 +291,8 @@ def test_examples_are_the_best_and_count_matches(finished: Path, data: Path) -> 
     models = open_models(finished, "cpu")
     dataset = open_split(models, str(data), "val", None)
     assert dataset.client_ids == [*CLIENTS, HELD_OUT]
-    by_image, by_text = retrieval_examples(models, dataset, "val", num_each=6, max_pairs=100, seed=0)
+    by_image, by_text, spoilt = retrieval_examples(models, dataset, "val", num_each=6, max_pairs=100, seed=0)
+    assert spoilt == {}
     assert {e.client for e in by_image} == {"north", "south_and_the_islands", HELD_OUT}
     for example in by_image:
         scores = [f.score for f in example.found]
