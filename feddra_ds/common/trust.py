@@ -2,72 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.parse import parse_json, shown
 
-SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # for every from_pretrained of weights
-# What transformers reads to decide which classes to make: any of them may name code.
-_ABOUT = (
-    "config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
-    "image_processor_config.json", "video_preprocessor_config.json", "generation_config.json",
+# The files from which transformers chooses the classes of a model, a tokenizer and a processor: any may name code.
+OF_MODEL = ("config.json",)
+OF_TOKENIZER = (*OF_MODEL, "tokenizer_config.json")
+OF_PROCESSOR = (
+    *OF_TOKENIZER, "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json",
 )  # fmt: skip
-_OF_HUB = ("config.json", "tokenizer_config.json")  # all that the loaders here let transformers read of a hub id
-_WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER = "adapter_config.json"
 
 
-def refuse_code(source: str | Path, key: str) -> None:
-    """Raise ValueError, one line that starts with `key`, where a model's folder or hub id names code to be run (auto_map), or
-    its json files cannot be read. Nothing of it is run to find out."""
-    for name in _ABOUT if Path(source).is_dir() else _OF_HUB:
-        content = _read(source, name, key)
-        for field, value in _fields(content):
+def safely(source: str | Path) -> dict[str, Any]:
+    """Arguments for every from_pretrained: no code of its own, nothing asked on the terminal, and a hub id's files of one
+    commit, which is asked for once in a process; what is cached of it is then read without the network."""
+    return {"trust_remote_code": False, "revision": None if Path(source).is_dir() else commit_of(str(source))}
+
+
+@functools.lru_cache(maxsize=64)
+def commit_of(hub_id: str) -> str | None:
+    """A hub id's newest commit, or the cached one where the hub cannot be reached; None where neither is known."""
+    from transformers.utils.hub import resolve_revision  # on demand: it is slow to import
+
+    commit: str | None = resolve_revision(hub_id)
+    return commit
+
+
+def refuse_code(source: str | Path, key: str, files: Sequence[str] = OF_MODEL) -> None:
+    """Raise ValueError, one line that starts with `key`, where those files of a folder or hub id name code to be run, or
+    cannot be read. Nothing of it is run to find out."""
+    for name in files:
+        for field, value in _fields(_read(source, name, key)):
             if field == "auto_map" and value:
-                raise ValueError(f"{key}: {source} brings code of its own (auto_map in {name}), which is never run here; remove "
-                                 "auto_map and the .py files if transformers has the class itself")  # fmt: skip
+                raise ValueError(
+                    f"{key}: {source} brings code of its own (auto_map in {name}), which is never run here; where transformers "
+                    "has the class itself, give a folder with a copy of it without auto_map and without the .py files"
+                )
             if field.endswith("attn_implementation") and isinstance(value, str) and ("/" in value or ":" in value):
-                raise ValueError(f"{key}: {source} names code of its own (attn_implementation {shown(value)} in {name}), which "
-                                 "is never run here; remove it")  # fmt: skip
+                raise ValueError(
+                    f"{key}: {source} names code of its own (attn_implementation {shown(value)} in {name}), which is never "
+                    "run here; give a folder with a copy of it without that"
+                )
 
 
-def refuse_pickles(source: str | Path, key: str) -> None:
-    """Raise ValueError, one line that starts with `key`, where the weights are not in safetensors files: a pickle can run
-    code when it is read."""
-    if _read(source, _ADAPTER, key):
+def weights_are_pickles(source: str | Path, key: str, permitted: bool = False) -> bool:
+    """Whether the weights of a folder or hub id are pickles, because it has none in safetensors files.
+
+    Raises ValueError, one line that starts with `key`, unless pickles are permitted: a pickle can run code when it is read.
+    Raises it also for an adapter, and for files elsewhere.
+    """
+    if _path(source, _ADAPTER):
         raise ValueError(f"{key}: {source} is an adapter ({_ADAPTER}), not a model; merge it into its base model")
-    index = _read(source, _INDEX, key)
-    if index:
-        places = index.get("weight_map")
-        files = (
-            set(places.values())
-            if isinstance(places, dict) and all(isinstance(p, str) for p in places.values())
-            else {""}
+    named = _read(source, "config.json", key).get("transformers_weights")
+    if named is not None and named not in (_WEIGHTS, _INDEX):
+        raise ValueError(
+            f"{key}: {source}: config.json names the weights {shown(named)}; call them {_WEIGHTS} and remove that"
         )
-        if wrong := sorted(f for f in files if "/" in f or "\\" in f or not f.endswith(".safetensors")):
-            raise ValueError(
-                f"{key}: {source}: {_INDEX} names {shown(wrong[0])}, which is no safetensors file beside it"
-            )
-    if index or _path(source, _WEIGHTS) is not None:
-        return
-    folder = Path(source)
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in _PICKLES) if folder.is_dir() else []
-    if pickles or not folder.is_dir():
-        name = pickles[0] if pickles else "pytorch_model.bin"
-        raise ValueError(f"{key}: {source} has no {_WEIGHTS}, and a pickle, such as {name}, is never opened, as it can run "
-                         f"code; where you trust it, convert it: safetensors.torch.save_file(torch.load('{name}', "
-                         f"weights_only=True), '{_WEIGHTS}')")  # fmt: skip
+    if _path(source, _WEIGHTS):
+        return False
+    for name, suffix in ((_INDEX, ".safetensors"), (_PICKLES[1], ".bin")):
+        places = _read(source, name, key).get("weight_map", {})
+        files = list(places.values()) if isinstance(places, dict) else [places]
+        for file in files:
+            if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(suffix):
+                raise ValueError(f"{key}: {source}: {name} names {shown(file)}, which is no {suffix} file beside it")
+        if files and name == _INDEX:
+            return False
+    found = next((name for name in _PICKLES if _path(source, name)), None)
+    if found is None:
+        where = "" if Path(source).is_dir() else ", or it could not be fetched"
+        raise ValueError(f"{key}: cannot load {source}: it has no {_WEIGHTS}{where}")
+    if not permitted:
+        raise ValueError(
+            f"{key}: the weights of {source} are a pickle ({found}), not {_WEIGHTS}, and a pickle can run code when it is read; "
+            "where you trust it, set model.pickled_weights to true (torch then reads it with weights_only=True), or convert it "
+            "to safetensors"
+        )
+    return True
 
 
 def _path(source: str | Path, name: str) -> Path | None:
-    """A file of a folder or hub id; None where it has none."""
-    path = Path(source) / name
-    if not Path(source).is_dir():
-        fetched = _fetched(str(source), name)
-        return Path(fetched) if fetched else None
-    return path if path.is_file() else None
+    """A file of a folder or hub id, fetched where need be; None where it has none."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            str(source), name, revision=commit_of(str(source)), _raise_exceptions_for_missing_entries=False
+        )
+    except Exception:  # transformers and the hub raise many types for "not there", and loading it will say which
+        return None
+    return Path(found) if found else None
 
 
 def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
@@ -82,17 +117,6 @@ def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{key}: cannot load {source}: {name} must be an object, got {shown(content)}")
     return content
-
-
-def _fetched(source: str, name: str) -> str | None:
-    """A hub id's file, fetched where need be; None where it has none, or cannot be reached, which loading it will say."""
-    from transformers.utils import cached_file  # on demand: it is slow to import
-
-    try:
-        found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-    return found
 
 
 def _fields(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -202,6 +202,11 @@ def _check_not_one_of_many(env: Mapping[str, str]) -> None:
             )
 
 
+def is_deepspeed(command: Sequence[str]) -> bool:
+    """Whether a process's words are the `deepspeed` command, not one of its helpers."""
+    return any(Path(word).name in ("deepspeed", "deepspeed.launcher.runner") for word in command)
+
+
 def missing_hostfile() -> str | None:
     """The --hostfile of the deepspeed command above this process, where there is no such file: it then takes this host
     alone, with a warning among many lines."""
@@ -212,7 +217,7 @@ def missing_hostfile() -> str | None:
             words, folder = parent.cmdline(), parent.cwd()
         except psutil.Error:
             continue
-        if not any(word in ("deepspeed", "deepspeed.launcher.runner") for word in (Path(w).name for w in words)):
+        if not is_deepspeed(words):
             continue
         for word, following in zip(words, [*words[1:], ""], strict=True):
             name, _, value = word.partition("=")

@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import psutil
 
 from feddra_ds.common.logs import logger
+from feddra_ds.distributed.launch import is_deepspeed
 
 _EVERY_S = 1.0
 _GRACE_S = 30.0  # as deepspeed and torchrun grant a rank between SIGTERM and SIGKILL
@@ -25,7 +25,7 @@ def end_with_launcher() -> None:
     parent = os.getppid()
     links = {os.getpid(): parent}
     above = _parent_of(parent)
-    if above is not None and "deepspeed.launcher.launch" in _command(parent) and _is_deepspeed(_command(above)):
+    if above is not None and "deepspeed.launcher.launch" in _command(parent) and is_deepspeed(_command(above)):
         links[parent] = above
     threading.Thread(target=_watch, args=(links,), daemon=True, name="launcher watch").start()
 
@@ -51,7 +51,3 @@ def _command(pid: int) -> list[str]:
         return psutil.Process(pid).cmdline()
     except psutil.Error:
         return []
-
-
-def _is_deepspeed(command: list[str]) -> bool:
-    return any(word == "deepspeed.launcher.runner" or Path(word).name == "deepspeed" for word in command[:4])

@@ -101,10 +101,11 @@ def control(gallery: Gallery, draws: int, seed: int) -> Retrieved:
     tables = [recall_table(found) for found in orders]
     estimates = []
     for k in orders[0].cutoffs:
-        means = np.array([found.hits("mean", k).mean() for found in orders])
-        mean, error = float(means.mean()), float(means.std(ddof=1)) / NUM_SHUFFLES**0.5
+        drawn = np.array([found.hits("mean", k).mean() for found in orders])
+        mean, error = float(drawn.mean()), float(drawn.std(ddof=1)) / NUM_SHUFFLES**0.5
         estimates.append(Estimate(k, mean, mean - SURE * error, mean + SURE * error, tables[0][f"chance@{k}"]))
-    return Retrieved({key: float(np.mean([t[key] for t in tables])) for key in tables[0]}, estimates)
+    means = {key: float(np.mean([t[key] for t in tables])) for key in tables[0]}
+    return Retrieved(means | {"pairs": len(gallery)}, estimates)
 
 
 def shuffle(gallery: Gallery, seed: int | Sequence[int]) -> Gallery:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from feddra_ds.common.text import first_line
-from feddra_ds.common.trust import SAFELY, refuse_code, refuse_pickles
+from feddra_ds.common.trust import refuse_code, safely, weights_are_pickles
 from feddra_ds.config.schema import EncoderConfig
 from feddra_ds.model.towers import ENCODERS_OF_TWO, check_config
 from feddra_ds.model.weights.deferred import recording
-from feddra_ds.model.weights.pretrained import load_deferred
+from feddra_ds.model.weights.pretrained import folder_of_pickles, load_deferred
 from feddra_ds.model.weights.tape import CannotDefer
 
 # Text encoders whose position ids start behind the padding id.
@@ -63,15 +63,21 @@ def load_config(name: str, key: str) -> PreTrainedConfig:
     source = local_or_hub(name, key)
     refuse_code(source, key)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, **safely(source))
     except Exception as error:  # a config of wrong types: each class of transformers raises what it happens to
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
 
-def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel:
-    """A transformers model with its weights, fp32, on the CPU, without dropout. Raises ValueError naming `key`."""
+def load_model(name: str, config: PreTrainedConfig, key: str, pickled: bool = False) -> PreTrainedModel:
+    """A transformers model with its weights, fp32, on the CPU, without dropout. pickled: its weights may be a pickle.
+
+    Raises ValueError naming `key`.
+    """
     source = local_or_hub(name, key)
-    refuse_pickles(source, key)
+    with quiet():
+        pickled = weights_are_pickles(source, key, pickled)
+        if pickled:
+            source = folder_of_pickles(source)
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
         if part is not None:
             set_dropout(part, 0.0, set())
@@ -83,9 +89,13 @@ def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel
             if recorder is not None:
                 kind = MODEL_MAPPING[type(config)] if kind is AutoModel else kind
                 return _encoder_alone(load_deferred(recorder, source, kind, config, attention))
-            return _encoder_alone(
-                kind.from_pretrained(source, config=config, dtype=torch.float32, **SAFELY, **attention)
-            )
+            options: dict[str, Any] = {
+                "dtype": torch.float32,
+                "use_safetensors": not pickled,
+                "weights_only": True,
+                **attention,
+            }
+            return _encoder_alone(kind.from_pretrained(source, config=config, **options, **safely(source)))
     except CannotDefer:
         raise
     except (
@@ -128,9 +138,12 @@ def set_dropout(config: PreTrainedConfig, value: float, keep: set[str]) -> None:
 
 
 def vision_encoder(
-    section: EncoderConfig, image_size: int, num_top_blocks: int = 0, key: str = "model.vision"
+    section: EncoderConfig, image_size: int, num_top_blocks: int = 0, key: str = "model.vision", pickled: bool = False
 ) -> PreTrainedModel:
-    """The image encoder, whole, fp32, for square images of `image_size` pixels. Raises ValueError naming `key`."""
+    """The image encoder, whole, fp32, for square images of `image_size` pixels. pickled: its weights may be a pickle.
+
+    Raises ValueError naming `key`.
+    """
     if section.pretrained is None:
         config = new_config(section, "vit", key)
         check_config(config, num_top_blocks, key)
@@ -142,7 +155,7 @@ def vision_encoder(
         check_patches(config, image_size, f"{key}.config.patch_size")
         set_dropout(config, 0.0, given)
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "vision", key, section.num_layers, num_top_blocks)
+    encoder = half(section.pretrained, "vision", key, section.num_layers, num_top_blocks, pickled)
     return resize_images(encoder, image_size, f"{key}.pretrained")
 
 
@@ -153,8 +166,12 @@ def text_encoder(
     max_text_length: int,
     num_top_blocks: int = 0,
     key: str = "model.text",
+    pickled: bool = False,
 ) -> PreTrainedModel:
-    """The text encoder, whole, fp32, for max_text_length tokens out of vocab_size. Raises ValueError naming `key`."""
+    """The text encoder, whole, fp32, for max_text_length tokens out of vocab_size. pickled: its weights may be a pickle.
+
+    Raises ValueError naming `key`.
+    """
     if section.pretrained is None:
         config = new_config(section, "bert", key)
         check_config(config, num_top_blocks, key)
@@ -169,7 +186,7 @@ def text_encoder(
         set_dropout(config, 0.0, given)
         config.use_cache = False
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "text", key, section.num_layers, num_top_blocks)
+    encoder = half(section.pretrained, "text", key, section.num_layers, num_top_blocks, pickled)
     check_text(encoder.config, vocab_size, max_text_length, f"{key}.pretrained")
     return encoder
 
@@ -228,10 +245,18 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def half(name: str, side: str, section: str, num_layers: int | None = None, num_top_blocks: int = 0) -> PreTrainedModel:
+def half(
+    name: str,
+    side: str,
+    section: str,
+    num_layers: int | None = None,
+    num_top_blocks: int = 0,
+    pickled: bool = False,
+) -> PreTrainedModel:
     """An encoder from weights; from a model with both encoders (CLIP, SigLIP, …) its `side`, vision or text.
 
-    num_layers: keep so many of its blocks, from the input on. Raises ValueError naming a key of `section`.
+    num_layers: keep so many of its blocks, from the input on. pickled: its weights may be a pickle.
+    Raises ValueError naming a key of `section`.
     """
     key = f"{section}.pretrained"
     config = load_config(name, key)
@@ -247,7 +272,7 @@ def half(name: str, side: str, section: str, num_layers: int | None = None, num_
                 f"{section}.num_layers: {num_layers} is more than the {own.num_hidden_layers} blocks of {name}"
             )
         own.num_hidden_layers = num_layers
-    model = load_model(name, config, key)
+    model = load_model(name, config, key, pickled)
     part = getattr(model, f"{side}_model", None)
     if part is not None:
         return part

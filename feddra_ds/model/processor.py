@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from feddra_ds.common.parse import parse_json
 from feddra_ds.common.text import first_line
-from feddra_ds.common.trust import refuse_code
+from feddra_ds.common.trust import OF_PROCESSOR, refuse_code, safely
 from feddra_ds.config.schema import ModelConfig
 from feddra_ds.data.loading.images import to_rgb
 from feddra_ds.model.encoders import local_or_hub
@@ -80,10 +80,10 @@ class DualEncoderProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> DualEncoderProcessor:
         """Read what save_pretrained wrote. Raises ValueError naming the folder where it is not all there."""
-        refuse_code(folder, "processor")
+        refuse_code(folder, "processor", OF_PROCESSOR)
         try:
-            image_processor = ViTImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            image_processor = ViTImageProcessorPil.from_pretrained(folder, **safely(folder))
+            tokenizer = AutoTokenizer.from_pretrained(folder, **safely(folder))
             return cls(image_processor, tokenizer, tokenizer.model_max_length)
         except Exception as error:  # files that are missing, or of wrong types
             raise ValueError(f"{folder} holds no processor: {first_line(error)}") from error
@@ -114,9 +114,10 @@ def image_statistics(name: str, key: str) -> tuple[tuple[float, ...], tuple[floa
     Raises ValueError naming `key` where `name` is no model or its config is not what it should be.
     """
     source = local_or_hub(name, key)
+    revision = safely(source)["revision"]
     for file in ("preprocessor_config.json", "processor_config.json"):
         try:
-            path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
             values = parse_json(Path(path).read_bytes(), _OBJECT) if path else {}
         except (OSError, ValueError) as error:
             raise ValueError(f"{key}: cannot read {file} of {name}: {first_line(error)}") from error

@@ -130,7 +130,9 @@ def test_evaluate_shows_everything_a_reader_needs(
     run, data = exported
     assert main(["evaluate", str(run), "--bootstrap", "50"]) == 0
     text = capsys.readouterr().out
-    rows = {line.split("│")[0].strip(): line for line in text.splitlines() if "│" in line}
+    rows = {
+        line.split("│")[0].strip(): line for line in reversed(text.splitlines()) if "│" in line
+    }  # of the first table
     assert {"north", "south_and_the_islands", "mean", "worst", "spread", "all, one gallery"} <= set(rows)
     assert f"{HELD_OUT} (held out, test)" in rows
     assert "0.33 → 0.28" in rows["north"]

@@ -45,7 +45,7 @@ def start(command: list[Any], **variables: Any) -> subprocess.Popen[str]:
 def end(process: subprocess.Popen[str]) -> str:
     """What it said; it must have ended well."""
     try:
-        said, _ = process.communicate(timeout=150)
+        said, _ = process.communicate(timeout=400)
     finally:
         process.kill()
     assert process.returncode == 0, said

@@ -18,7 +18,7 @@ from feddra_ds.model.folder import load_pretrained, save_model
 
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(run, name of the weight): one value of the vision encoder is NaN."""
+    """(run, name of the weight): one value of the pictures' head is NaN."""
     work = tmp_path_factory.mktemp("spoilt")
     data = make_data(work / "data")
     sections = {
@@ -29,7 +29,7 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = make_run(work / "run", config, [make_line(0)])
     add_model(run / "model", config)
     model, processor = load_pretrained(run / "model")
-    name = next(n for n, p in model.named_parameters() if "vision" in n and p.dim() == 2)
+    name = [n for n, p in model.named_parameters() if "vision.head" in n and p.dim() == 2][-1]
     with torch.no_grad():
         model.get_parameter(name)[0, 0] = float("nan")
     save_model(model.state_dict(), model.config, processor, run / "model")
@@ -70,7 +70,7 @@ def test_evaluate(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) 
 
 
 def test_probe(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    out, error = told(capsys, "probe", spoilt[0], "--json")
+    out, error = told(capsys, "probe", spoilt[0], "--features", "embedding", "--json")
     result = json.loads(out, parse_constant=refuse)
     assert result["labels"] == {}
     assert set(result["labels_left_out"]) == {"odd", "view"}

@@ -149,6 +149,7 @@ INTERRUPTED = (
     STATE
     + """
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background ignores
 whole, cut = (json.loads(a) for a in sys.argv[1:3])
 feddra_ds.train(whole)
 progress = Path(cut["run"]["output_dir"], "progress.json")

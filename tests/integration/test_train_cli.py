@@ -212,12 +212,16 @@ def test_deepspeed_launcher_two_slots_of_two_ranks_equals_one_process(root: Path
         assert len(b["peak_memory_bytes"]) == 4
 
 
+def start_two_ranks(root: Path, tmp_path: Path) -> tuple[Path, subprocess.Popen[str]]:
+    """The folder of a run that would not end for long, and its launcher, once a round is done."""
+    out, shape = tmp_path / "run", {"topology__ranks_per_slot": 1, "schedule__rounds": 500}
+    config = write_config(tmp_path / "c.yaml", root, out, **shape)
+    return out, start_and_wait_for(launched(config, 2), out, 1)
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_is_named(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shape = {"topology__ranks_per_slot": 1, "schedule__rounds": 500}
-    command = launched(write_config(tmp_path / "c.yaml", root, out, **shape), 2)
-    process = start_and_wait_for(command, out, 1)
+    out, process = start_two_ranks(root, tmp_path)
     ranks = [
         int(pid.name)
         for pid in Path("/proc").iterdir()
@@ -235,10 +239,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(root: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_no_orphan(root: Path, tmp_path: Path) -> None:
     """`deepspeed` itself is killed; its helper, which lives on, and the ranks end by themselves."""
-    out = tmp_path / "run"
-    shape = {"topology__ranks_per_slot": 1, "schedule__rounds": 500}
-    command = launched(write_config(tmp_path / "c.yaml", root, out, **shape), 2)
-    process = start_and_wait_for(command, out, 1)
+    _, process = start_two_ranks(root, tmp_path)
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 3  # the helper and two ranks
     os.kill(process.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from feddra_ds.common.text import first_line
-from feddra_ds.common.trust import refuse_code
+from feddra_ds.common.trust import OF_TOKENIZER, refuse_code, safely
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,9 +32,9 @@ def load_tokenizer(path_or_id: str | None) -> PreTrainedTokenizerBase:
         return _shipped()
     from transformers import AutoTokenizer
 
-    refuse_code(path_or_id, "model.text.tokenizer")
+    refuse_code(path_or_id, "model.text.tokenizer", OF_TOKENIZER)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **safely(path_or_id))
     except Exception as error:  # transformers and the hub raise many types for "not there"
         raise ValueError(
             f"model.text.tokenizer: cannot load a tokenizer from {path_or_id}: {first_line(error)}"

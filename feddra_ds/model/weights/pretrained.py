@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from feddra_ds.common.trust import SAFELY
+from feddra_ds.common.trust import commit_of
 from feddra_ds.model.weights.deferred import Recorder
 from feddra_ds.model.weights.tape import CannotDefer
 from feddra_ds.model.weights.tensor_files import all_stored
@@ -32,9 +34,13 @@ def load_deferred(
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads would not be recorded
     try:
-        model = architecture.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, **SAFELY, **attention
-        )
+        options: dict[str, Any] = {
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "trust_remote_code": False,
+            **attention,
+        }
+        model = architecture.from_pretrained(None, config=config, state_dict=tensors, **options)
     finally:
         if before is None:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
@@ -51,10 +57,20 @@ def _weight_files(source: str) -> list[str]:
         "_raise_exceptions_for_gated_repo": False,
         "_raise_exceptions_for_connection_errors": False,
     }
+    if not Path(source).is_dir():
+        quietly["revision"] = commit_of(source)
     whole = cached_file(source, SAFE_WEIGHTS_NAME, **quietly)
     if whole is not None:
         return [whole]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **quietly)
     if index is None:
         raise CannotDefer(f"{source} has no safetensors weights; convert them, to read them tensor by tensor")
-    return get_checkpoint_shard_files(source, index)[0]
+    return get_checkpoint_shard_files(source, index, revision=quietly.get("revision"))[0]
+
+
+def folder_of_pickles(source: str) -> str:
+    """The folder with a folder's or hub id's pickled weights, fetched where need be. Of a folder transformers takes what is
+    there; for a hub id it would also have a service of the hub convert them."""
+    if Path(source).is_dir():
+        return source
+    return snapshot_download(source, revision=commit_of(source), allow_patterns=["config.json", "pytorch_model*.bin*"])

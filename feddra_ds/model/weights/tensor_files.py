@@ -79,10 +79,10 @@ def stored(path: str | Path) -> dict[str, StoredTensor]:
         for name, about in header.items():
             if name == "__metadata__":
                 continue
-            about = check_fields(about, _ENTRY)
-            begin, stop = (8 + length + offset for offset in about["data_offsets"])
-            out[name] = StoredTensor(path, begin, tuple(about["shape"]), _DTYPES[about["dtype"]])
-            if stop - begin != math.prod(about["shape"]) * out[name].dtype.itemsize:
+            entry = check_fields(about, _ENTRY)
+            begin, stop = (8 + length + offset for offset in entry["data_offsets"])
+            out[name] = StoredTensor(path, begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            if stop - begin != math.prod(entry["shape"]) * out[name].dtype.itemsize:
                 raise ValueError(f"{name} has {stop - begin} bytes, which are not those of its shape")
             end = max(end, stop)
     except (struct.error, ValueError, KeyError) as error:

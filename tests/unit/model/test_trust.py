@@ -7,22 +7,27 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 from model_helpers import BODY, build, config, save, tokenizer
+from safetensors.torch import load_file
 from transformers import AutoConfig, BertConfig, BertModel, dynamic_module_utils
 
 from feddra_ds.checkpoint.load import SavedModel
 from feddra_ds.common.errors import CheckpointError
+from feddra_ds.common.trust import commit_of
 from feddra_ds.data.loading.tokens import load_tokenizer
 from feddra_ds.model.folder import load_pretrained, save_model
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor, image_statistics
 from feddra_ds.model.weights.deferred import defer
+from feddra_ds.model.weights.tape import CannotDefer
 
 MARKER = "ran"  # a file in the current folder, which planted code writes
 EVIL = f"open({MARKER!r}, 'w').close()\nclass Evil: pass\n"
@@ -48,7 +53,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What was asked on the terminal; the hub is a folder here, and code that transformers would run goes to another."""
     asked: list[str] = []
 
@@ -64,7 +69,9 @@ def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return asked
+    commit_of.cache_clear()
+    yield asked
+    commit_of.cache_clear()
 
 
 def edit(path: Path, **fields: Any) -> None:
@@ -110,6 +117,12 @@ def index_of_pickles(folder: Path) -> None:
     edit(folder / "model.safetensors.index.json", metadata={}, weight_map={"a": "pytorch_model.bin"})
 
 
+def index_to_payload(folder: Path) -> None:
+    only_pickle(folder)
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-0.bin")
+    edit(folder / "pytorch_model.bin.index.json", metadata={}, weight_map={"a": "pytorch_model-0.bin"})
+
+
 def index_of_elsewhere(folder: Path) -> None:
     only_pickle(folder)
     edit(folder / "model.safetensors.index.json", metadata={}, weight_map={"a": "../other/model.safetensors"})
@@ -120,13 +133,19 @@ def adapter(folder: Path) -> None:
     edit(folder / "adapter_config.json", peft_type="LORA", base_model_name_or_path=str(folder), r=1, auto_mapping={})
 
 
+def named_pickle(folder: Path) -> None:
+    only_pickle(folder)
+    (folder / "pytorch_model.bin").rename(folder / "adapter_model.bin")
+    edit(folder / "config.json", transformers_weights="adapter_model.bin")
+
+
 def only_adapter(folder: Path) -> None:
     adapter(folder)
     (folder / "config.json").unlink()
 
 
-def as_text(folder: Path | str) -> Any:
-    return build(text={"pretrained": str(folder)})
+def as_text(folder: Path | str, pickled: bool = False) -> Any:
+    return build(text={"pretrained": str(folder)}, pickled_weights=pickled)
 
 
 LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -141,19 +160,22 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "hub id": ("text", lambda folder: as_text(at_hub(folder))),
     "tokenizer at the hub": ("text", lambda folder: load_tokenizer(at_hub(folder))),
 }
-RUNS = "which is never run here; remove"
-PICKLED = r"has no model.safetensors, and a pickle, such as pytorch_model.bin, is never opened.*convert it"
+RUNS = "which is never run here; "
+PICKLED = (
+    r"are a pickle \(pytorch_model.bin\), not model.safetensors, .* set model.pickled_weights to true .* or convert it"
+)
 READS_CODE = list(LOADERS)
 READS_WEIGHTS = ["export", "model.pretrained", "model.text.pretrained", "deferred", "hub id"]
 ATTACKS: list[tuple[Callable[[Path], None], list[str], str]] = [
-    (code, READS_CODE, f"auto_map in .*{RUNS} auto_map"),
-    (unknown, READS_CODE, f"auto_map in .*{RUNS} auto_map"),
-    (nested, READS_CODE, f"auto_map in .*{RUNS} auto_map"),
+    (code, READS_CODE, f"auto_map in .*{RUNS}where transformers has the class itself, give a folder with a copy"),
+    (unknown, READS_CODE, f"auto_map in .*{RUNS}"),
+    (nested, READS_CODE, f"auto_map in .*{RUNS}"),
     (kernel, READS_WEIGHTS, f"attn_implementation 'somebody/kernel:evil' in config.json.*{RUNS}"),
     (only_pickle, READS_WEIGHTS, PICKLED),
     (named_safetensors, READS_WEIGHTS, "model|weights"),
-    (index_of_pickles, READS_WEIGHTS, "index.json names 'pytorch_model.bin', which is no safetensors file beside it"),
-    (index_of_elsewhere, READS_WEIGHTS, "index.json names '../other/model.safetensors', which is no safetensors file"),
+    (index_of_pickles, READS_WEIGHTS, "index.json names 'pytorch_model.bin', which is no .safetensors file beside it"),
+    (index_of_elsewhere, READS_WEIGHTS, "index.json names '../other/model.safetensors', which is no .safet"),
+    (named_pickle, READS_WEIGHTS, "config.json names the weights 'adapter_model.bin'; call them model.safetensors"),
     (adapter, READS_WEIGHTS, "is an adapter .*merge it into its base model"),
     (only_adapter, ["export", "model.pretrained", "model.text.pretrained"], "has no config.json"),
 ]
@@ -194,6 +216,70 @@ def test_safetensors_alone_load(loader: str, good: Path, tmp_path: Path, guarded
     load(folder)
     assert not list(tmp_path.rglob(MARKER))
     assert not guarded
+
+
+def pickled(folder: Path, sharded: bool = False) -> None:
+    """The weights as pickles of tensors alone."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if not sharded:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    places = {name: f"pytorch_model-{number % 2}.bin" for number, name in enumerate(tensors)}
+    for file in set(places.values()):
+        torch.save({name: tensors[name] for name, place in places.items() if place == file}, folder / file)
+    edit(folder / "pytorch_model.bin.index.json", metadata={}, weight_map=places)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("at", [str, at_hub], ids=["folder", "hub"])
+def test_pickles_of_tensors_are_read_where_they_are_permitted(
+    at: Callable[[Path], str], sharded: bool, good: Path, tmp_path: Path, guarded: list[str]
+) -> None:
+    folder = tmp_path / "given"
+    shutil.copytree(good / "text", folder)
+    wanted = as_text(folder).state_dict()
+    pickled(folder, sharded)
+    name = at(folder)
+    with pytest.raises(ValueError, match=r"set model\.pickled_weights to true"):
+        as_text(name)
+    got = as_text(name, pickled=True)
+    assert all(torch.equal(wanted[key], tensor) for key, tensor in got.state_dict().items())
+    with pytest.raises(CannotDefer):  # the caller builds it whole then, and says so
+        defer(lambda: as_text(name, pickled=True))
+
+
+@pytest.mark.parametrize("attack", [only_pickle, index_to_payload], ids=lambda a: a.__name__)
+def test_no_permitted_pickle_runs(
+    attack: Callable[[Path], None], good: Path, tmp_path: Path, guarded: list[str]
+) -> None:
+    folder = tmp_path / "given"
+    shutil.copytree(good / "text", folder)
+    attack(folder)
+    for name in (str(folder), at_hub(folder)):
+        with pytest.raises(ValueError, match=r"model\.text\.pretrained: .*[Ww]eights.only") as caught:
+            as_text(name, pickled=True)
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob(MARKER))
+
+
+def test_the_hub_is_asked_once_and_not_needed_for_what_is_cached(
+    good: Path, tmp_path: Path, guarded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "given"
+    shutil.copytree(good / "text", folder)
+    name, asked = at_hub(folder), []
+
+    def unreachable(address: tuple[str, int], *_: Any, **__: Any) -> Any:
+        asked.append(address)
+        raise ConnectionRefusedError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    defer(lambda: as_text(name))
+    load_tokenizer(name)
+    image_statistics(name, "key")
+    assert len(asked) == 1, asked
 
 
 def test_statistics_of_images_are_numbers_alone(good: Path, tmp_path: Path, guarded: list[str]) -> None:
