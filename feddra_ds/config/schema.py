@@ -66,6 +66,9 @@ class HeadConfig(Section):
 class ModelConfig(Section):
     pretrained: str | None = None
     """A folder or id of a whole VisionTextDualEncoder/CLIP model, or of a model exported here, to start from."""
+    pickled_weights: bool = Field(False, json_schema_extra=MAY_CHANGE)
+    """Let pretrained weights be a pickle (pytorch_model.bin) where there are none in safetensors files. torch reads it with
+    weights_only=True, which makes tensors alone and runs nothing; false refuses it."""
     vision: EncoderConfig = EncoderConfig()
     text: TextEncoderConfig = TextEncoderConfig()
     embedding_dim: int = Field(128, ge=1)
