@@ -24,8 +24,13 @@ class RunConfig(Section):
     """auto (continue from the newest whole checkpoint in output_dir), never, or the path of a checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=MAY_CHANGE)
     """Where to train; auto takes CUDA where there is one."""
-    monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(["tensorboard"], json_schema_extra=MAY_CHANGE)
-    """Where DeepSpeed's monitor writes the round's scalars (from the coordinator only), under output_dir/events."""
+    trackers: list[str] = Field(["tensorboard"], json_schema_extra=MAY_CHANGE)
+    """Who hears each round's numbers beside metrics.jsonl, from rank 0: tensorboard (under output_dir/events), wandb, mlflow,
+    trackio, comet_ml, aim, clearml, dvclive, swanlab, or package.module:Class of your own (docs/own_classes.md)."""
+    project: str = Field("feddra", min_length=1, json_schema_extra=MAY_CHANGE)
+    """The project, or experiment, that trackers file the run under."""
+    name: str | None = Field(None, min_length=1, json_schema_extra=MAY_CHANGE)
+    """The run's name for trackers; null: the last part of output_dir."""
 
 
 class EncoderConfig(Section):

@@ -31,7 +31,6 @@ from feddra_ds.data.loading.words import Words
 from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan
 from feddra_ds.distributed.topology import Topology
-from feddra_ds.engine.bootstrap import build_monitor
 from feddra_ds.engine.engine import Engine
 from feddra_ds.federation.aggregation.norms import UpdateNorms
 from feddra_ds.federation.anchors import frozen_twin
@@ -277,8 +276,6 @@ def _lead(run: Run, resumed: dict[str, Any] | None) -> None:
     )
     if run.strategy.averages and len(center) > 1 and config.dro.fixed_weights is None:
         _say_where_p_moves(run.strategy.mixture_set(center), run.client_ids)
-    if config.run.monitor:
-        run.monitor = build_monitor(config.run.monitor, str(run.run_dir), "events")
 
 
 def _losses_of(saved: list[float | None] | None) -> Vector | None:

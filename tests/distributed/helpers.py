@@ -81,7 +81,7 @@ def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
     from feddra_ds.common.tree import set_path
 
     config: dict[str, Any] = {
-        "run": {"output_dir": str(out), "device": "cpu", "monitor": [], "seed": 3},
+        "run": {"output_dir": str(out), "device": "cpu", "trackers": [], "seed": 3},
         "model": {
             "vision": {"config": {"model_type": "vit", "patch_size": 8, **BODY}},
             "text": {"config": {"model_type": "bert", **BODY}},

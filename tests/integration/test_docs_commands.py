@@ -26,13 +26,13 @@ REPOSITORY = Path(__file__).parents[2]
 # what README and data.md make is used by the others
 FIRST = [REPOSITORY / "README.md", REPOSITORY / "docs" / "data.md"]
 DOCUMENTS = [*FIRST, *sorted(set((REPOSITORY / "docs").glob("*.md")) - set(FIRST))]
-QUICK = "--schedule.rounds 1 --schedule.stage1_steps 1 --schedule.stage2_steps 1 --data.image_size 32 --run.monitor []"
+QUICK = "--schedule.rounds 1 --schedule.stage1_steps 1 --schedule.stage2_steps 1 --data.image_size 32 --run.trackers []"
 # feddra_ds.train with the same settings on top
 QUICK_PYTHON = """
 import feddra_ds
 from feddra_ds.common.tree import merge
 from feddra_ds.run.train import train
-quick = {"schedule": {"rounds": 1, "stage1_steps": 1, "stage2_steps": 1}, "data": {"image_size": 32}, "run": {"monitor": []}}
+quick = {"schedule": {"rounds": 1, "stage1_steps": 1, "stage2_steps": 1}, "data": {"image_size": 32}, "run": {"trackers": []}}
 feddra_ds.train = lambda config, overrides: train(config, merge(overrides, quick))
 """
 NEEDS_A_NETWORK = ("--hostfile", "--no_ssh", "pip install", "mimic_cxr", "https://", "s3://")

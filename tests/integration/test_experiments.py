@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
         "data": {"image_size": 16, "text_length": 16, "batch_size": 4},
         "dro": {"evaluation_pairs": 4, "evaluation_batch_size": 4},
         "schedule": {"rounds": 1, "stage1_steps": 0, "stage2_steps": 1},
-        "run.monitor": [],
+        "run.trackers": [],
     },
     "arms": {"fedavg": {"strategy.name": "fedavg"}, "broken": {"optimizer": {"name": "sgd", "lr": 1e30}}},
     "seeds": {"dev": [3], "test": [4, 5, 6]},
