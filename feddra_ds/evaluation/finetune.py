@@ -125,7 +125,12 @@ def finetune(
     held_out = models.held_out(dataset, dataset.client_ids)
     inside = [c for c in dataset.client_ids if c not in held_out]
     measured = split or ("test" if any(dataset.num_samples(c, "test") for c in inside) else val_split)
-    about = {"model": str(models.source), "round": models.round, "data": root, "train_split": train_split}
+    about: dict[str, Any] = {
+        "model": str(models.source),
+        "round": models.round,
+        "data": root,
+        "train_split": train_split,
+    }
     about |= {"val_split": val_split, "split": measured, "modes": [m for m in MODES if m in modes]}
     about |= {"fractions": sorted(set(fractions)), "seeds": [seed + r for r in range(repeats)], "held_out": held_out}
     about |= {"class_weights": class_weights, "batch_size": batch_size}
@@ -183,9 +188,9 @@ def _look(
         with reader.accelerator.autocast():
             everything = np.ones(len(part), dtype=bool)
             features, read, skipped[split] = reader.outputs(encoder, part, everything, batch_size)
-        usable = np.isfinite(features).all(1)
-        broken = {c: [part.keys[i] for i in np.flatnonzero(read & ~usable & part.of([c]))] for c in part.clients}
-        broken = {client: {"image": keys} for client, keys in broken.items() if keys}
+        usable: Chosen = np.asarray(np.isfinite(features).all(1))
+        bad = {c: np.flatnonzero(read & ~usable & part.of([c])) for c in part.clients}
+        broken = {client: {"image": [part.keys[i] for i in rows]} for client, rows in bad.items() if len(rows)}
         if spoilt or broken:
             non_finite[split] = {"weights": dict(spoilt), "pairs": broken}
         sides[split] = Side(part, all_targets[start:stop], features, usable)
@@ -259,6 +264,7 @@ class _Table:
                     logits, taken = self.full(chosen, loss, seed, start)
                 scores.setdefault((mode, fraction), []).append(self.scored(logits))
                 steps.setdefault((mode, fraction), []).append(taken)
+            self.accelerator.free_memory()
         return {
             mode: {
                 f"{fraction:g}": {"labels": sizes[fraction], "steps": steps[mode, fraction]}

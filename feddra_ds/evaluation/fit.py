@@ -50,7 +50,6 @@ def accelerated(device: str, mixed_precision: str | None) -> Iterator[Accelerato
             )
         yield accelerator
     finally:
-        accelerator.free_memory()
         if own_group:
             accelerator.end_training()  # the process group, where there is one
         if own_state:
@@ -81,7 +80,8 @@ def fit(
     """Train `model` in place; it ends as it was when the val loss was least, after so many steps. Collective.
 
     batches: (inputs, targets) of this process's part of each batch, without end. loss: of such a part, of which the processes'
-    mean is the batch's. val_loss: of the model itself, on all val pairs. seed: of dropout.
+    mean is the batch's. val_loss: of the model itself, on all val pairs. seed: of dropout. The accelerator keeps model and
+    optimizer until its free_memory.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
@@ -109,6 +109,4 @@ def fit(
             elif check - best_check >= schedule.patience:
                 break
     model.load_state_dict(kept)
-    del wrapped, optimizer
-    accelerator.free_memory()
     return best_check * schedule.steps

@@ -82,7 +82,7 @@ def test_probe(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> 
 def test_finetune(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     """The features before the head are finite here, so that the table is there, and the weight is named all the same."""
     run, name = spoilt
-    words = ("--epochs", 1, "--fractions", 1, "--modes", "linear", "--device", "cpu", "--json")
+    words = ("--epochs", 1, "--fractions", 1, "--repeats", 1, "--modes", "linear", "--device", "cpu", "--json")
     out, error = told(capsys, "finetune", run, *words)
     result = json.loads(out, parse_constant=refuse)
     assert result["non_finite"]["train"] == {"weights": {name: 1}, "pairs": {}}

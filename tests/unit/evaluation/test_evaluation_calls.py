@@ -127,11 +127,11 @@ def test_probing(places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[
 
 def test_fine_tuning(places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     run, other, data = places
-    found = finetune(run, fractions=[0.5], epochs=1, device="cpu")
+    found = finetune(run, label_keys=["view"], fractions=[0.5], epochs=1, repeats=2, device="cpu")
     assert capsys.readouterr().out == ""
     assert not (run / "finetune.json").exists(), "only the command keeps it for the report"
-    words = ("--fractions", 0.5, "--epochs", 1, "--device", "cpu")
-    assert found == told(capsys, "finetune", run, *words)
+    words = ("--fractions", 0.5, "--epochs", 1, "--repeats", 2, "--device", "cpu")
+    assert found == told(capsys, "finetune", run, *words, "--label-key", "view")
     assert found == json.loads((run / "finetune.json").read_text())
     check_documented("finetune", found, but="non_finite|REASON|labels_left_out")
     assert main(["report", str(run), "--examples", "0"]) == 0
