@@ -32,6 +32,10 @@ COMMANDS = {
         "measure retrieval and zero-shot classification of a run or an exported model",
     ),
     "probe": ("feddra_ds.commands.probe", "train a linear classifier on a model's frozen image features"),
+    "finetune": (
+        "feddra_ds.commands.finetune",
+        "measure transfer: fine-tune the image encoder on shares of the labels, frozen or whole",
+    ),
     "export": (
         "feddra_ds.commands.export",
         "write the model of a run or of one of its checkpoints as a folder of its own",

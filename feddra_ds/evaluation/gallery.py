@@ -191,7 +191,7 @@ def _embed(
     samples = dataset.samples(client, split)
     where = {key: index for index, key in enumerate(samples.keys)}
     kept = [keys[i] for i in first]
-    infos = [_info(samples, where[key]) for key in kept]
+    infos = [info_of(samples, where[key]) for key in kept]
     samples.close()
     image = np.concatenate(images)[first]
     return Gallery(
@@ -208,7 +208,7 @@ def _embed(
     )
 
 
-def _info(samples: Samples, index: int) -> dict[str, Any]:
+def info_of(samples: Samples, index: int) -> dict[str, Any]:
     """The pair's json member; {} where it is broken: the pair is measured all the same."""
     try:
         info = samples.read_info(index)
