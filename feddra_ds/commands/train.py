@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 1 where the run had to end; 2 for a bad config; 128 + signal. Raises ConfigError."""
+    """Exit code: 0; 1 where the run had to end; 2 for a bad config; 128 + signal; 75 where SIGUSR1 ended it after a checkpoint.
+
+    Raises ConfigError.
+    """
     if args.help:
         args.parser.epilog = _keys(args.config, args.overrides)
         args.parser.print_help()

@@ -17,7 +17,7 @@ from feddra_ds.common.text import by_reason, listed
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.federation.aggregation.norms import UpdateNorms
-from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol, RankReport
+from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Next, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.base import Draws
@@ -205,7 +205,8 @@ class Coordinator:
         used, self.excluded, excluded = self.mixture, [], self.excluded
         if moves_mixture:
             self.mixture = self.next_mixture(_means(moving), references)
-        self.protocol.tell_mixture(round_index, self.mixture.tolist())
+        stops = any(report.asks_to_stop for report in reports)
+        self.protocol.tell_next(round_index, Next(self.mixture.tolist(), stops))
         clipped, self.clipped = self.clipped, []
         believed = self._believed(_means(losses), references)
         finite = _finite(_means(losses))

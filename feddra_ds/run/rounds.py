@@ -34,6 +34,7 @@ from feddra_ds.federation.schedule import Stage, draws_of_round, stages_of_round
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, embed, measure_loss, retrieval
 from feddra_ds.objectives import Objective
+from feddra_ds.run import stop_request
 from feddra_ds.run.debug import deterministic
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
@@ -69,6 +70,7 @@ class Run:
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
+    stops: bool = False  # whether the round that ended is the last one of this start
     norm_limits: dict[str, float | None] = field(default_factory=dict)  # by stage: the largest update that is averaged
     # rank 0 only
     coordinator: Coordinator | None = None
@@ -98,7 +100,7 @@ class Run:
         )
 
     def rounds(self) -> None:
-        """All rounds that are left, then the final model."""
+        """All rounds that are left, then the final model; fewer, and none, where a rank is asked to stop (`stops`)."""
         with self.progress, deterministic(self.config.debug.deterministic):
             for round_index in range(self.next_round, self.config.schedule.rounds):
                 self.progress.begin_round(round_index)
@@ -114,12 +116,16 @@ class Run:
                     samples=samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
                     bytes=self.server.num_bytes - bytes_before,
                     memory=peak_memory(self.engine),
+                    asks_to_stop=stop_request.is_asked(),
                 )
                 record = self.end_round(round_index, report)
                 with self.timed("checkpoint"):
                     self.save(round_index, record)
                 if record is not None:
                     self.record(record, time.monotonic() - began)
+                if self.stops:
+                    self.progress.stopped = "asked to by SIGUSR1, after a checkpoint"
+                    return
             with self.timed("model"):
                 self.save_final_model()
 
@@ -303,12 +309,15 @@ class Run:
                 record = self.coordinator.end_round(round_index, moves_mixture=self.measures_losses(round_index))
                 if self.config.clients.per_round is not None or self.strategy.draws_by_weight:
                     record["present_clients"] = np.repeat(self.client_ids, self.draws).tolist()
-            self.mixture = np.asarray(self.protocol.hear_mixture(round_index), dtype=np.float64)
+            following = self.protocol.hear_next(round_index)
+            self.mixture = np.asarray(following.weights, dtype=np.float64)
+            self.stops = following.stops and round_index + 1 < self.config.schedule.rounds
         return record
 
     def save(self, round_index: int, record: RoundRecord | None) -> None:
-        """An atomic checkpoint where one is due (checkpoint.every, and after the last round)."""
-        if (round_index + 1) % self.config.checkpoint.every and round_index + 1 < self.config.schedule.rounds:
+        """An atomic checkpoint where one is due (checkpoint.every, and after the last round, or where the run stops)."""
+        is_last = round_index + 1 == self.config.schedule.rounds or self.stops
+        if (round_index + 1) % self.config.checkpoint.every and not is_last:
             return
         topology = self.topology
         folder = folder_of(self.run_dir, round_index)
