@@ -8,7 +8,7 @@ Each is a small JSON value under a key of the run's store; no model data travels
     round/R/STAGE/stop/K     all → coordinator     "I know why the run ends"
     round/R/rank/K           all → coordinator     a RankReport
     round/R/next             coordinator → all     a Next
-    saved/R/K                writers → coordinator what the rank wrote of the checkpoint
+    saved/R/K                writers → coordinator what the rank wrote of the checkpoint, or why it could not
 """
 
 from __future__ import annotations
@@ -147,16 +147,20 @@ class Protocol:
         return keys
 
     # ---- a checkpoint
-    def tell_saved(self, round_index: int, files: Mapping[str, Any]) -> None:
-        self.topology.post(_saved(round_index, self.topology.rank), files)
+    def tell_saved(self, round_index: int, files: Mapping[str, Any], problem: str | None) -> None:
+        self.topology.post(_saved(round_index, self.topology.rank), [files, problem])
 
-    def hear_saved(self, round_index: int, ranks: Iterable[int]) -> dict[str, Any]:
-        """What these ranks wrote, together."""
+    def hear_saved(self, round_index: int, ranks: Iterable[int]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """(what these ranks wrote, together; which ranks could not write, by the reason)."""
         files: dict[str, Any] = {}
+        problems: dict[str, list[str]] = {}
         for rank in ranks:
-            files |= self.topology.fetch(_saved(round_index, rank), sender=f"rank {rank}")
+            written, problem = self.topology.fetch(_saved(round_index, rank), sender=f"rank {rank}")
             self.topology.forget(_saved(round_index, rank))
-        return files
+            files |= written
+            if problem is not None:
+                problems.setdefault(problem, []).append(f"rank {rank}")
+        return files, problems
 
     def _patiently(self, key: str) -> Any:
         return self.topology.fetch(key, sender=COORDINATOR, timeout_s=PATIENCE * self.topology.timeout_s)

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from feddra_ds.checkpoint.format import SHARED, folder_of, partial_of
 from feddra_ds.checkpoint.restore import export_checkpoint
 from feddra_ds.checkpoint.write import commit
-from feddra_ds.common.errors import DataError, TooFewClients
+from feddra_ds.common.errors import CheckpointNotWritten, DataError, TooFewClients
 from feddra_ds.common.logs import logger
+from feddra_ds.common.text import first_line
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.topology import Topology
@@ -321,13 +323,23 @@ class Run:
             return
         topology = self.topology
         folder = folder_of(self.run_dir, round_index)
-        written = write_server(partial_of(folder), self.server, self.clients, topology)
-        self.protocol.tell_saved(round_index, written)
-        if self.coordinator is not None:
-            files = self.protocol.hear_saved(round_index, topology.live_ranks)
+        written, problem = {}, None
+        try:
+            written = write_server(partial_of(folder), self.server, self.clients, topology)
+        except (OSError, SafetensorError) as error:
+            problem = first_line(error)
+        self.protocol.tell_saved(round_index, written, problem)
+        if self.coordinator is None:
+            return
+        files, problems = self.protocol.hear_saved(round_index, topology.live_ranks)
+        if not problems:
             # with the record, lest a kill before `record` lose the line
             state = self.coordinator.state(round_index) | {"metrics": record}
-            commit(folder, state, files, self.config.checkpoint.keep)
+            try:
+                commit(folder, state, files, self.config.checkpoint.keep)
+            except OSError as error:
+                problems = {first_line(error): ["rank 0"]}
+        self.coordinator.note_checkpoint(folder, problems)
 
     def record(self, record: RoundRecord, seconds: float) -> None:
         """Write the round's line of metrics.jsonl, and tell the trackers, with the coordinator's own clock."""
@@ -344,6 +356,9 @@ class Run:
         if self.coordinator is None:
             return
         newest = folder_of(self.run_dir, self.config.schedule.rounds - 1)
+        if self.coordinator.not_saved is not None:
+            raise CheckpointNotWritten(f"{self.coordinator.not_saved}; without it there is no final model: make room, and the "
+                                       "same command does the rounds again since the last checkpoint")  # fmt: skip
         for owner in [SHARED] if self.strategy.averages else self.client_ids:
             export_checkpoint(newest, owner, self.run_dir / "model" / ("" if owner == SHARED else owner))
 

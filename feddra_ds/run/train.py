@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.environment import environment
-from feddra_ds.common.errors import ConfigError, DataError, Interrupted, TooFewClients, WaitTimeout
+from feddra_ds.common.errors import (
+    CheckpointNotWritten,
+    ConfigError,
+    DataError,
+    Interrupted,
+    TooFewClients,
+    WaitTimeout,
+)
 from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.common.tree import merge
 from feddra_ds.config.load import from_dict, load
@@ -61,7 +68,8 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     checkpoint.
 
     Raises ConfigError (what is wrong in the config, all of it), DataError, TooFewClients (a round had fewer than
-    clients.minimum), WaitTimeout (another rank was not heard in time), CheckpointError.
+    clients.minimum), WaitTimeout (another rank was not heard in time), CheckpointError, CheckpointNotWritten (after the last
+    round).
     """
     checked = _config(config, overrides)
     run_dir = Path(checked.run.output_dir)
@@ -113,7 +121,7 @@ def _exit_code(config: Config, rank: int) -> int:
             config.run.output_dir,
         )
         return int(stopped.code or 1)
-    except (TooFewClients, WaitTimeout, DataError) as error:
+    except (TooFewClients, WaitTimeout, DataError, CheckpointNotWritten) as error:
         logger.error("%s", error)
         return 1
     if not result.is_complete:
