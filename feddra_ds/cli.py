@@ -32,6 +32,8 @@ COMMANDS = {
         "measure retrieval and zero-shot classification of a run or an exported model",
     ),
     "probe": ("feddra_ds.commands.probe", "train a linear classifier on a model's frozen image features"),
+    "embed": ("feddra_ds.commands.embed", "write the embeddings of a dataset's pictures and texts to a file"),
+    "search": ("feddra_ds.commands.search", "find the pictures that a text describes best, and write them as a page"),
     "export": (
         "feddra_ds.commands.export",
         "write the model of a run or of one of its checkpoints as a folder of its own",

@@ -14,6 +14,7 @@ import pytest
 from run_helpers import add_model, make_config, make_data, make_line, make_run
 
 from feddra_ds.cli import main
+from feddra_ds.evaluation.embeddings import embed
 from feddra_ds.evaluation.evaluate import evaluate
 from feddra_ds.evaluation.export import export
 from feddra_ds.evaluation.probe import probe
@@ -156,6 +157,11 @@ def test_everything_that_is_measured_is_documented(
     from safetensors.numpy import load_file
 
     embeddings = load_file(saved)
+    again = tmp_path / "again.safetensors"
+    about = told(capsys, "embed", run, "--out", again)
+    check_documented("embed", about, but=left_out)
+    assert about == embed(run, again)
+    assert again.read_bytes() == saved.read_bytes(), "embed writes what evaluate saves"
     assert embeddings["image"].shape == embeddings["text"].shape == (8 + 8 + 9, 8)
     assert np.linalg.norm(embeddings["image"], axis=1) == pytest.approx(1, abs=1e-5)
     assert found["compared"]["zero_shot"]["odd"]["first"] == found["zero_shot"]["odd"]["pooled"]["auroc"]
