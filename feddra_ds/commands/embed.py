@@ -12,6 +12,11 @@ from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.text import listed
 from feddra_ds.evaluation import finite
 
+EXAMPLES = (
+    "feddra-ds embed runs/mine --out mine.safetensors",
+    "feddra-ds embed exports/mine --data data/mine --split train --out train.parquet",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `embed`."""

@@ -11,6 +11,11 @@ from feddra_ds.evaluation import finite
 from feddra_ds.report.page import examples_of, render
 from feddra_ds.run.files import open_run
 
+EXAMPLES = (
+    "feddra-ds report runs/mine",
+    "feddra-ds report runs/mine --examples 0 --out report.html   # without pictures and texts",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `report`."""

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 PAGE = Path("search.html")
 
+EXAMPLES = (
+    "feddra-ds search 'left effusion' --model runs/mine",
+    "feddra-ds search 'left effusion' --model exports/mine --data data/mine --top 50 --out found.html",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `search`."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from feddra_ds import __version__
 from feddra_ds.common.text import duration, listed, number, percent, size
 from feddra_ds.evaluation import finite
@@ -63,6 +61,8 @@ def render_search(found: Search) -> str:
 
 
 def _filled(template: str, values: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # late: `report --help` can do without
+
     environment = Environment(
         loader=PackageLoader("feddra_ds", "assets"),
         autoescape=True,
