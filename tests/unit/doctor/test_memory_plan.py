@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented_json import check_documented
 from model_helpers import BODY
 from run_helpers import make_config, make_data
 
@@ -253,6 +254,8 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     told = json.loads(capsys.readouterr().out)
     assert told["fits"]
     assert told["peak"]["host"] == sum(told["items"]["host"].values())
+    assert main([*words, "--json", "--gpu", "0.001"]) == 1
+    check_documented("doctor --plan", told, json.loads(capsys.readouterr().out), but="^$")
     assert not (data.parent / "run").exists()
 
 

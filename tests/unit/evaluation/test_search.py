@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documented_json import check_documented
 from run_helpers import add_model, make_config, make_data, make_line, make_run
 from safetensors import safe_open
-from test_evaluation_calls import check_documented
 
 from feddra_ds.cli import main
 from feddra_ds.evaluation.search import best, search
