@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from feddra_ds import __version__
+from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.config.overrides import parse_overrides
 
 # command: (its module, what it does). A module has add_arguments(parser), EXAMPLES and run(args) -> exit code, and is imported
@@ -137,7 +138,7 @@ def _problems(error: Exception) -> list[str]:
     """What a user can mend, a line each; empty for any other error."""
     if hasattr(error, "problems"):
         return list(error.problems)
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, WaitTimeout)):
         return [str(error)]
     if isinstance(error, OSError) and error.filename is not None:
         return [f"{error.filename}: {error.strerror}"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, model_option: bool = False) -> None:
@@ -48,3 +50,9 @@ def split_ids(text: str | None, option: str = "--clients") -> list[str] | None:
     if not ids:
         raise ValueError(f"{option}: is empty; leave it out to take all of them")
     return ids
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line asks for, as JSON values: what all ranks of a launch must have in common."""
+    known = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {name: value for name, value in known.items() if value is None or isinstance(value, (str, int, float))}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from feddra_ds.commands._model_arguments import add_embedding_arguments, add_model_arguments, split_ids
+from feddra_ds.commands._model_arguments import add_embedding_arguments, add_model_arguments, options, split_ids
 from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.text import listed
 from feddra_ds.evaluation import finite
@@ -34,21 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where weights or embeddings are not finite."""
+    from feddra_ds.distributed.shares import launched_world
     from feddra_ds.evaluation.embeddings import embed  # late: torch and transformers, which --help can do without
 
-    result = embed(
-        args.model,
-        args.out,
-        data=args.data,
-        split=args.split,
-        clients=split_ids(args.clients),
-        device=args.device,
-        max_pairs=args.max_pairs,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        seed=args.seed,
-        ema=args.ema,
-    )
+    with launched_world(options(args)) as world:
+        result = embed(
+            args.model,
+            args.out,
+            data=args.data,
+            split=args.split,
+            clients=split_ids(args.clients),
+            device=args.device,
+            max_pairs=args.max_pairs,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            seed=args.seed,
+            ema=args.ema,
+            world=world,
+        )
+    if not world.is_first:
+        return 0
     if args.json:
         print(json.dumps(result, allow_nan=False))
     else:

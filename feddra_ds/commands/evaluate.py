@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from feddra_ds.commands._model_arguments import add_model_arguments, positive, split_ids
+from feddra_ds.commands._model_arguments import add_model_arguments, options, positive, split_ids
 from feddra_ds.common.files import write_atomic
 from feddra_ds.evaluation import finite
-from feddra_ds.run.files import EVALUATION_NAME, is_run
 
 EXAMPLES = (
     "feddra-ds evaluate runs/mine",
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `evaluate`."""
     parser.description = (
         f"{parser.description} Of a run as a whole (no --clients, no control, no --ema) it keeps the result in "
-        f"RUN/{EVALUATION_NAME}, which `feddra-ds report RUN` shows."
+        "RUN/evaluation.json, which `feddra-ds report RUN` shows."
     )
     add_model_arguments(parser)
     parser.add_argument("--split", default="val", metavar="NAME", help="split to measure on (default: val)")
@@ -78,31 +77,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where weights or embeddings are not finite, or the --shuffled-texts control is not at chance."""
     from feddra_ds.commands._evaluate_tables import show
+    from feddra_ds.distributed.shares import launched_world
     from feddra_ds.evaluation.evaluate import evaluate  # late: torch and transformers, which --help can do without
     from feddra_ds.evaluation.models import run_of
+    from feddra_ds.run.files import EVALUATION_NAME, is_run
 
     path = Path(args.model).expanduser()
-    result = evaluate(
-        path,
-        data=args.data,
-        split=args.split,
-        clients=split_ids(args.clients),
-        device=args.device,
-        max_pairs=args.max_pairs,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        seed=args.seed,
-        bootstrap=args.bootstrap,
-        zero_shot=not args.no_zero_shot,
-        shuffled_texts=args.shuffled_texts,
-        worst_over=args.worst_over,
-        ema=args.ema,
-        match_by=args.match_by,
-        subgroups=split_ids(args.subgroup, "--subgroup") or (),
-        prompts=args.prompts,
-        compare=args.compare,
-        save_embeddings=args.save_embeddings,
-    )
+    with launched_world(options(args)) as world:
+        result = evaluate(
+            path,
+            data=args.data,
+            split=args.split,
+            clients=split_ids(args.clients),
+            device=args.device,
+            max_pairs=args.max_pairs,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            seed=args.seed,
+            bootstrap=args.bootstrap,
+            zero_shot=not args.no_zero_shot,
+            shuffled_texts=args.shuffled_texts,
+            worst_over=args.worst_over,
+            ema=args.ema,
+            match_by=args.match_by,
+            subgroups=split_ids(args.subgroup, "--subgroup") or (),
+            prompts=args.prompts,
+            compare=args.compare,
+            save_embeddings=args.save_embeddings,
+            world=world,
+        )
+    if not world.is_first:
+        return 0
     of_the_whole_run = is_run(path) and args.clients is None and not args.shuffled_texts and not args.ema
     kept = keep(path / EVALUATION_NAME, result) if of_the_whole_run else None
     if args.json:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from feddra_ds.distributed.shares import ALONE, World
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
 from feddra_ds.evaluation.models import open_models
@@ -55,6 +56,7 @@ def embed(
     num_workers: int = 0,
     seed: int = 0,
     ema: bool = False,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Write the embeddings of a split's pictures and texts to `out`, a .safetensors or .parquet file.
 
@@ -62,7 +64,7 @@ def embed(
     Raises ValueError, whose message names the option and what to do, and DataError for data that cannot be read.
     """
     where = check_path(out, "--out")
-    models = open_models(path, device, ema=ema)
+    models = open_models(path, device, ema=ema, local_rank=world.local_rank)
     root = models.data_root(None if data is None else str(data))
     dataset = open_split(models, root, split, clients)
     galleries = embed_clients(
@@ -74,7 +76,10 @@ def embed(
         batch_size=batch_size,
         seed=seed,
         num_workers=num_workers,
+        world=world,
     )
+    if not world.is_first:
+        return {}
     return {
         "model": str(models.source),
         "round": models.round,
