@@ -33,6 +33,10 @@ COMMANDS = {
         "measure retrieval and zero-shot classification of a run or an exported model",
     ),
     "probe": ("feddra_ds.commands.probe", "train a linear classifier on a model's frozen image features"),
+    "finetune": (
+        "feddra_ds.commands.finetune",
+        "measure transfer: fine-tune the image encoder on shares of the labels, frozen or whole",
+    ),
     "embed": ("feddra_ds.commands.embed", "write the embeddings of a dataset's pictures and texts to a file"),
     "search": ("feddra_ds.commands.search", "find the pictures that a text describes best, and write them as a page"),
     "export": (

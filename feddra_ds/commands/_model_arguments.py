@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from feddra_ds.common.files import write_atomic
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, model_option: bool = False) -> None:
@@ -50,6 +54,32 @@ def split_ids(text: str | None, option: str = "--clients") -> list[str] | None:
     if not ids:
         raise ValueError(f"{option}: is empty; leave it out to take all of them")
     return ids
+
+
+def parse_fractions(text: str) -> list[float]:
+    """`0.01,0.1,1.0` as floats. Raises ValueError for what is no share."""
+    out = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise ValueError(f"--fractions: {part.strip()!r} is no number; give shares such as 0.01,0.1,1.0") from None
+        if not 0 < value <= 1:
+            raise ValueError(f"--fractions: {value:g} is no share; each must be above 0 and at most 1")
+        out.append(value)
+    return sorted(set(out))
+
+
+def keep_for_report(path: Path, result: dict[str, Any]) -> Path | None:
+    """Write the result where `report` looks for it. Returns the path, or None where it cannot be written."""
+    try:
+        write_atomic(path, json.dumps(result, allow_nan=False) + "\n")
+    except OSError as error:
+        print(
+            f"feddra-ds: {path} cannot be written ({error.strerror}), so the report will not show this", file=sys.stderr
+        )
+        return None
+    return path
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:

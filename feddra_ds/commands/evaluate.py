@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
-from feddra_ds.commands._model_arguments import add_model_arguments, options, positive, split_ids
-from feddra_ds.common.files import write_atomic
+from feddra_ds.commands._model_arguments import add_model_arguments, keep_for_report, options, positive, split_ids
 from feddra_ds.evaluation import finite
 
 EXAMPLES = (
@@ -109,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if not world.is_first:
         return 0
     of_the_whole_run = is_run(path) and args.clients is None and not args.shuffled_texts and not args.ema
-    kept = keep(path / EVALUATION_NAME, result) if of_the_whole_run else None
+    kept = keep_for_report(path / EVALUATION_NAME, result) if of_the_whole_run else None
     if args.json:
         print(json.dumps(result, allow_nan=False))
     else:
@@ -117,15 +114,3 @@ def run(args: argparse.Namespace) -> int:
     spoilt = finite.in_words(result["non_finite"])
     spoilt += [f"--compare: {line}" for line in finite.in_words(result.get("compared", {}).get("non_finite", {}))]
     return max(finite.complain(spoilt), int(result["control_at_chance"] is False))
-
-
-def keep(path: Path, result: dict[str, Any]) -> Path | None:
-    """Write the result where `report` looks for it. Returns the path, or None where it cannot be written."""
-    try:
-        write_atomic(path, json.dumps(result, allow_nan=False) + "\n")
-    except OSError as error:
-        print(
-            f"feddra-ds: {path} cannot be written ({error.strerror}), so the report will not show this", file=sys.stderr
-        )
-        return None
-    return path

@@ -63,4 +63,6 @@ def run(args: argparse.Namespace) -> int:
         follow.append(f"feddra-ds evaluate {files.path}   # for the report too: held-out clients, intervals, zero-shot")
     next_step(*follow)
     kept = finite.in_words(files.evaluation.get("non_finite") or {})
+    for split, found in (files.transfer.get("non_finite") or {}).items():
+        kept += [f"{split}: {line}" for line in finite.in_words(found)]
     return finite.complain(dict.fromkeys([*examples["non_finite"], *kept]))

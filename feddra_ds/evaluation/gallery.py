@@ -210,7 +210,7 @@ def _gallery(shares: Sequence[_Share], samples: Samples, client: str, split: str
     first.sort()
     where = {key: index for index, key in enumerate(samples.keys)}
     kept = [keys[i] for i in first]
-    infos = [_info(samples, where[key]) for key in kept]
+    infos = [info_of(samples, where[key]) for key in kept]
     samples.close()
     joined = lambda name: np.concatenate([x for share in shares for x in getattr(share, name)])[first]
     return Gallery(
@@ -227,7 +227,7 @@ def _gallery(shares: Sequence[_Share], samples: Samples, client: str, split: str
     )
 
 
-def _info(samples: Samples, index: int) -> dict[str, Any]:
+def info_of(samples: Samples, index: int) -> dict[str, Any]:
     """The pair's json member; {} where it is broken: the pair is measured all the same."""
     try:
         info = samples.read_info(index)

@@ -194,6 +194,39 @@ def evaluation(files: RunFiles) -> dict[str, Any] | None:
     }
 
 
+def transfer(files: RunFiles) -> dict[str, Any] | None:
+    """What the last `feddra-ds finetune RUN` measured, as the page shows it; None where there was none.
+
+    columns: (mode, share in %) of the cells of each row. newer: rounds that ended after the one that was measured.
+    """
+    told = files.transfer
+    if not told:
+        return None
+    cells = [about for fraction in told["fractions"] for mode in told["modes"]
+             if (about := told["transfer"].get(mode, {}).get(f"{fraction:g}"))]  # fmt: skip
+    names = [(f"{mode} {100 * fraction:g} %") for fraction in told["fractions"] for mode in told["modes"]]
+    rows = [{"name": "all labels, the mean", "cells": [about["mean"] for about in cells], "is_sum": True}]
+    rows += [{"name": label, "cells": [about["by_label"][label] for about in cells]} for label in told["labels"]]
+    rows += [
+        {
+            "name": client,
+            "held_out": client in told["held_out"],
+            "cells": [about["by_client"].get(client) for about in cells],
+        }
+        for client in (cells[0]["by_client"] if cells else {})
+    ]
+    return {
+        "newer": 0 if told["round"] is None else files.rounds_done - 1 - told["round"],
+        "columns": names,
+        "rows": rows if cells else [],
+        "non_finite": [
+            f"{split}: {line}" for split, found in told["non_finite"].items() for line in finite.in_words(found)
+        ],
+        **{key: told[key] for key in ("round", "split", "val_split", "data", "labels_left_out")},
+        "num_seeds": len(told["seeds"]),
+    }
+
+
 def _mixture(told: dict[str, Any] | None) -> dict[str, Any] | None:
     if not told:
         return None

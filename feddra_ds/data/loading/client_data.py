@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from feddra_ds.common.errors import DataError
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.format.samples import Samples
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.decode import Decoded, Source, Task
 from feddra_ds.data.loading.order import Order, Position
@@ -27,7 +28,8 @@ class ClientData:
     """One split of one data owner (or of several pooled), as one rank of its slot sees it.
 
     slot_rank, ranks_per_slot: this rank's index and the ranks of its slot; the caller checks that they divide the batch.
-    pool: the decoder to share; without one, this object makes its own.
+    pool: the decoder to share; without one, this object makes its own. samples: what to take of the split, for each client a
+    part of its samples, in place of all (data.order exact).
 
     Raises DataError for a client without this split, and ValueError for one with fewer training pairs than a batch.
     """
@@ -46,13 +48,16 @@ class ClientData:
         slot_rank: int = 0,
         ranks_per_slot: int = 1,
         pool: DecodePool | None = None,
+        samples: Sequence[Samples] | None = None,
     ):
         assert config.batch_size % ranks_per_slot == 0, (config.batch_size, ranks_per_slot)
-        name, total = "+".join(client_ids), sum(dataset.num_samples(client, split) for client in client_ids)
+        name = "+".join(client_ids)
+        sizes = [dataset.num_samples(c, split) for c in client_ids] if samples is None else list(map(len, samples))
+        total = sum(sizes)
         tokenizer_json, pad_id = freeze(tokenizer, config.text_length)
         self.source = Source(
             name=name,
-            parts=[],
+            parts=list(samples or []),
             seed=seed,
             order=None,
             image_size=config.image_size,
@@ -80,7 +85,7 @@ class ClientData:
 
     def _prepare(self, dataset: Dataset, client_ids: Sequence[str], split: str, batch_size: int) -> None:
         """Set up what reads the samples."""
-        self.source.parts = [dataset.samples(client, split) for client in client_ids]
+        self.source.parts = self.source.parts or [dataset.samples(client, split) for client in client_ids]
         if split == "train":
             self.source.order = Order(self.source.seed, self.source.name, self.num_samples, batch_size)
 

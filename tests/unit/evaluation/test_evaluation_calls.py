@@ -16,6 +16,7 @@ from feddra_ds.cli import main
 from feddra_ds.evaluation.embeddings import embed
 from feddra_ds.evaluation.evaluate import evaluate
 from feddra_ds.evaluation.export import export
+from feddra_ds.evaluation.finetune import finetune
 from feddra_ds.evaluation.probe import probe
 
 
@@ -73,6 +74,32 @@ def test_probing(places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[
     found = probe(run, label_keys=["view"], fractions=[0.5], features="embedding", clients=["north"], strength=0.1)
     words = ("--label-key", "view", "--fractions", 0.5, "--features", "embedding", "--clients", "north")
     assert found == told(capsys, "probe", run, *words, "--strength", 0.1)
+
+
+def test_fine_tuning(places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run, other, data = places
+    found = finetune(run, label_keys=["view"], fractions=[0.5], epochs=1, repeats=2, device="cpu")
+    assert capsys.readouterr().out == ""
+    assert not (run / "finetune.json").exists(), "only the command keeps it for the report"
+    words = ("--fractions", 0.5, "--epochs", 1, "--repeats", 2, "--device", "cpu")
+    assert found == told(capsys, "finetune", run, *words, "--label-key", "view")
+    assert found == json.loads((run / "finetune.json").read_text())
+    check_documented("finetune", found, but="non_finite|REASON|labels_left_out")
+    assert main(["report", str(run), "--examples", "0"]) == 0
+    page = " ".join(re.sub(r"<[^>]+>", " ", (run / "report.html").read_text()).split())
+    best = found["transfer"]["full"]["0.5"]["by_label"]["view"]["auroc"]
+    assert "label, client linear 50 % full 50 %" in page
+    assert f"{best['mean']:.3f} ({best['low']:.3f} to {best['high']:.3f}) accuracy" in page
+    assert "val said when to stop too" in page
+    capsys.readouterr()
+    assert (
+        main([str(w) for w in ("finetune", other, "--data", data, "--modes", "linear", "--label-key", "odd", *words)])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "labelled pairs that were trained on: 18 at 50 %" in shown
+    assert "kept in" not in shown
+    assert "beyond (held out)" in shown
 
 
 def test_everything_that_is_measured_is_documented(
