@@ -4,6 +4,7 @@ what they give is what docs/json_output.md says."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
