@@ -90,6 +90,19 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch, words: s
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0 SLURM_JOB_NODELIST=a",  # a batch script, behind its srun
+        "WORLD_SIZE=2 " + MASTER,
+        "ACCELERATE_MIXED_PRECISION=no MASTER_PORT=29500",
+    ],
+)
+def test_who_may_be_alone_is_alone_where_no_launcher_started_it(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    set_environment(monkeypatch, words)
+    assert Launch.from_environment(may_be_alone=True) == Launch(0, 1, 0, "127.0.0.1", 0, is_launched=False)
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         ("RANK=1 " + MASTER, r"RANK=1 is set .*torchrun.*, but not WORLD_SIZE"),
