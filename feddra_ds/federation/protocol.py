@@ -49,7 +49,7 @@ class ClientReport:
     train_loss: float | None  # mean of its steps; None: not finite
     pairs: int  # pairs trained on
     anchor_gradient_ratio: float | None = None  # of its last step; None without anchors
-    squared_drift: float | None = None  # ‖w_i − w_global‖² of what trained; None where the strategy does not ask
+    squared_drift: float | None = None  # ‖w_i − w_global‖² of what trained; None where nobody asks
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Decision:
     generation: int  # grows whenever slots are dropped
     stop: str | None = None  # why the run must end
     drift: float = 0.0  # Strategy.fold_drifts of the clients that are averaged
+    norm_limit: float | None = None  # the largest ‖w_i − w_global‖ that the next average of this stage takes
+    is_used: bool = (
+        True  # whether the average becomes the global model; not where it holds an update that is far too large
+    )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from feddra_ds.objectives import Objective
 from feddra_ds.run.debug import deterministic
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
+from feddra_ds.run.trackers import Trackers
 from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.base import Draws
 from feddra_ds.strategies.mixture_set import Vector
@@ -68,10 +69,11 @@ class Run:
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
+    norm_limits: dict[str, float | None] = field(default_factory=dict)  # by stage: the largest update that is averaged
     # rank 0 only
     coordinator: Coordinator | None = None
     metrics: MetricsFile | None = None
-    monitor: Any = None
+    trackers: Trackers | None = None
     # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     anchor_losses: dict[str, Loss | None] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class Run:
                     self.strategy.loss_weight(self.mixture, client.index),
                     on_step=self.progress.begin_client(client.id),
                     outer=self.server.outer,
+                    norm_limit=self.norm_limits.get(stage.name),
                 )
                 self.prefetch_after(client)
                 reports[client.index] = result.report()
@@ -173,6 +176,10 @@ class Run:
                     self.server.add(client, self.average_weight(client), client.aligner)
                 if not stage.hands_on_aligner:
                     client.aligner = None
+        self.norm_limits[stage.name] = decision.norm_limit
+        if not decision.is_used:
+            self.server.discard()
+            return
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
             self.server.finish(self.topology, decision.total_weight, decision.drift)
 
@@ -314,14 +321,14 @@ class Run:
             commit(folder, state, files, self.config.checkpoint.keep)
 
     def record(self, record: RoundRecord, seconds: float) -> None:
-        """Write the round's line of metrics.jsonl and its scalars, with the coordinator's own clock."""
+        """Write the round's line of metrics.jsonl, and tell the trackers, with the coordinator's own clock."""
         record["seconds"] = seconds
         record["stage_seconds"] = {name: self.seconds[name] for name in STAGE_NAMES}
         assert self.metrics is not None
         self.metrics.append(record)
         self.progress.end_round(record)
-        if self.monitor is not None:
-            self.monitor.write_events(scalars_of(record))
+        if self.trackers is not None:
+            self.trackers.log(record)
 
     def save_final_model(self) -> None:
         """model/ from the last checkpoint, by the coordinator alone, tensor by tensor: no rank gathers anything for it."""
@@ -353,19 +360,3 @@ def peak_memory(engine: Engine) -> int:
     if engine.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(engine.device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def scalars_of(record: RoundRecord) -> list[tuple[str, Any, int]]:
-    """A round's numbers as events of DeepSpeed's monitor: (name, value, round)."""
-    step = record["round"]
-    events: list[tuple[str, Any, int]] = [
-        ("loss/mean", record["mean_loss"], step),
-        ("loss/worst", record["worst_loss"], step),
-    ]
-    for client, p, loss in zip(record["client_ids"], record["client_weights"], record["client_losses"], strict=True):
-        events.append((f"weights/{client}", p, step))
-        if loss is not None:
-            events.append((f"loss/{client}", loss, step))
-    for name, values in record["val"].items():
-        events += [(f"val/{name}/{key}", value, step) for key, value in values.items()]
-    return events

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from feddra_ds.common.environment import environment
 from feddra_ds.common.errors import ConfigError, DataError, Interrupted, TooFewClients, WaitTimeout
 from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.common.tree import merge
@@ -62,7 +63,7 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     checked = _config(config, overrides)
     run_dir = Path(checked.run.output_dir)
     launch = Launch.from_environment()
-    with log_to_stderr(launch.rank), _environment_kept():
+    with log_to_stderr(launch.rank), environment({name: os.environ.get(name) for name in _VARIABLES}):
         os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asks for it, whatever the launcher
         found = check(checked, launch)
         with locked(run_dir) if launch.rank == 0 else nullcontext(), _generators_kept():
@@ -131,15 +132,14 @@ def _train(config: Config, found: Checked) -> None:
 
 
 def _rounds(config: Config, found: Checked) -> None:
-    from feddra_ds.engine.bootstrap import close_monitor
     from feddra_ds.run.build import build
+    from feddra_ds.run.trackers import tracking
 
-    run = build(config, found)
-    try:
+    is_coordinator = Launch.from_environment().rank == 0
+    with tracking(config) if is_coordinator else nullcontext() as trackers:  # who cannot start says so before the build
+        run = build(config, found)
+        run.trackers = trackers
         run.rounds()
-    finally:
-        if run.monitor is not None:
-            close_monitor(run.monitor)
     run.engine.close()
     run.topology.close()
 
@@ -162,20 +162,6 @@ def _signals_end_the_run() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Put back the variables that a run sets."""
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def test_print_config_shows_the_resolved_tree(root: Path, tmp_path: Path) -> Non
 def test_run_directory_and_a_model_that_needs_no_deepspeed(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = write_config(
-        tmp_path / "c.yaml", root, out, run__monitor=["tensorboard"], schedule__rounds=3, checkpoint__keep=2
+        tmp_path / "c.yaml", root, out, run__trackers=["tensorboard"], schedule__rounds=3, checkpoint__keep=2
     )
     done = train("--config", config)
     assert done.returncode == 0, done.stderr

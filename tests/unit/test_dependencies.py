@@ -21,7 +21,7 @@ FILES = [path for folder in ("feddra_ds", "launch") for path in sorted((REPOSITO
 # Declared, and imported by a dependency instead of by us.
 USED_BY_OTHERS = {
     "ninja": "DeepSpeed compiles its CPU kernels with it",
-    "tensorboard": "DeepSpeed's monitor writes events with it, through torch.utils.tensorboard",
+    "tensorboard": "accelerate's tracker writes events with it, through torch.utils.tensorboard",
 }
 
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import write_atomic
-from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, KNOWN
+from feddra_ds.common.text import listed
+from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, KNOWN, compressed
 from feddra_ds.data.format.remote import Store
 from feddra_ds.data.format.samples import texts_of_json
 
@@ -80,9 +81,8 @@ class Shards:
         for sample in self._samples(self.places[shard]):
             members = {suffix: sample[suffix] for suffix in KNOWN if suffix in sample}
             if not members:
-                names = (
-                    f"e.g. {sample['__key__']} with {', '.join(name for name in sample if not name.startswith('__'))}"
-                )
+                others = [name for name in sample if not name.startswith("__")]
+                names = f"e.g. {sample['__key__']} with {listed(others, 2)}"
                 continue
             if self.keep is None or self.keep(shard, read, sample["__key__"], members.get("json")):
                 number += 1
@@ -104,6 +104,8 @@ class Shards:
 
         try:
             with open(place, "rb") if self.store is None else self.store.opened(place) as stream:
+                if (problem := compressed(place, stream)) is not None:
+                    raise DataError(problem)
                 yield from group_by_keys(tar_file_expander([{"url": place, "stream": stream}]))
                 stream.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
                 if stream.read().strip(b"\0"):  # a tar ends in blocks of zeros; webdataset takes any end for one

@@ -116,29 +116,32 @@ def test_stage_1_holds_less_than_stage_2_and_embedding_least() -> None:
     assert 1.5 * heights[0] < heights[2]
 
 
+LEVERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"data__batch_size": 64, "data__micro_batch_size": 2}, {"data__batch_size": 64}),
+    ({}, {"data__batch_size": 64}),
+    ({"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "ranks": 2},
+     {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
+    ({"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 4},
+     {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
+    ({"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}, "ranks": 2},
+     {"deepspeed": {"zero_optimization": {"stage": 3}}, "ranks": 2}),
+    ({"model__adapter": {"type": "lora", "r": 4}}, {}),
+    ({"model__adapter": {"type": "lora", "r": 4}}, {"model__adapter": {"type": "lora", "r": 4, "aggregation": "stack"}}),
+    ({}, {"objective__anchors": "resident"}),
+    ({}, {"aggregate__precision": "int8"}),
+    ({}, {"clients": 4}),
+    ({"optimizer__name": "sgd"}, {}),
+    ({}, {"clients": 3, "strategy__name": "local"}),
+    ({}, {"aggregate__ema": 0.9}),
+    ({"strategy__name": "afl"}, {"strategy__name": "drfa"}),
+    ({"strategy__name": "fedavg"}, {"strategy__name": "moon"}),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
-    [
-        ({"data__batch_size": 64, "data__micro_batch_size": 2}, {"data__batch_size": 64}),
-        ({}, {"data__batch_size": 64}),
-        ({"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "ranks": 2},
-         {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 4},
-         {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
-        ({"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}, "ranks": 2},
-         {"deepspeed": {"zero_optimization": {"stage": 3}}, "ranks": 2}),
-        ({"model__adapter": {"type": "lora", "r": 4}}, {}),
-        ({"model__adapter": {"type": "lora", "r": 4}}, {"model__adapter": {"type": "lora", "r": 4, "aggregation": "stack"}}),
-        ({}, {"objective__anchors": "resident"}),
-        ({}, {"aggregate__precision": "int8"}),
-        ({}, {"clients": 4}),
-        ({"optimizer__name": "sgd"}, {}),
-        ({}, {"clients": 3, "strategy__name": "local"}),
-        ({}, {"aggregate__ema": 0.9}),
-        ({"strategy__name": "afl"}, {"strategy__name": "drfa"}),
-        ({"strategy__name": "fedavg"}, {"strategy__name": "moon"}),
-    ],
-)  # fmt: skip
+    [pytest.param(*pair, marks=pytest.mark.slow if n % 2 else []) for n, pair in enumerate(LEVERS)],
+)
 def test_every_lever_moves_the_peak_the_right_way(less: dict[str, Any], more: dict[str, Any]) -> None:
     assert planned(**less).bytes_of("host") < planned(**more).bytes_of("host")
 
@@ -228,6 +231,7 @@ def test_what_does_not_fit_names_keys_and_what_each_saves(data: Path) -> None:
     assert smaller.short is None
 
 
+@pytest.mark.slow
 def test_on_a_gpu_that_is_too_small_offload_is_offered(data: Path) -> None:
     zero = {"stage": 1, "reduce_bucket_size": 1000}
     verdict = judge(on_data(data, deepspeed={"zero_optimization": zero}), 1, Machine(10**12, 1, 10**6))
