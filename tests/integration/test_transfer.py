@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     info = {"labels": {"upright": int(number % 5 == 0)}, "patient": f"p{number}"}
                     picture = stripes(rng, number % 5 == 0)
                     writer.add(client, split, f"{split}{number:04d}", image=picture, text=f"no. {number}", info=info)
-    config = make_config(work / "run", work / "data", data={"augment": {"crop_scale": 0.9}})
+    config = make_config(work / "run", work / "data")
     add_model(work / "run" / "model", config)
     return make_run(work / "run", config, [make_line(0, ["north", "south"])])
 
