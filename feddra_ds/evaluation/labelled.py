@@ -138,8 +138,8 @@ class Reader:
         self, module: nn.Module, pairs: Labelled, data: ClientData, batch_size: int
     ) -> tuple[NDArray[np.float32], Chosen, dict[str, int]]:
         """What `module` (eval mode from then on) gives for the pictures of `data`, some of the pairs: (n, F), NaN for the
-        others and for what cannot be read; which could, (n,); and reason → number of unreadable pairs. Each process does a part, all have the
-        whole."""
+        others and for what cannot be read; which could, (n,); and reason → number of unreadable pairs. Each process does a
+        part, all have the whole."""
         module.eval()
         names: list[str] = []
         rows = []
