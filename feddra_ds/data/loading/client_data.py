@@ -143,13 +143,15 @@ class ClientData:
         """
         assert seed is None or seed == self.source.seed, "the evaluation sample is drawn by the run's seed"
         size = self.evaluation_size(num_pairs)
-        per_rank = -(-size // self.ranks_per_slot)
-        if whole_batches:
-            per_rank = -(-per_rank // batch_size) * batch_size
+        per_rank = self._pairs_per_rank(size, batch_size, whole_batches)
         first, last = min(self.slot_rank * per_rank, size), min((self.slot_rank + 1) * per_rank, size)
         starts = range(first, last, batch_size)
         tasks = (Task(s, min(s + batch_size, last), evaluate=(num_pairs, batch_size, draw)) for s in starts)
         return self._stream(tasks, lambda task: None)
+
+    def _pairs_per_rank(self, size: int, batch_size: int, whole_batches: bool) -> int:
+        per_rank = -(-size // self.ranks_per_slot)
+        return -(-per_rank // batch_size) * batch_size if whole_batches else per_rank
 
     def take_skipped(self) -> dict[str, int]:
         """Bad samples met on this rank since the last call, reason → count; one met twice in a replay counts once."""
