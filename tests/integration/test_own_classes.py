@@ -182,23 +182,17 @@ def test_trained_resumed_and_exported(package: Path, root: Path, tmp_path: Path)
     assert saved == {("server", "velocity"), *(("client", c, "drift") for c in ("north", "south", "west"))}
 
     one = tmp_path / "one"
-    done = command(package, "train", "--config", config(tmp_path / "o.yaml", root, one, schedule__rounds=3))
-    assert done.returncode == 0, done.stderr
+    told_by(package, "train", "--config", config(tmp_path / "o.yaml", root, one, schedule__rounds=3))
     for a, b in zip(lines(one), lines(whole), strict=True):
         np.testing.assert_allclose(a["client_losses"], b["client_losses"], atol=1e-5)
     plain = tmp_path / "plain"
-    done = command(
-        package, "train", "--config", config(tmp_path / "p.yaml", root, plain, schedule__rounds=3),
-        "--strategy.momentum", 0, "--strategy.pull", 0,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    path = config(tmp_path / "p.yaml", root, plain, schedule__rounds=3)
+    told_by(package, "train", "--config", path, "--strategy.momentum", 0, "--strategy.pull", 0)
     assert abs(lines(plain)[-1]["mean_loss"] - lines(one)[-1]["mean_loss"]) > 1e-4, "the strategy does nothing"
 
-    done = command(package, "export", whole, "--out", tmp_path / "model")
-    assert done.returncode == 0, done.stderr
+    told_by(package, "export", whole, "--out", tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
-    done = command(package, "report", whole, "--examples", 0)
-    assert done.returncode == 0, done.stderr
+    told_by(package, "report", whole, "--examples", 0)
 
 
 def told_by(package: Path, *words: object, expect: int = 0) -> tuple[str, str]:
