@@ -18,7 +18,8 @@ from feddra_ds.common.text import listed
 from feddra_ds.common.tree import set_path
 from feddra_ds.config.load import load
 from feddra_ds.config.schema import Config, DataConfig
-from feddra_ds.data.format.dataset import INDEX_NAME, Dataset, open_dataset
+from feddra_ds.data.format.dataset import Dataset, open_dataset
+from feddra_ds.data.format.find import INDEX_NAME
 from feddra_ds.data.format.look import Look, Seen, look
 from feddra_ds.data.format.writer import index_bare_folders
 

@@ -4,19 +4,16 @@
     ROOT/<client>/index.json                 each shard's bytes and sha256, each sample's key, offsets and text id
     ROOT/<client>/{train,val,test}-%06d.tar  <key>.{jpg|jpeg|png}, <key>.txt, <key>.json
 
-Samples are read by offset with one `pread` each, so any order costs the same. Only jpg, jpeg, png, txt and json are
-ever decoded: there is no pickle, and no member name chooses code.
+Samples are read by offset with one `pread` each, so any order costs the same. Only jpg, jpeg, png, webp, txt and json
+are ever decoded: there is no pickle, and no member name chooses code.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +23,16 @@ from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
 from feddra_ds.common.text import listed
 from feddra_ds.config.schema import DataConfig, StreamingConfig
+from feddra_ds.data.format.find import INDEX_NAME, read_json, safe_name, scan, scan_remote
 from feddra_ds.data.format.foreign import by_client, cache_folder, cached_index, indexed, shards_of
-from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, info_of, split_of
+from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, split_of
+from feddra_ds.data.format.keep import Among, BySide
 from feddra_ds.data.format.remote import Store, is_remote
 from feddra_ds.data.format.samples import Samples
 from feddra_ds.data.format.split_by_hash import group_hash, is_val
 from feddra_ds.data.format.stream import Counts, Shards
 
-INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
-FORMAT, VERSION = "feddra-shards", 1
 ENOUGH = 4096  # of pairs that streaming counts before it starts
-# An index may come from anybody, so it must not name files outside its folder.
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
 
 
 class Dataset:
@@ -75,7 +70,7 @@ class Dataset:
         self.store = Store(str(root), self.options) if is_remote(root) else None
         self.root = Path(root) if self.store is None else self.store.folder
         self.address = str(root)
-        problems, self.info, self.clients = _scan(self.root) if self.store is None else _scan_remote(self.store)
+        problems, self.info, self.clients = scan(self.root) if self.store is None else scan_remote(self.store)
         if problems:
             raise DataError(problems)
         if self.store is None:
@@ -154,7 +149,7 @@ class Dataset:
             places.setdefault(split_of(place), []).append(place)
         fraction, keep = self.data.val_fraction, None
         if fraction is not None and "val" not in places and split in ("train", "val"):
-            keep = _Side(fraction, split)
+            keep = BySide(fraction, split)
         own = places.get("train" if keep is not None else split, [])
         if not own:
             have = ", ".join(places)
@@ -170,7 +165,7 @@ class Dataset:
         for shard, number in zip(samples.shard.tolist(), samples.number.tolist(), strict=True):
             own[shard].append(number)
         used = [i for i, numbers in enumerate(own) if numbers]
-        keep = _Among([frozenset(own[i]) for i in used], [samples.shard_sizes[i] for i in used])
+        keep = Among([frozenset(own[i]) for i in used], [samples.shard_sizes[i] for i in used])
         counts: list[int | None] = [len(own[i]) for i in used]
         return Shards(client, split, [samples.paths[i] for i in used], counts, self.store, samples.text_field, keep)
 
@@ -182,7 +177,7 @@ class Dataset:
             else:
                 if self.store is not None:
                     self.store.text(f"{client}/{INDEX_NAME}")
-                self._indexes[client] = _read_json(self.root / client / INDEX_NAME)
+                self._indexes[client] = read_json(self.root / client / INDEX_NAME)
         return self._indexes[client]
 
     def splits(self, client: str) -> list[str]:
@@ -332,43 +327,6 @@ def open_dataset(
     return Dataset(root, ids, options, data)
 
 
-def safe_name(value: str) -> str:
-    """A client id or sample key as a file name: letters, digits, `_` and `-`; anything else becomes `_`."""
-    return re.sub(r"[^\w-]+", "_", value.strip(), flags=re.ASCII).strip("_") or "_"
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A sample is of a split where it is on that side of val_fraction."""
-
-    fraction: float
-    split: str
-
-    def __call__(self, shard: int, number: int, key: str, info: bytes | None) -> bool:
-        group = np.array([int(group_hash(key, {} if info is None else info_of(info)), 16)], dtype=np.uint64)
-        return bool(is_val(group, self.fraction)[0]) == (self.split == "val")
-
-    def check(self, shard: int, read: int) -> str | None:
-        return None
-
-
-@dataclass(frozen=True)
-class _Among:
-    """A sample is of a split where an index says so. numbers, sizes: of each shard, the samples that are, and how many it has."""
-
-    numbers: list[frozenset[int]]
-    sizes: list[int]
-
-    def __call__(self, shard: int, number: int, key: str, info: bytes | None) -> bool:
-        return number in self.numbers[shard]
-
-    def check(self, shard: int, read: int) -> str | None:
-        if read == self.sizes[shard]:
-            return None
-        return (f"has {read} samples as webdataset reads them, and {self.sizes[shard]} in its index: names come twice in it, or "
-                "members of a sample are apart; data.order=exact reads it")  # fmt: skip
-
-
 def _numbers(rows: list[dict[str, Any]]) -> np.ndarray:
     """(n,) int32: each row's number in its shard. Rows of one client among others (`by_client`) say it themselves."""
     seen: Counter[int] = Counter()
@@ -391,71 +349,3 @@ def _groups(samples: Samples) -> np.ndarray:
             info = {}
         hashes.append(int(group_hash(key, info if isinstance(info, dict) else {}), 16))
     return np.array(hashes, dtype=np.uint64)
-
-
-def _scan(root: Path) -> tuple[list[str], dict[str, Any], list[str]]:
-    """(problems, dataset.json or {}, sorted client folders) of a root."""
-    if not root.is_dir():
-        near = difflib.get_close_matches(root.name, _folders(root.parent), n=1) if root.parent.is_dir() else []
-        hint = f"; did you mean {root.parent / near[0]}?" if near else "; `feddra-ds data convert` makes one"
-        return [f"data.root: {root} is not a folder{hint}"], {}, []
-    info: dict[str, Any] = {}
-    if (root / DATASET_NAME).is_file():
-        try:
-            info = _read_json(root / DATASET_NAME)
-        except DataError as error:
-            return error.problems, {}, []
-    clients = [name for name in _folders(root) if (root / name / INDEX_NAME).is_file()]
-    tars = sorted(root.glob("*/*.tar"))
-    if not info:  # shards from elsewhere; a dataset written here that has lost an index is damaged
-        clients = sorted({*clients, *(path.parent.name for path in tars if not path.parent.name.startswith("."))})
-    if not clients:
-        why = f"no folder under {root} has an {INDEX_NAME} or shards; `feddra-ds data convert` makes them"
-        if tars:
-            why = f"{tars[0].parent} has no {INDEX_NAME}; `feddra-ds data inspect {root} --write-index` makes it"
-        elif any(root.glob("*.tar")):
-            why = (f"{root} has shards, but no folder per client; data.clients: {{NAME: {root}}} makes them one client's, "
-                   "data.client_field splits them by a field of their json")  # fmt: skip
-        elif packed := next(root.glob("*/*.tar.*"), None):
-            why = f"{packed} is compressed, so that no sample can be read without all before it; unpack it to a .tar"
-        return [f"data.root: {why}"], info, []
-    return [], info, clients
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
-    """What `_scan` returns, for an address: its dataset.json names the clients."""
-    try:
-        store.text(DATASET_NAME)
-        info = _read_json(store.folder / DATASET_NAME)
-    except DataError as error:
-        return [f"data.root: {problem}" for problem in error.problems], {}, []
-    clients = sorted({*info.get("clients", []), *info.get("held_out", [])})
-    unsafe = [c for c in clients if not isinstance(c, str) or not re.fullmatch(r"[\w-]+", c, re.ASCII)]
-    if unsafe or not clients:
-        return [f"data.root: {store.address(DATASET_NAME)}: names no clients, or bad ones: {unsafe}"], {}, []
-    return [], info, clients
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}); was it cut off? convert again") from error
-    if not isinstance(content, dict) or (path.name == INDEX_NAME and not _is_index(content)):
-        raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION}; convert again")
-    return content
-
-
-def _is_index(content: dict[str, Any]) -> bool:
-    splits = content.get("splits")
-    if content.get("version") != VERSION or not isinstance(splits, dict):
-        return False
-    if not all(isinstance(part, dict) and {"shards", "samples"} <= set(part) for part in splits.values()):
-        return False
-    return all(_SHARD_NAME.fullmatch(shard["file"]) for part in splits.values() for shard in part["shards"])

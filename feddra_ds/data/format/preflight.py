@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
-from feddra_ds.data.format.dataset import DATASET_NAME, INDEX_NAME, Dataset
+from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.format.find import DATASET_NAME, INDEX_NAME
 
 
 def preflight(

@@ -9,12 +9,13 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import write_atomic
 from feddra_ds.common.text import listed
 from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, KNOWN, compressed
+from feddra_ds.data.format.keep import Keep
 from feddra_ds.data.format.remote import OpenAhead, Store
 from feddra_ds.data.format.samples import texts_of_json
 
@@ -39,16 +40,6 @@ class Raw:
             if texts:
                 return texts[pick % len(texts)].encode()
         return self.members.get("txt")
-
-
-class Keep(Protocol):
-    """Which samples of shards are of one client's split."""
-
-    def __call__(self, shard: int, number: int, key: str, info: bytes | None) -> bool:
-        """Whether the sample `number` of a shard is, given its key and its json."""
-
-    def check(self, shard: int, read: int) -> str | None:
-        """What is wrong with a shard that had `read` samples in all; None where nothing is."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
 from feddra_ds.common.errors import DataError
-from feddra_ds.data.format.dataset import DATASET_NAME, FORMAT, INDEX_NAME, VERSION, safe_name
+from feddra_ds.data.format.find import DATASET_NAME, FORMAT, INDEX_NAME, VERSION, safe_name
 from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, Indexer
 
 MAX_SHARD_BYTES = 256 * 1024 * 1024
