@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]:
         assert main([*words, *wrong]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_memory_a_rank_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump(make_config(tmp_path / "run", make_data(tmp_path / "data"))))
+    assert main(["train", "--config", str(path), "--topology.dry_run", "true"]) == 0
+    told = capsys.readouterr()
+    assert re.search(r"^a rank needs \d+\.\d [MG]B of its host at its peak; .* are free", told.out), told.out
+    assert (
+        "1 rank = 1 slot × 1 rank, 3 clients, at most 3 per slot. They met, and each slot added up a number" in told.err
+    )
+    assert not (tmp_path / "run").exists()
