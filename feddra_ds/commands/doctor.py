@@ -35,6 +35,13 @@ if TYPE_CHECKING:  # these import torch and transformers, which --help can do wi
 _MOST_HOSTS = 16  # of a table for reading
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
+EXAMPLES = (
+    "feddra-ds doctor",
+    "feddra-ds doctor --config my.yaml --num-ranks 4",
+    "feddra-ds doctor --config my.yaml --plan --gpu 24   # would it fit into 24 GiB?",
+    "feddra-ds doctor --config my.yaml --plan --hosts 2x4 --link 10   # who lies where, and what a round costs",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `doctor`."""

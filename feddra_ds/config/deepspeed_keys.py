@@ -116,7 +116,9 @@ class _Sources:
                 names |= {
                     str(word.value.value)
                     for word in node.value.keywords
-                    if word.arg == "alias" and isinstance(word.value, ast.Constant)
+                    if word.arg == "alias"
+                    and isinstance(word.value, ast.Constant)
+                    and isinstance(word.value.value, str)
                 }
             for name in names:
                 found.add(prefix + name)

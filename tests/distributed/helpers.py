@@ -262,7 +262,7 @@ def watched(config_tree: dict[str, Any], faults: Sequence[Fault] = ()) -> dict[s
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong for one client in one stage: `weights` or `buffers` get a NaN at its end, `batch` or `gradient` at
-    `steps`.
+    `steps`; with `far` it ends with weights 1,000 times as large.
 
     Only the rank of index `slot_rank` in the client's slot meets it.
     """
@@ -289,6 +289,10 @@ def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
         for fault in mine:
             if fault.kind == "weights":
                 next(iter(engine.views("aligner")))[1][0] = float("nan")
+            elif fault.kind == "far":
+                for part in ("aligner", "backbone"):
+                    for _, view in engine.views(part):
+                        view.mul_(1000)
             elif fault.kind == "buffers":
                 next(b for b in engine.buffers().values() if b.is_floating_point())[0] = float("inf")
         return validate(engine, *args)

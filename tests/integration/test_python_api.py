@@ -117,7 +117,7 @@ print(json.dumps({
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_trainings_in_one_process_equal_those_of_fresh_processes(root: Path, tmp_path: Path) -> None:
     """ZeRO 0, then ZeRO 3, then the first goes on: nothing is left of the one before."""
 
