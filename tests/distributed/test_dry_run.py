@@ -42,7 +42,7 @@ def dry(rank: int, world_size: int, config: dict[str, Any], broken: int | None =
 @pytest.mark.parametrize("world_size", [8, pytest.param(64, marks=pytest.mark.exhaustive)])
 def test_all_groups_are_formed_and_nothing_is_written(many: Path, tmp_path: Path, world_size: int) -> None:
     out = tmp_path / "run"
-    config = tree(many, out, topology__dry_run=True, topology__ranks_per_slot=4)
+    config = tree(many, out, topology__dry_run=True, topology__ranks_per_slot=4, clients__timeout_s=400.0)
     lines, *others = run_ranks(dry, world_size, config, init_group=False, timeout=500)
     slots = world_size // 4
     assert not out.exists()
