@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from feddra_ds.common.console import next_step
-from feddra_ds.common.text import size
+from feddra_ds.common.text import duration, listed, size
 from feddra_ds.config.load import load, read_tree
 from feddra_ds.doctor.finding import Finding
+from feddra_ds.doctor.hosts import hosts_of
 from feddra_ds.doctor.machine import (
     check_deepspeed,
     check_disk,
@@ -27,15 +28,18 @@ from feddra_ds.doctor.machine import (
 )
 
 if TYPE_CHECKING:  # these import torch and transformers, which --help can do without
+    from feddra_ds.doctor.forecast import Forecast
     from feddra_ds.doctor.memory.ledger import High
     from feddra_ds.doctor.memory.verdict import Verdict
 
+_MOST_HOSTS = 16  # of a table for reading
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
 EXAMPLES = (
     "feddra-ds doctor",
     "feddra-ds doctor --config my.yaml --num-ranks 4",
     "feddra-ds doctor --config my.yaml --plan --gpu 24   # would it fit into 24 GiB?",
+    "feddra-ds doctor --config my.yaml --plan --hosts 2x4 --link 10   # who lies where, and what a round costs",
 )
 
 
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check this config too: data, topology, parameters, disk; --section.key value come on top, as in `train`",
     )
     parser.add_argument(
-        "--num-ranks", type=int, default=1, metavar="N", help="ranks that will be launched, over all hosts (default: 1)"
+        "--num-ranks", type=int, metavar="N", help="ranks that will be launched, over all hosts (default: 1)"
     )
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="bound of each test that is run (default: 120)"
@@ -59,11 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", type=float, metavar="GIB", help="plan for a GPU of so many GiB, whether or not one is here"
     )
+    parser.add_argument(
+        "--hosts",
+        metavar="HOSTS",
+        help="with --plan: what lies on which host, and what a round costs; a hostfile, NAME:RANKS,…, or HOSTSxRANKS as 16x8",
+    )
+    parser.add_argument(
+        "--link", type=float, default=10.0, metavar="GBIT", help="gigabits a second that a host sends (default: 10)"
+    )
+    parser.add_argument(
+        "--latency", type=float, default=0.1, metavar="MS", help="milliseconds from host to host (default: 0.1)"
+    )
+    parser.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="a short run of this config on slots of as many ranks, whose speed the seconds of a round are taken from",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0, or 1 where there is a problem. Raises ValueError for bad options."""
+    hosts = _hosts(args)
     if args.num_ranks < 1:
         raise ValueError(f"--num-ranks: must be at least 1, got {args.num_ranks}")
     if args.timeout <= 0:
@@ -76,7 +97,27 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--plan: needs --config FILE")
     if args.config is not None:
         read_tree(args.config)  # a file that is not there is told before minutes of tests
-    return _plan(args) if args.plan else _check(args)
+    return _plan(args, hosts) if args.plan else _check(args)
+
+
+def _hosts(args: argparse.Namespace) -> list[str]:
+    """The host of each rank, empty without --hosts; --num-ranks becomes their number. Raises ValueError."""
+    if args.hosts is None:
+        if args.measured is not None:
+            raise ValueError("--measured: goes with --plan --hosts HOSTS")
+        args.num_ranks = 1 if args.num_ranks is None else args.num_ranks
+        return []
+    if not args.plan:
+        raise ValueError("--hosts: goes with --plan")
+    if args.link <= 0:
+        raise ValueError(f"--link: must be more than 0 Gbit/s, got {args.link:g}")
+    if args.latency < 0:
+        raise ValueError(f"--latency: must be 0 ms or more, got {args.latency:g}")
+    hosts = hosts_of(args.hosts)
+    if args.num_ranks not in (None, len(hosts)):
+        raise ValueError(f"--num-ranks: {args.num_ranks}, but --hosts has {len(hosts)}; leave one of them out")
+    args.num_ranks = len(hosts)
+    return hosts
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -112,17 +153,28 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
         yield from check_config(args.config, args.overrides, args.num_ranks)
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace, hosts: list[str]) -> int:
     """Plan and print; 0 where it fits, else 1. Raises ConfigError."""
     from feddra_ds.doctor.memory.verdict import judge, machine_here  # late: torch and transformers
 
     config = load(args.config, args.overrides)
-    verdict = judge(config, args.num_ranks, machine_here(config.run.device, args.num_ranks, args.gpu))
+    ranks_here = max((hosts.count(host) for host in set(hosts)), default=args.num_ranks)
+    verdict = judge(config, args.num_ranks, machine_here(config.run.device, ranks_here, args.gpu))
+    seen = None
+    if hosts:
+        from feddra_ds.doctor.cost import Link
+        from feddra_ds.doctor.forecast import forecast
+
+        link = Link(args.link * 1e9 / 8, args.latency / 1e3)
+        seen = forecast(config, verdict, hosts, link, None if args.measured is None else Path(args.measured))
     if args.json:
-        print(json.dumps(verdict.as_dict()))
+        print(json.dumps(verdict.as_dict() | ({} if seen is None else {"launch": seen.as_dict()})))
     else:
-        show(verdict, Console(soft_wrap=True))
-    return 0 if verdict.short is None else 1
+        console = Console(soft_wrap=True)
+        show(verdict, console)
+        if seen is not None:
+            show_launch(seen, verdict, console)
+    return 0 if verdict.short is None and not (seen and seen.problems) else 1
 
 
 def _line(finding: Finding) -> Text:
@@ -170,6 +222,36 @@ def show(verdict: Verdict, console: Console) -> None:
     console.print(f"[bold red]does not fit[/bold red]: {verdict.short}. What would help, each alone:")
     for change in verdict.changes:
         console.print(f"  {change.option()}   saves {size(change.saves)}" + (" and fits" if change.fits else ""))
+
+
+def show_launch(seen: Forecast, verdict: Verdict, console: Console) -> None:
+    """Who is where, with the memory of each host's ranks; what a round sends and how long it takes."""
+    table = Table(title=verdict.layout.describe(), title_justify="left")
+    for name in ("host", "ranks", "slots", "clients", "memory of all its ranks"):
+        table.add_column(name, justify="left" if name in ("host", "slots", "clients") else "right")
+    for host in seen.hosts[:_MOST_HOSTS]:
+        clients = listed([verdict.client_ids[index] for index in host.clients]) if verdict.client_ids else ""
+        memory = size(host.num_ranks * verdict.plan.bytes_of("host"))
+        table.add_row(host.name, str(host.num_ranks), listed([str(slot) for slot in host.slots]), clients, memory)
+    console.print(table)
+    if len(seen.hosts) > _MOST_HOSTS:
+        console.print(f"and {len(seen.hosts) - _MOST_HOSTS} more hosts")
+    cost, rounds = seen.cost, seen.num_rounds
+    for average in cost.averages:
+        console.print(
+            f"average after {average.stage}: {size(average.handed)} of a rank, {size(average.crossing)} sent by the busiest "
+            f"host, {duration(average.seconds)}"
+        )
+    console.print(
+        f"a round sends {size(cost.bytes_sent_per_rank)} a rank; {rounds} rounds {size(rounds * cost.bytes_sent_per_rank)}"
+    )
+    total = sum(cost.seconds.values())
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in cost.seconds.items())
+    console.print(f"a round takes {duration(total)} ({parts}); {rounds} rounds {duration(rounds * total)}")
+    if "evaluate" not in cost.seconds:
+        console.print("  without the training itself: --measured RUN takes its speed from a short run")
+    for problem in seen.problems:
+        console.print(f"[bold red]problem[/bold red] {problem}")
 
 
 def _table(title: str, high: High, parameters: int) -> Table:

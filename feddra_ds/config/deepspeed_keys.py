@@ -114,7 +114,7 @@ class _Sources:
             names = {node.target.id}
             if isinstance(node.value, ast.Call):
                 names |= {
-                    word.value.value
+                    str(word.value.value)
                     for word in node.value.keywords
                     if word.arg == "alias"
                     and isinstance(word.value, ast.Constant)

@@ -220,6 +220,9 @@ class TopologyConfig(Section):
     sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and rank 0 serves the store on it alone. null: as these variables say, else
     as gloo and NCCL choose; a run on one host whose launcher names the loopback is not heard outside."""
 
+    dry_run: bool = Field(False, json_schema_extra=MAY_CHANGE)
+    """Only start: check everything, meet, form all groups, log who is where, and end. Builds no model and writes nothing."""
+
 
 class AggregateConfig(Section):
     precision: Literal["fp32", "bf16", "int8", "int4", "int2"] = "fp32"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +49,12 @@ from feddra_ds.model.weights.deferred import Weights, defer, make_room
 from feddra_ds.objectives import Objective
 from feddra_ds.objectives import build as build_objective
 from feddra_ds.objectives.features import WORDS
-from feddra_ds.run.checks import Checked, check, reference_checkpoint
+from feddra_ds.run.checks import POOLED, Checked, check, reference_checkpoint, what_all_ranks_share
 from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.rounds import Run
 from feddra_ds.strategies import Strategy
 from feddra_ds.strategies.mixture_set import MixtureSet, Vector
-
-POOLED = "pooled"  # the one client of a strategy that pools the data
-_MAY_DIFFER_BY_HOST = ("data.root", "data.num_workers", "data.prefetch", "data.verify", "topology.interface")
 
 
 def build(config: Config, checked: Checked | None = None) -> Run:
@@ -81,7 +77,7 @@ def build(config: Config, checked: Checked | None = None) -> Run:
         launch,
         device,
         config.clients.timeout_s,
-        common=_what_all_ranks_share(config, dataset, dataset_ids, device),
+        common=what_all_ranks_share(config, dataset, dataset_ids, device),
         client_ids=[POOLED] if strategy.pools_data else dataset_ids,
         interface=config.topology.interface,
     )
@@ -126,21 +122,6 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     if topology.is_coordinator:
         _lead(run, state)
     return run
-
-
-def _what_all_ranks_share(
-    config: Config, dataset: Dataset, dataset_ids: list[str], device: torch.device
-) -> dict[str, Any]:
-    """What must be the same on every host, by name: config, data, kind of device, versions."""
-    tree = config.model_dump(mode="json")
-    keys = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-    counted = [client for client in dataset_ids if not dataset.is_uncounted(client)]
-    return {
-        **{key: value for key, value in keys.items() if key not in _MAY_DIFFER_BY_HOST},
-        **{f"the number of {client}'s training pairs": dataset.num_samples(client, "train") for client in counted},
-        "the kind of device": device.type,
-        **{f"the version of {name}": metadata.version(name) for name in ("feddra-ds", "torch", "deepspeed")},
-    }
 
 
 def _say_what_starts(

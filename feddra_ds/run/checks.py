@@ -6,7 +6,9 @@ Nothing slow is imported, torch only for the device: what is wrong is said at on
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from feddra_ds import strategies
 from feddra_ds.checkpoint.format import read_coordinator
@@ -21,6 +23,12 @@ from feddra_ds.distributed.plan import Plan, plan
 from feddra_ds.model import lora_options
 from feddra_ds.model.lora_options import LoraOptions
 from feddra_ds.run.trackers import tracker_problems
+
+if TYPE_CHECKING:
+    import torch
+
+POOLED = "pooled"  # the one client of a strategy that pools the data
+_MAY_DIFFER_BY_HOST = ("data.root", "data.num_workers", "data.prefetch", "data.verify", "topology.interface")
 
 
 def _cannot_be_made(folder: Path) -> list[str]:
@@ -166,3 +174,18 @@ def check(config: Config, launch: Launch) -> Checked:
     if problems or layout is None:
         raise ConfigError(problems)
     return dataset, ids, layout
+
+
+def what_all_ranks_share(
+    config: Config, dataset: Dataset, dataset_ids: list[str], device: torch.device
+) -> dict[str, Any]:
+    """What must be the same on every host, by name: config, data, kind of device, versions."""
+    tree = config.model_dump(mode="json")
+    keys = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    counted = [client for client in dataset_ids if not dataset.is_uncounted(client)]
+    return {
+        **{key: value for key, value in keys.items() if key not in _MAY_DIFFER_BY_HOST},
+        **{f"the number of {client}'s training pairs": dataset.num_samples(client, "train") for client in counted},
+        "the kind of device": device.type,
+        **{f"the version of {name}": metadata.version(name) for name in ("feddra-ds", "torch", "deepspeed")},
+    }

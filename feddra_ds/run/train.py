@@ -77,7 +77,8 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     with log_to_stderr(launch.rank), environment({name: os.environ.get(name) for name in _VARIABLES}):
         os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asks for it, whatever the launcher
         found = check(checked, launch)
-        with locked(run_dir) if launch.rank == 0 else nullcontext(), _generators_kept():
+        writes = launch.rank == 0 and not checked.topology.dry_run
+        with locked(run_dir) if writes else nullcontext(), _generators_kept():
             is_complete = _train(checked, found)
     from feddra_ds.run.metrics_file import read_metrics
 
@@ -131,7 +132,7 @@ def _exit_code(config: Config, rank: int) -> int:
                 len(result.rounds) - 1, stop_request.EXIT_CODE,
             )  # fmt: skip
         return stop_request.EXIT_CODE
-    if rank == 0:
+    if rank == 0 and not config.topology.dry_run:
         logger.info("done. Next: feddra-ds report %s", result.run_dir)
     return 0
 
@@ -159,6 +160,11 @@ def _train(config: Config, found: Checked) -> bool:
 
 
 def _rounds(config: Config, found: Checked) -> bool:
+    if config.topology.dry_run:
+        from feddra_ds.run.dry_run import dry_run
+
+        dry_run(config, found)
+        return True
     from feddra_ds.run.build import build
     from feddra_ds.run.trackers import tracking
 

@@ -14,6 +14,7 @@ from helpers import (
     metrics_of,
     on_each,
     on_ranks,
+    predicted_bytes,
     run_all,
     tree,
     watched,
@@ -304,6 +305,7 @@ def test_bytes_are_those_of_this_ranks_slices(dataset: Path, tmp_path: Path) -> 
         config = tree(dataset, out, deepspeed=zero(2), topology__ranks_per_slot=per_slot)
         on_ranks(run_all, world_size, config)
         by_layout[world_size] = [line["bytes_sent_per_rank"] for line in metrics_of(out)]
+        assert by_layout[world_size] == [predicted_bytes(config, world_size)] * 2
     sizes = {name: len(values) for name, values in weights_of(tmp_path / "1", 0).items()}
     aligner = sum(n for name, n in sizes.items() if name.startswith("aligner."))
     expected = 4 * (aligner + sum(sizes.values()))

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import finish, largest_difference, metrics_of, on_each, on_ranks, run_all, tree, weights_of, zero
+from helpers import (
+    finish,
+    largest_difference,
+    metrics_of,
+    on_each,
+    on_ranks,
+    predicted_bytes,
+    run_all,
+    tree,
+    weights_of,
+    zero,
+)
 
 from feddra_ds.checkpoint.format import folder_of
 from feddra_ds.checkpoint.load import SavedFragments
@@ -85,6 +96,8 @@ def test_sparse_deltas_are_two_per_cent_of_fp32(dataset: Path, tmp_path: Path, s
     on_each(run_all, [(trees[0],), (tree(dataset, outs[1], **changes),)], world_size=2)
     exact, sparse = (metrics_of(out)[0]["bytes_sent_per_rank"] for out in outs)
     assert 0 < sparse <= 0.02 * exact
+    assert exact == predicted_bytes(trees[0], 2)
+    assert sparse == predicted_bytes(tree(dataset, outs[1], **changes), 2)
 
 
 @pytest.mark.parametrize(("ranks_per_slot", "stage"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.slow)])

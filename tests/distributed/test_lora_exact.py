@@ -19,6 +19,7 @@ from helpers import (
     metrics_of,
     on_each,
     on_ranks,
+    predicted_bytes,
     run_all,
     same_bits,
     tree,
@@ -199,7 +200,9 @@ def test_alternate_sends_one_factor(dataset: Path, tmp_path: Path, precision: st
         sizes[which] = sizes.get(which, 0) + tensor.size
     more = {"aggregate__after_stage1": False, "topology__ranks_per_slot": 1, "deepspeed": zero(1)}
     more |= {"aggregate__precision": precision, "strategy": {"name": "fedprox", "mu": 0.1}}
-    on_ranks(run_all, 2, tree(dataset, tmp_path, **_settings("alternate"), **more))
+    config = tree(dataset, tmp_path, **_settings("alternate"), **more)
+    on_ranks(run_all, 2, config)
+    assert metrics_of(tmp_path)[0]["bytes_sent_per_rank"] == predicted_bytes(config, 2)
     width = {"fp32": 4, "int8": 1 + 1 / 64}[precision]  # int8: with a scale for each block
     ends = [weights_of(tmp_path, round_index) for round_index in (0, 1)]
     for line, trains in zip(metrics_of(tmp_path), "BA", strict=True):

@@ -15,6 +15,7 @@ from helpers import (
     metrics_of,
     on_each,
     on_ranks,
+    predicted_bytes,
     run_all,
     tree,
     watched,
@@ -108,8 +109,10 @@ def test_what_travels_and_is_saved_is_what_trains(dataset: Path, tmp_path: Path)
     shapes, trained = _shapes(dataset, "factors")
     state = 4 * sum(int(np.prod(shapes[name])) for name in trained)
     settings = _settings("factors", schedule__rounds=1, aggregate__after_stage1=False)
-    on_ranks(run_all, 2, tree(dataset, tmp_path, deepspeed=zero(2), topology__ranks_per_slot=1, **settings))
+    config = tree(dataset, tmp_path, deepspeed=zero(2), topology__ranks_per_slot=1, **settings)
+    on_ranks(run_all, 2, config)
     sent = metrics_of(tmp_path)[0]["bytes_sent_per_rank"]
+    assert sent == predicted_bytes(config, 2)
     assert state <= sent <= 1.2 * state, "one sync of what trains"
     files = (tmp_path / "checkpoints/round-000000/weights").rglob("*.safetensors")
     assert sum(file.stat().st_size for file in files) <= 1.2 * state + 50_000, "names and offsets beside the values"

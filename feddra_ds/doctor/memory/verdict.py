@@ -15,8 +15,10 @@ from feddra_ds.common.tree import get_path, set_path
 from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.launch import Launch
+from feddra_ds.distributed.plan import Plan
 from feddra_ds.doctor.memory.plan import MemoryPlan, plan_memory
 from feddra_ds.model.build import model_of, tokenizer_of
+from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.weights.deferred import defer
 from feddra_ds.run.checks import check
 
@@ -53,10 +55,20 @@ class Verdict:
 
     plan: MemoryPlan
     machine: Machine
-    ranks_per_slot: int
-    clients_per_slot: int
+    layout: Plan
+    client_ids: list[str]
+    step_factor: int
     short: str | None
     changes: list[Change]
+
+    @property
+    def ranks_per_slot(self) -> int:
+        return self.layout.ranks_per_slot
+
+    @property
+    def clients_per_slot(self) -> int:
+        """Of the slot that hosts most."""
+        return len(self.layout.clients_of(0))
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON-ready data; bytes."""
@@ -93,8 +105,7 @@ def judge(config: Config, num_ranks: int, machine: Machine) -> Verdict:
     """Plan a config at so many ranks. Raises ConfigError where it cannot run, as training would."""
     checked = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
     _, ids, layout = check(checked, Launch(0, num_ranks, 0, "127.0.0.1", 0))
-    clients = max(len(layout.clients_of(slot)) for slot in range(layout.num_slots))
-    ranks = layout.ranks_per_slot
+    clients, ranks = len(layout.clients_of(0)), layout.ranks_per_slot
     factor = strategies.build(config.strategy, config.dro).step_factor(len(ids))
     plan = _plan(config, ranks, clients, factor, machine)
     short = _short(plan, machine)
@@ -111,7 +122,8 @@ def judge(config: Config, num_ranks: int, machine: Machine) -> Verdict:
             if saved > _LEAST * peak:
                 changes.append(Change(key, value, saved, _short(other, machine) is None))
     changes.sort(key=lambda change: -change.saves)
-    return Verdict(plan, machine, ranks, clients, short, changes)
+    known = ids if layout.num_clients == len(ids) else []  # none of a strategy that pools them
+    return Verdict(plan, machine, layout, known, factor, short, changes)
 
 
 def candidates(config: Config, ranks: int, machine: Machine) -> Iterator[tuple[str, Any]]:
@@ -146,13 +158,18 @@ def candidates(config: Config, ranks: int, machine: Machine) -> Iterator[tuple[s
         yield "data.replay_cache_bytes", 0
 
 
-def _plan(config: Config, ranks: int, clients: int, step_factor: int, machine: Machine) -> MemoryPlan:
+def meta_model(config: Config) -> DualEncoder:
+    """The model of a config on the meta device. Raises ConfigError."""
     tokenizer = tokenizer_of(config)
     model, _ = defer(lambda: model_of(config, tokenizer))
+    return model.to("meta")
+
+
+def _plan(config: Config, ranks: int, clients: int, step_factor: int, machine: Machine) -> MemoryPlan:
     device = "cpu" if machine.device is None else "cuda"
     return plan_memory(
         config,
-        model.to("meta"),
+        meta_model(config),
         ranks_per_slot=ranks,
         clients_per_slot=clients,
         step_factor=step_factor,
