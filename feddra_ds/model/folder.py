@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
+from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.dual_encoder_config import DualEncoderConfig
 from feddra_ds.model.encoders import load_config, quiet
 from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.tensor_files import Shape, write_shards
@@ -118,7 +119,6 @@ def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor
     `model(**processor(images=…, text=…, return_tensors="pt"))` has `.image_embeds` and `.text_embeds`, (B, D), unit
     norm. Needs no DeepSpeed. Raises ValueError naming what is missing.
     """
-    register()
     folder = find_model(path)
     config = load_config(str(folder), "load_pretrained")
     if not isinstance(config, DualEncoderConfig):
