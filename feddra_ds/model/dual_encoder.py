@@ -64,6 +64,7 @@ class DualEncoderOutput(ModelOutput):
         """(images, texts): cosine / τ, of which softmax over the texts classifies an image. None where a side did not run."""
         if self.image_embeds is None or self.text_embeds is None:
             return None
+        assert self.temperature is not None
         return self.image_embeds @ self.text_embeds.T / self.temperature
 
     @property

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from feddra_ds.model import SIDES
 from feddra_ds.model.dual_encoder import POOLED_WITHOUT_POOLER, DualEncoder
 from feddra_ds.model.encoders import new_encoder, probe_inputs
+from feddra_ds.model.towers import ENCODERS_OF_TWO
 
 _POOLER_SCALE = 1e-4
 _POOLINGS = {"clip_text_model": "last"}
@@ -64,6 +66,24 @@ def to_transformers(model: DualEncoder, processor: Callable[..., Any]) -> Vision
     whole.config.architectures = [type(whole).__name__]
     _check_equal(model, whole, processor)
     return whole
+
+
+def encoders_alone(model: DualEncoder) -> dict[str, PreTrainedModel]:
+    """By side the encoder as transformers' own class, without what the model has above it.
+
+    A pooler that the model does not use is not among its weights.
+    """
+    out: dict[str, PreTrainedModel] = {}
+    for side in SIDES:
+        encoder: Any = model.whole_encoder(side)
+        name = ENCODERS_OF_TWO.get(encoder.config.model_type)
+        if name is not None:  # T5's stack, whose class for a folder holds it under a name
+            whole = getattr(transformers, name)._from_config(encoder.config)
+            whole.encoder.load_state_dict(encoder.state_dict())
+            encoder = whole
+        encoder.config.architectures = [type(encoder).__name__]
+        out[side] = encoder
+    return out
 
 
 def _whole_with_pooler(model: DualEncoder, side: str) -> PreTrainedModel:
