@@ -10,7 +10,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from feddra_ds import __version__
-from feddra_ds.common.text import listed, number, percent
+from feddra_ds.common.text import number, percent
+from feddra_ds.common.tree import get_path
+from feddra_ds.config.load import from_dict
 from feddra_ds.evaluation.mixture import set_in_words
 from feddra_ds.run.files import RunFiles, training_pairs
 
@@ -66,7 +68,6 @@ def _render(part: str, **values: Any) -> str:
     environment.filters |= {
         "number": number,
         "percent": percent,
-        "listed": listed,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     template = resources.files("feddra_ds").joinpath(f"assets/model_{part}.md.j2").read_text(encoding="utf-8")
@@ -82,6 +83,7 @@ def _encoder_in_words(config: Mapping[str, Any]) -> str:
 def _training(run: RunFiles, round_index: int | None, client: str, *, ema: bool) -> dict[str, Any]:
     """What the run's files say of the model after a round, and of the clients then."""
     line = next((line for line in run.lines if line["round"] == round_index), {})
+    values = _with_defaults(run.config)
     pairs, ids = training_pairs(run), line.get("client_ids", [])
     weights = line.get("client_weights", [None] * len(ids))
     losses, errors = (line.get(key) or [None] * len(ids) for key in ("client_losses", "client_losses_se"))
@@ -89,15 +91,24 @@ def _training(run: RunFiles, round_index: int | None, client: str, *, ema: bool)
         "client": client,
         "ema": ema,
         "rounds": None if round_index is None else round_index + 1,
-        "get": run.get,
+        "value": lambda key: get_path(values, key),
         "initial": {
-            side: run.get(f"model.{side}.pretrained") or run.get("model.pretrained") for side in ("vision", "text")
+            side: get_path(values, f"model.{side}.pretrained") or get_path(values, "model.pretrained")
+            for side in ("vision", "text")
         },
         "clients": [
             {"id": name, "pairs": pairs.get(name), "p": weights[i], "loss": losses[i], "se": errors[i]}
             for i, name in enumerate(ids)
         ],
     }
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what it leaves out; as it is where it can no longer be read (a class of the user's that is not here)."""
+    try:
+        return from_dict(config).model_dump(mode="json")
+    except ValueError:
+        return config
 
 
 def _measured(run: RunFiles | None, round_index: int | None, client: str, *, ema: bool) -> dict[str, Any] | None:
