@@ -123,6 +123,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "run"
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
@@ -142,6 +143,7 @@ def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
     assert "AutoModel.from_pretrained" in again
 
 
+@pytest.mark.slow
 def test_figures_of_another_model_are_not_on_the_card(run: Path, tmp_path: Path) -> None:
     result = json.loads((run / "evaluation.json").read_text())
     other = tmp_path / "run"

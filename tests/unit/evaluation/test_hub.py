@@ -19,6 +19,8 @@ from feddra_ds.cli import main
 from feddra_ds.model.folder import load_pretrained, save_model
 from feddra_ds.model.processor import build_processor
 
+pytestmark = pytest.mark.slow
+
 NAME = "hospital/model"
 COMMIT = "0" * 40
 
