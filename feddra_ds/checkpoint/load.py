@@ -18,20 +18,32 @@ ranks: what was saved at one number of ranks per client loads at any other, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import safe_open
+from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from feddra_ds.checkpoint.format import WEIGHTS, files_of
 from feddra_ds.common.errors import CheckpointError
+from feddra_ds.common.parse import parse_json
+from feddra_ds.common.text import first_line
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.masters import Fragment
 from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
+
+_Count = Annotated[int, Field(ge=0)]
+_STARTS, _SHAPES = TypeAdapter(dict[str, _Count]), TypeAdapter(dict[str, list[_Count]])
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: {first_line(error)}") from error
 
 
 class SavedFragments:
@@ -43,13 +55,20 @@ class SavedFragments:
         paths = [folder / file for file in files_of(folder) if file.startswith(f"{name}/shard-")]
         if not paths:
             raise CheckpointError(f"{self.folder} holds no shard-*.safetensors")
-        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._files = [_opened(path) for path in paths]
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # name → (first, last, file)
         for file in self._files:
-            metadata = file.metadata()
-            self.shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
-            for name, start in json.loads(metadata["starts"]).items():
-                length = file.get_slice(name).get_shape()[0]
+            try:
+                metadata = file.metadata()
+                self.shapes: dict[str, list[int]] = parse_json(metadata["shapes"], _SHAPES)
+                starts = parse_json(metadata["starts"], _STARTS)
+                lengths = {name: file.get_slice(name).get_shape()[0] for name in starts}
+            except (TypeError, KeyError, ValueError, IndexError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{self.folder}: a shard does not say what it holds: {first_line(error)}"
+                ) from error
+            for name, start in starts.items():
+                length = lengths[name]
                 self._pieces.setdefault(name, []).append((start, start + length, file))
 
     def read(self, fragment: Fragment) -> Tensor:
@@ -99,7 +118,7 @@ class SavedModel(SavedFragments):
 
     def buffers(self) -> dict[str, Tensor]:
         path = self.folder / "buffers.safetensors"
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def read_state(self, engine: Engine) -> ModelState:

@@ -51,6 +51,13 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, as one line: its first, or its type where it says nothing or only a key."""
+    said = str(error).strip()
+    line = said.splitlines()[0] if said else ""
+    return line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip()
+
+
 def by_reason(excluded: Sequence[dict[str, str]]) -> dict[str, list[str]]:
     """Ids of excluded clients by their reason, so that a slot that is lost is one line."""
     out: dict[str, list[str]] = {}

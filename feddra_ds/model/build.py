@@ -40,8 +40,9 @@ def build_model(
     """
     if config.pretrained is not None:
         return _from_whole(config, objective, image_size, vocab_size, pad_token_id, max_text_length)
-    vision = encoders.vision_encoder(config.vision, image_size, config.num_top_blocks)
-    text = encoders.text_encoder(config.text, vocab_size, pad_token_id, max_text_length, config.num_top_blocks)
+    about: dict[str, Any] = {"num_top_blocks": config.num_top_blocks, "pickled": config.pickled_weights}
+    vision = encoders.vision_encoder(config.vision, image_size, **about)
+    text = encoders.text_encoder(config.text, vocab_size, pad_token_id, max_text_length, **about)
     full = DualEncoderConfig(
         vision_config=vision.config,
         text_config=text.config,
@@ -92,7 +93,7 @@ def _from_whole(
     for encoder_config in (getattr(old, "vision_config", None), getattr(old, "text_config", None)):
         if encoder_config is not None:
             towers.check_config(encoder_config, config.num_top_blocks, key)
-    source: Any = encoders.load_model(name, old, key)
+    source: Any = encoders.load_model(name, old, key, config.pickled_weights)
     whole, heads, values = _halves(source, old, pad_token_id, key)
     _say_what_is_ignored(config, values)
     encoders.check_text(whole["text"].config, vocab_size, max_text_length, key)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +19,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from feddra_ds.common.text import first_line
+from feddra_ds.common.trust import find_weights, refuse_code, safely
 from feddra_ds.config.schema import EncoderConfig
 from feddra_ds.model.towers import ENCODERS_OF_TWO, check_config
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.pretrained import load_deferred
+from feddra_ds.model.weights.tape import CannotDefer
 
 # Text encoders whose position ids start behind the padding id.
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
@@ -59,34 +62,49 @@ def local_or_hub(name: str, key: str) -> str:
 def load_config(name: str, key: str) -> PreTrainedConfig:
     """The transformers config of a folder or hub id. Raises ValueError naming `key`."""
     source = local_or_hub(name, key)
+    refuse_code(source, key)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        return AutoConfig.from_pretrained(source, **safely(source))
+    except Exception as error:  # a config of wrong types: each class of transformers raises what it happens to
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
 
-def load_model(name: str, config: PreTrainedConfig, key: str) -> PreTrainedModel:
-    """A transformers model with its weights, fp32, on the CPU, without dropout. Raises ValueError naming `key`."""
+def load_model(name: str, config: PreTrainedConfig, key: str, pickled: bool = False) -> PreTrainedModel:
+    """A transformers model with its weights, fp32, on the CPU, without dropout. pickled: its weights may be a pickle.
+
+    Raises ValueError naming `key`.
+    """
     source = local_or_hub(name, key)
+    with quiet():
+        folder, are_pickled = find_weights(source, key, pickled)
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
         if part is not None:
             set_dropout(part, 0.0, set())
-    attention = {"attn_implementation": attention_of(config)}
+    options: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": attention_of(config)}
     try:
         with quiet():
             recorder = recording()
             kind: Any = _class_of(config)
             if recorder is not None:
                 kind = MODEL_MAPPING[type(config)] if kind is AutoModel else kind
-                return _encoder_alone(load_deferred(recorder, source, kind, config, attention))
-            safely: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
-            return _encoder_alone(kind.from_pretrained(source, config=config, **safely, **attention))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+                model = load_deferred(recorder, folder, kind, config, options)
+            else:
+                options |= {"use_safetensors": not are_pickled, "weights_only": True}
+                model = kind.from_pretrained(folder, config=config, dtype=torch.float32, **options)
+        model.config.name_or_path = source
+        return _encoder_alone(model)
+    except CannotDefer:
+        raise
+    except pickle.UnpicklingError as error:  # of weights_only=True
+        raise ValueError(
+            f"{key}: the pickled weights of {name} hold more than tensors, so they are never read"
+        ) from error
+    except Exception as error:  # of sizes and weights that do not fit: transformers and torch raise many types
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
 
 def _why(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     if Path(name).expanduser().is_dir():
         return f"cannot load {name}: {first}"
     return f"{name} is not a folder here and could not be fetched from the Hugging Face hub: {first}"
@@ -119,9 +137,12 @@ def set_dropout(config: PreTrainedConfig, value: float, keep: set[str]) -> None:
 
 
 def vision_encoder(
-    section: EncoderConfig, image_size: int, num_top_blocks: int = 0, key: str = "model.vision"
+    section: EncoderConfig, image_size: int, num_top_blocks: int = 0, key: str = "model.vision", pickled: bool = False
 ) -> PreTrainedModel:
-    """The image encoder, whole, fp32, for square images of `image_size` pixels. Raises ValueError naming `key`."""
+    """The image encoder, whole, fp32, for square images of `image_size` pixels. pickled: its weights may be a pickle.
+
+    Raises ValueError naming `key`.
+    """
     if section.pretrained is None:
         config = new_config(section, "vit", key)
         check_config(config, num_top_blocks, key)
@@ -133,7 +154,7 @@ def vision_encoder(
         check_patches(config, image_size, f"{key}.config.patch_size")
         set_dropout(config, 0.0, given)
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "vision", key, section.num_layers, num_top_blocks)
+    encoder = half(section.pretrained, "vision", key, section.num_layers, num_top_blocks, pickled)
     return resize_images(encoder, image_size, f"{key}.pretrained")
 
 
@@ -144,8 +165,12 @@ def text_encoder(
     max_text_length: int,
     num_top_blocks: int = 0,
     key: str = "model.text",
+    pickled: bool = False,
 ) -> PreTrainedModel:
-    """The text encoder, whole, fp32, for max_text_length tokens out of vocab_size. Raises ValueError naming `key`."""
+    """The text encoder, whole, fp32, for max_text_length tokens out of vocab_size. pickled: its weights may be a pickle.
+
+    Raises ValueError naming `key`.
+    """
     if section.pretrained is None:
         config = new_config(section, "bert", key)
         check_config(config, num_top_blocks, key)
@@ -160,7 +185,7 @@ def text_encoder(
         set_dropout(config, 0.0, given)
         config.use_cache = False
         return new_encoder(config, key)
-    encoder = half(section.pretrained, "text", key, section.num_layers, num_top_blocks)
+    encoder = half(section.pretrained, "text", key, section.num_layers, num_top_blocks, pickled)
     check_text(encoder.config, vocab_size, max_text_length, f"{key}.pretrained")
     return encoder
 
@@ -219,10 +244,18 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def half(name: str, side: str, section: str, num_layers: int | None = None, num_top_blocks: int = 0) -> PreTrainedModel:
+def half(
+    name: str,
+    side: str,
+    section: str,
+    num_layers: int | None = None,
+    num_top_blocks: int = 0,
+    pickled: bool = False,
+) -> PreTrainedModel:
     """An encoder from weights; from a model with both encoders (CLIP, SigLIP, …) its `side`, vision or text.
 
-    num_layers: keep so many of its blocks, from the input on. Raises ValueError naming a key of `section`.
+    num_layers: keep so many of its blocks, from the input on. pickled: its weights may be a pickle.
+    Raises ValueError naming a key of `section`.
     """
     key = f"{section}.pretrained"
     config = load_config(name, key)
@@ -238,7 +271,7 @@ def half(name: str, side: str, section: str, num_layers: int | None = None, num_
                 f"{section}.num_layers: {num_layers} is more than the {own.num_hidden_layers} blocks of {name}"
             )
         own.num_hidden_layers = num_layers
-    model = load_model(name, config, key)
+    model = load_model(name, config, key, pickled)
     part = getattr(model, f"{side}_model", None)
     if part is not None:
         return part

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feddra_ds.common.text import first_line
+from feddra_ds.common.trust import find_weights, safely
 from feddra_ds.model import hub
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.dual_encoder_config import DualEncoderConfig
@@ -132,12 +134,13 @@ def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor
     config = load_config(str(folder), "load_pretrained")
     if not isinstance(config, DualEncoderConfig):
         raise ValueError(f"{folder} holds a {config.model_type} model, not one exported by feddra-ds")
+    find_weights(folder, "load_pretrained")
     try:
         with quiet():
-            model, info = DualEncoder.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
+            options = {"output_loading_info": True, "use_safetensors": True}
+            model, info = DualEncoder.from_pretrained(folder, **options, **safely(folder))
     except Exception as error:  # missing, cut off or mismatched files: transformers and safetensors raise many types
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder}: its weights cannot be loaded: {first}") from error
+        raise ValueError(f"{folder}: its weights cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{folder}: its weights lack {len(missing)} parameters, {missing[0]} among them")

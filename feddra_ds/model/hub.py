@@ -7,6 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 
+from feddra_ds.common.text import first_line
+
+_NOT_FETCHED = ["*.onnx", "*.onnx.data", "*.bin", "*.pt", "*.py"]  # other forms, and what could run code
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx.data"]
 
 
@@ -18,10 +21,10 @@ def is_id(name: str | Path) -> bool:
 def fetch(name: str) -> Path:
     """The folder of org/name, from the hub's cache where it is there. Raises ValueError, one line."""
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.onnx", "*.onnx.data"]))
+        return Path(snapshot_download(name, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # what an HTTP client raises has no common type
         raise ValueError(
-            f"{name} is not a folder here and could not be fetched from the Hugging Face hub: {_first(error)}"
+            f"{name} is not a folder here and could not be fetched from the Hugging Face hub: {first_line(error)}"
         ) from error
 
 
@@ -44,10 +47,6 @@ def push(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="feddra-ds export", delete_patterns=_WEIGHTS)
     except Exception as error:
         raise ValueError(
-            f"--push-to-hub: {name} could not be written: {_first(error)}; {folder} is whole, and the command can be run again"
+            f"--push-to-hub: {name} could not be written: {first_line(error)}; {folder} is whole, and can be uploaded again"
         ) from error
     return str(url)
-
-
-def _first(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -6,22 +6,27 @@ The pixels equal those of the evaluation transform (data/images.py): RGB, resize
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file
 
+from feddra_ds.common.parse import parse_json
+from feddra_ds.common.text import first_line
+from feddra_ds.common.trust import OF_PROCESSOR, refuse_code, safely
 from feddra_ds.config.schema import ModelConfig
 from feddra_ds.data.loading.images import to_rgb
 from feddra_ds.model.encoders import local_or_hub
 
 HALF = (0.5, 0.5, 0.5)
 _TEXT_INPUTS = ("input_ids", "attention_mask")
+_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 class DualEncoderProcessor(ProcessorMixin):
@@ -40,9 +45,8 @@ class DualEncoderProcessor(ProcessorMixin):
         own = copy.deepcopy(tokenizer)
         if text_length is not None:
             own.model_max_length = text_length
-        own.model_input_names = own.init_kwargs["model_input_names"] = list(
-            _TEXT_INPUTS
-        )  # in tokenizer_config.json too
+        # what forward takes; the second is written to tokenizer_config.json
+        own.model_input_names = own.init_kwargs["model_input_names"] = list(_TEXT_INPUTS)
         super().__init__(image_processor, own)
         self.text_length = int(own.model_max_length)
         self.image_size: int = image_processor.size["height"]
@@ -88,13 +92,13 @@ class DualEncoderProcessor(ProcessorMixin):
 
         options: transformers' own, such as revision. Raises ValueError naming the folder where it is not all there.
         """
-        safely = {**options, "trust_remote_code": False}
+        refuse_code(folder, "processor", OF_PROCESSOR)
+        options = {**safely(folder), **options, "trust_remote_code": False}
         try:
-            image_processor = ViTImageProcessorPil.from_pretrained(folder, **safely)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no processor: {str(error).splitlines()[0]}") from error
-        return cls(image_processor, tokenizer)
+            image_processor = ViTImageProcessorPil.from_pretrained(folder, **options)
+            return cls(image_processor, AutoTokenizer.from_pretrained(folder, **options))
+        except Exception as error:  # files that are missing, or of wrong types
+            raise ValueError(f"{folder} holds no processor: {first_line(error)}") from error
 
 
 def build_processor(
@@ -122,16 +126,20 @@ def image_statistics(name: str, key: str) -> tuple[tuple[float, ...], tuple[floa
     Raises ValueError naming `key` where `name` is no model or its config is not what it should be.
     """
     source = local_or_hub(name, key)
+    revision = safely(source)["revision"]
     for file in ("preprocessor_config.json", "processor_config.json"):
         try:
-            path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-            values = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+            path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            values = parse_json(Path(path).read_bytes(), _OBJECT) if path else {}
         except (OSError, ValueError) as error:
-            raise ValueError(f"{key}: cannot read {file} of {name}: {str(error).splitlines()[0]}") from error
-        values = values.get("image_processor", values)
+            raise ValueError(f"{key}: cannot read {file} of {name}: {first_line(error)}") from error
+        values = inner if isinstance(inner := values.get("image_processor"), dict) else values
         if "image_mean" in values and "image_std" in values:
-            mean, std = (tuple(map(float, values[k])) for k in ("image_mean", "image_std"))
-            if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            try:
+                mean, std = (tuple(map(float, values[k])) for k in ("image_mean", "image_std"))
+            except (TypeError, ValueError, OverflowError):
+                mean = std = ()
+            if len(mean) != 3 or len(std) != 3 or not min(std) > 0 or not np.isfinite([*mean, *std]).all():
                 raise ValueError(f"{key}: {file} of {name}: image_mean and image_std must be three numbers, std > 0")
             return mean, std
     return HALF, HALF

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
+from feddra_ds.common.text import first_line
+from feddra_ds.common.trust import OF_TOKENIZER, refuse_code, safely
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -29,11 +32,13 @@ def load_tokenizer(path_or_id: str | None) -> PreTrainedTokenizerBase:
         return _shipped()
     from transformers import AutoTokenizer
 
+    refuse_code(path_or_id, "model.text.tokenizer", OF_TOKENIZER)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **safely(path_or_id))
     except Exception as error:  # transformers and the hub raise many types for "not there"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"model.text.tokenizer: cannot load a tokenizer from {path_or_id}: {first}") from error
+        raise ValueError(
+            f"model.text.tokenizer: cannot load a tokenizer from {path_or_id}: {first_line(error)}"
+        ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"model.text.tokenizer: {path_or_id} has no fast (tokenizer.json) form; save it as one first")
     if tokenizer.pad_token_id is None:

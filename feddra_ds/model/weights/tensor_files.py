@@ -12,11 +12,15 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import Field, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
+
+from feddra_ds.common.parse import check_fields, parse_json
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -24,6 +28,16 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+
+_ENTRY, _HEADER = TypeAdapter(_Entry), TypeAdapter(dict[str, dict[str, Any]])
 
 
 @dataclass(frozen=True)
@@ -60,14 +74,18 @@ def stored(path: str | Path) -> dict[str, StoredTensor]:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > path.stat().st_size:
                 raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), _HEADER, _MAX_HEADER_BYTES)
         out, end = {}, 0
         for name, about in header.items():
-            if name != "__metadata__":
-                begin, stop = (8 + length + offset for offset in about["data_offsets"])
-                out[name] = StoredTensor(path, begin, tuple(about["shape"]), _DTYPES[about["dtype"]])
-                end = max(end, stop)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+            if name == "__metadata__":
+                continue
+            entry = check_fields(about, _ENTRY)
+            begin, stop = (8 + length + offset for offset in entry["data_offsets"])
+            out[name] = StoredTensor(path, begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            if stop - begin != math.prod(entry["shape"]) * out[name].dtype.itemsize:
+                raise ValueError(f"{name} has {stop - begin} bytes, which are not those of its shape")
+            end = max(end, stop)
+    except (struct.error, ValueError, KeyError) as error:
         raise ValueError(f"{path} is no safetensors file with dtypes known here: {error}") from error
     if path.stat().st_size < end:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {end}: it is cut off")
