@@ -13,6 +13,7 @@ EXAMPLES = (
     "feddra-ds export runs/mine --out exports/mine",
     "feddra-ds export runs/mine --out exports/first --checkpoint 0",
     "feddra-ds export runs/mine --out exports/hf --format transformers",
+    "feddra-ds export runs/mine --out exports/onnx --format onnx",
 )
 
 
