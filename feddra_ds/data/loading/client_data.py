@@ -142,14 +142,15 @@ class ClientData:
         whole_batches: parts are cut between batches, so that these are the same for any number of ranks.
         """
         assert seed is None or seed == self.source.seed, "the evaluation sample is drawn by the run's seed"
-        size = self.evaluation_size(num_pairs)
-        per_rank = -(-size // self.ranks_per_slot)
-        if whole_batches:
-            per_rank = -(-per_rank // batch_size) * batch_size
-        first, last = min(self.slot_rank * per_rank, size), min((self.slot_rank + 1) * per_rank, size)
+        first, last = self._evaluation_part(self.evaluation_size(num_pairs), batch_size if whole_batches else 1)
         starts = range(first, last, batch_size)
         tasks = (Task(s, min(s + batch_size, last), evaluate=(num_pairs, batch_size, draw)) for s in starts)
         return self._stream(tasks, lambda task: None)
+
+    def _evaluation_part(self, size: int, unit: int) -> tuple[int, int]:
+        """(first, last + 1) of this rank's pairs of a sample of that size, cut between multiples of `unit`."""
+        per_rank = -(-size // self.ranks_per_slot // unit) * unit
+        return min(self.slot_rank * per_rank, size), min((self.slot_rank + 1) * per_rank, size)
 
     def take_skipped(self) -> dict[str, int]:
         """Bad samples met on this rank since the last call, reason → count; one met twice in a replay counts once."""
