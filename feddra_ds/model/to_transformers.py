@@ -106,6 +106,10 @@ def _with_projection(model: DualEncoder, side: str) -> tuple[PreTrainedModel, Te
     if bias is None:
         dense.weight.copy_(_POOLER_SCALE * torch.eye(len(dense.weight)))
         return fresh, weight
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"--format transformers: weights of the {side} head are not finite, so a bias cannot be put before it"
+        )
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     rank, width = len(s), len(dense.weight)
     if rank == width:
@@ -124,7 +128,8 @@ def _with_projection(model: DualEncoder, side: str) -> tuple[PreTrainedModel, Te
 
 def _affine(head: Head) -> tuple[Tensor, Tensor | None]:
     """A linear head with its output norm as a weight (D, H) and a bias (D,) or None, to a factor of the output."""
-    weight, norm = head.layers[0].weight, head.output_norm
+    (layer,), norm = head.layers, head.output_norm
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     if isinstance(norm, BatchNorm):
         assert norm.running_mean is not None
         assert norm.running_var is not None
