@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from feddra_ds.common.after_import import after_import
+
 if TYPE_CHECKING:
     from feddra_ds.evaluation.evaluate import evaluate
     from feddra_ds.model.folder import load_pretrained
@@ -29,3 +31,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# AutoModel, AutoProcessor and pipelines take a model of ours once feddra_ds is imported, before or after transformers
+after_import(
+    "transformers.models.auto.configuration_auto", lambda: import_module("feddra_ds.model.dual_encoder_config")
+)

@@ -13,6 +13,7 @@ EXAMPLES = (
     "feddra-ds export runs/mine --out exports/mine",
     "feddra-ds export runs/mine --out exports/first --checkpoint 0",
     "feddra-ds export runs/mine --out exports/hf --format transformers",
+    "feddra-ds export runs/mine --out exports/onnx --format onnx",
 )
 
 
@@ -44,11 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("feddra", "transformers", "adapter"),
+        choices=("feddra", "transformers", "encoders", "onnx", "adapter"),
         default="feddra",
         help="feddra loads with feddra_ds.load_pretrained, adapters merged; transformers writes a "
-        "VisionTextDualEncoderModel, for linear heads without extra blocks; adapter writes the LoRA factors of a run's "
-        "checkpoint in peft's format, and the alignment module (default: %(default)s)",
+        "VisionTextDualEncoderModel, for linear heads without extra blocks; encoders writes each encoder as an ordinary "
+        "folder of transformers; onnx writes a file for each encoder with its head, checked against onnxruntime; adapter "
+        "writes the LoRA factors of a run's checkpoint in peft's format, and the alignment module (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload what was written to the Hugging Face hub (or HF_ENDPOINT); a new repository is private",
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest weights file (default: %(default)s)"
@@ -56,10 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; 1 where what was written has weights that are not finite. Raises ValueError where there is no such
-    model."""
+    """Exit code 0; 1 where what was written has weights that are not finite, which is then not uploaded. Raises ValueError
+    where there is no such model."""
     from feddra_ds.evaluation.export import export  # late: torch and transformers, which --help can do without
+    from feddra_ds.model import hub
 
+    if args.push_to_hub is not None:
+        hub.check_can_push(args.push_to_hub)
     written = export(
         args.source,
         args.out,
@@ -71,9 +81,13 @@ def run(args: argparse.Namespace) -> int:
     )
     for path in written:
         print(f"wrote {path}")
-    next_step(*_advice(args.format, args.out))
     spoilt = finite.of_folders(written)
-    return finite.complain([finite.weights_in_words(spoilt)] if spoilt else [])
+    if spoilt:
+        return finite.complain([finite.weights_in_words(spoilt)])
+    if args.push_to_hub is not None:
+        print(f"uploaded to {hub.push(args.out, args.push_to_hub)}")
+    next_step(*_advice(args.format, args.out))
+    return 0
 
 
 def _advice(kind: str, out: Path) -> list[str]:
@@ -81,6 +95,10 @@ def _advice(kind: str, out: Path) -> list[str]:
         return [f"peft.PeftModel.from_pretrained(encoder, {str(out / 'vision')!r})   # in Python; text alike"]
     if kind == "transformers":
         return [f"transformers.VisionTextDualEncoderModel.from_pretrained({str(out)!r})   # in Python"]
+    if kind == "encoders":
+        return [f"transformers.AutoModel.from_pretrained({str(out / 'vision')!r})   # in Python; text alike"]
+    if kind == "onnx":
+        return [f"onnxruntime.InferenceSession({str(out / 'vision_model.onnx')!r})   # in Python; text_model alike"]
     return [
         f"feddra_ds.load_pretrained({str(out)!r})   # in Python",
         f"feddra-ds evaluate {out} --data FOLDER_OF_SHARDS",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +23,26 @@ def of_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 
 def of_folders(folders: Iterable[Path]) -> dict[str, int]:
-    """of_tensors of all safetensors files in and under the folders, or of the files themselves."""
+    """of_tensors of all safetensors and ONNX files in and under the folders, or of the files themselves."""
     from safetensors import safe_open  # late, as torch: --help can do without
 
     out: dict[str, int] = {}
     for folder in folders:
-        for path in [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors")):
+        for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as file:
                     out |= of_tensors((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            elif path.suffix == ".onnx":
+                out |= of_tensors(_onnx_weights(path))
     return out
+
+
+def _onnx_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    import onnx  # of the extra onnx, without which there is no such file
+    import torch
+
+    for weight in onnx.load(path).graph.initializer:
+        yield weight.name, torch.from_numpy(onnx.numpy_helper.to_array(weight).copy())
 
 
 def of_evaluation(models: Models, galleries: Mapping[str, Gallery]) -> dict[str, Any]:

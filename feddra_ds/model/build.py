@@ -13,7 +13,8 @@ from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.schema import Config, EncoderConfig, ModelConfig
 from feddra_ds.data.loading.tokens import load_tokenizer
 from feddra_ds.model import SIDES, encoders, lora, lora_options, towers
-from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
+from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.dual_encoder_config import DualEncoderConfig
 from feddra_ds.model.encoders import local_or_hub
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor
 from feddra_ds.objectives import ObjectiveOptions
@@ -37,7 +38,6 @@ def build_model(
     and the temperature are read from here. Dropout is 0 unless `.config` sets it.
     Raises ValueError naming the key of what cannot be built.
     """
-    register()
     if config.pretrained is not None:
         return _from_whole(config, objective, image_size, vocab_size, pad_token_id, max_text_length)
     about: dict[str, Any] = {"num_top_blocks": config.num_top_blocks, "pickled": config.pickled_weights}

@@ -9,53 +9,23 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from feddra_ds.model import SIDES, encoders, towers
+from feddra_ds.model.dual_encoder_config import DualEncoderConfig
 from feddra_ds.model.heads import BatchNorm, ExtraBlock, Head, Learned, Temperature, TowerAligner, own_batchnorms
 from feddra_ds.model.towers import TowerHidden
 from feddra_ds.model.weights.deferred import recording
 from feddra_ds.model.weights.tape import CannotDefer
 
 _MAX_CHECKED_PARAMETERS = 400_000_000
-
-
-class DualEncoderConfig(PreTrainedConfig):
-    """Everything that rebuilds a DualEncoder; `vision_config` and `text_config` describe the whole encoders."""
-
-    model_type = "feddra_dual_encoder"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
-    }
-
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    embedding_dim: int = 128
-    num_top_blocks: int = 1
-    num_extra_blocks: int = 0
-    head_kind: str = "mlp"
-    head_hidden_dim: int = 2048
-    head_norm: str = "layernorm"
-    head_output_norm: str = "none"
-    head_bias: bool = False  # of a linear head
-    vision_pooling: str = "cls"
-    text_pooling: str = "cls"
-    use_poolers: bool = False
-    text_padding: int | None = None  # the token up to the encoder's whole length, read like any other: SigLIP's habit
-    temperature: float = 0.07
-    learnable_temperature: bool = False
-    learned: dict | None = None  # what the objective learns itself: heads.Learned
-    image_size: int = 224
-    text_length: int = 112
-    initializer_range: float = 0.02
 
 
 class Hidden(NamedTuple):
@@ -88,6 +58,20 @@ class DualEncoderOutput(ModelOutput):
     """fp32, what the objective learns itself, where it does."""
     hidden: Hidden | None = None
     """The backbone's output, with return_hidden."""
+
+    @property
+    def logits_per_image(self) -> Tensor | None:
+        """(images, texts): cosine / τ, of which softmax over the texts classifies an image. None where a side did not run."""
+        if self.image_embeds is None or self.text_embeds is None:
+            return None
+        assert self.temperature is not None
+        return self.image_embeds @ self.text_embeds.T / self.temperature
+
+    @property
+    def logits_per_text(self) -> Tensor | None:
+        """(texts, images): the same, transposed."""
+        logits = self.logits_per_image
+        return None if logits is None else logits.T
 
 
 class Backbone(nn.Module):
@@ -235,6 +219,16 @@ class DualEncoder(PreTrainedModel):
             hidden=hidden if return_hidden else None,
         )
 
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """The embeddings of images (B, C, S, S) as `pooler_output` (B, D): as they leave the head, not normalised."""
+        return BaseModelOutputWithPooling(pooler_output=self.aligner(self.encode(pixel_values, None))[0])
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling:
+        """The embeddings of texts (B, T) as `pooler_output` (B, D): as they leave the head, not normalised."""
+        return BaseModelOutputWithPooling(pooler_output=self.aligner(self.encode(None, input_ids, attention_mask))[1])
+
     def decay_parameter_names(self) -> list[str]:
         """Names of the parameters that take weight decay: all but biases, norms and the temperature."""
         out = []
@@ -304,9 +298,3 @@ def _frozen(module: nn.Module) -> Any:
     finally:
         for part in training:
             part.training = True
-
-
-def register() -> None:
-    """Make AutoConfig and AutoModel know DualEncoder."""
-    AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
-    AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)

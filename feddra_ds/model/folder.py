@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from feddra_ds.common.text import first_line
 from feddra_ds.common.trust import find_weights, safely
-from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
+from feddra_ds.model import hub
+from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.dual_encoder_config import DualEncoderConfig
 from feddra_ds.model.encoders import load_config, quiet
 from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.tensor_files import Shape, write_shards
@@ -68,9 +71,9 @@ def _check_shapes(shapes: Mapping[str, Shape], config: DualEncoderConfig) -> Non
 
 
 def write_folder(
-    state: Mapping[str, Tensor], config: Any, processor: DualEncoderProcessor, out: Path, max_shard_size: int | str
+    state: Mapping[str, Tensor], config: Any, processor: Any, out: Path, max_shard_size: int | str
 ) -> Path:
-    """Write weights, any transformers config and a processor as one folder, whole or not at all."""
+    """Write weights, any transformers config and what prepares the inputs as one folder, whole or not at all."""
     return _write_folder(_shapes_of(state), state.__getitem__, config, processor, out, max_shard_size)
 
 
@@ -78,24 +81,31 @@ def _write_folder(
     shapes: Mapping[str, Shape],
     read: Callable[[str], Tensor],
     config: Any,
-    processor: DualEncoderProcessor,
+    processor: Any,
     out: Path,
     max_shard_size: int | str,
 ) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with whole_folder(out) as partial:
         write_shards(shapes, read, partial, max_shard_size)
         config.dtype = next(shape.dtype for shape in shapes.values() if shape.dtype.is_floating_point)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
+    return out
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `out` when the block ends, on disk by then; an error leaves `out` as it was."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield partial
         partial.chmod(0o755)
-        for path in [*partial.iterdir(), partial]:
+        for path in [*partial.rglob("*"), partial]:
             _fsync(path)
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
 
 
 def _replace(new: Path, out: Path) -> None:
@@ -115,13 +125,12 @@ def _fsync(path: Path) -> None:
 
 
 def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor]:
-    """The model (eval mode, CPU) and processor of a run directory, a run's `model/` or an export.
+    """The model (eval mode, CPU) and processor of a run directory, a run's `model/`, an export, or a hub id.
 
     `model(**processor(images=…, text=…, return_tensors="pt"))` has `.image_embeds` and `.text_embeds`, (B, D), unit
     norm. Needs no DeepSpeed. Raises ValueError naming what is missing.
     """
-    register()
-    folder = find_model(path)
+    folder = hub.fetch(str(path)) if hub.is_id(path) else find_model(path)
     config = load_config(str(folder), "load_pretrained")
     if not isinstance(config, DualEncoderConfig):
         raise ValueError(f"{folder} holds a {config.model_type} model, not one exported by feddra-ds")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file
 
@@ -25,21 +25,30 @@ from feddra_ds.data.loading.images import to_rgb
 from feddra_ds.model.encoders import local_or_hub
 
 HALF = (0.5, 0.5, 0.5)
+_TEXT_INPUTS = ("input_ids", "attention_mask")
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
-class DualEncoderProcessor:
+class DualEncoderProcessor(ProcessorMixin):
     """`processor(images=[PIL…], text=[str…], return_tensors="pt", padding=True)`; see __call__.
 
     Attributes: image_processor and tokenizer (transformers'), image_mean and image_std (three numbers each),
-    image_size (pixels), text_length (tokens).
+    image_size (pixels), text_length (tokens; None: as the tokenizer says).
     """
 
-    def __init__(self, image_processor: ViTImageProcessorPil, tokenizer: PreTrainedTokenizerBase, text_length: int):
-        self.image_processor = image_processor
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.tokenizer.model_max_length = text_length
-        self.text_length = text_length
+    def __init__(
+        self,
+        image_processor: ViTImageProcessorPil,
+        tokenizer: PreTrainedTokenizerBase,
+        text_length: int | None = None,
+    ):
+        own = copy.deepcopy(tokenizer)
+        if text_length is not None:
+            own.model_max_length = text_length
+        # what forward takes; the second is written to tokenizer_config.json
+        own.model_input_names = own.init_kwargs["model_input_names"] = list(_TEXT_INPUTS)
+        super().__init__(image_processor, own)
+        self.text_length = int(own.model_max_length)
         self.image_size: int = image_processor.size["height"]
         self.image_mean = tuple(float(v) for v in image_processor.image_mean)
         self.image_std = tuple(float(v) for v in image_processor.image_std)
@@ -69,22 +78,25 @@ class DualEncoderProcessor:
                 max_length=self.text_length,
                 return_tensors=return_tensors,
             )
-            data |= {name: tokens[name] for name in ("input_ids", "attention_mask")}
+            data |= {name: tokens[name] for name in _TEXT_INPUTS}
         return BatchFeature(data)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json and the tokenizer's files."""
-        self.image_processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write preprocessor_config.json and the tokenizer's files, which transformers reads without feddra_ds."""
+        self.image_processor.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> DualEncoderProcessor:
-        """Read what save_pretrained wrote. Raises ValueError naming the folder where it is not all there."""
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> DualEncoderProcessor:
+        """Read what save_pretrained wrote, in a folder or at a hub id, with the image processor that needs no torchvision.
+
+        options: transformers' own, such as revision. Raises ValueError naming the folder where it is not all there.
+        """
         refuse_code(folder, "processor", OF_PROCESSOR)
+        options = {**safely(folder), **options, "trust_remote_code": False}
         try:
-            image_processor = ViTImageProcessorPil.from_pretrained(folder, **safely(folder))
-            tokenizer = AutoTokenizer.from_pretrained(folder, **safely(folder))
-            return cls(image_processor, tokenizer, tokenizer.model_max_length)
+            image_processor = ViTImageProcessorPil.from_pretrained(folder, **options)
+            return cls(image_processor, AutoTokenizer.from_pretrained(folder, **options))
         except Exception as error:  # files that are missing, or of wrong types
             raise ValueError(f"{folder} holds no processor: {first_line(error)}") from error
 

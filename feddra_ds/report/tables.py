@@ -6,16 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import number, percent
-from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.labels import weakest
 from feddra_ds.evaluation.mixture import RECALL, mixture_rows, set_in_words
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import NUM_COLOURS
 from feddra_ds.report.evaluation_charts import calibration_diagrams, subgroup_bars
-from feddra_ds.run.files import RunFiles
+from feddra_ds.run.files import RunFiles, training_pairs
 
 _MAX_BARS = 12
 
@@ -105,21 +103,6 @@ def recall_bars(files: RunFiles, val: dict[str, Any]) -> list[dict[str, Any]]:
         return rows
     rows = [row for row in rows if row["recall"][5] is not None]
     return sorted(rows, key=lambda row: row["recall"][5] - row["val"]["chance@5"])[:_MAX_BARS]
-
-
-def training_pairs(files: RunFiles) -> dict[str, int]:
-    """Training pairs by client, from the dataset where it is at hand."""
-    try:
-        dataset: Dataset = open_dataset(files.get("data.root"), data=files.reading)
-        counts = {
-            client: dataset.num_samples(client, "train") for client in dataset.clients if dataset.has_index(client)
-        }
-    except (DataError, OSError):
-        return {}
-    if len(files.client_ids) == 1 and files.client_ids[0] not in counts:  # the centralised strategy
-        wanted = files.get("clients.ids") or dataset.client_ids
-        counts[files.client_ids[0]] = sum(counts.get(c, 0) for c in wanted)
-    return counts
 
 
 def skipped_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:

@@ -42,7 +42,8 @@ from feddra_ds.federation.schedule import steps_per_round
 from feddra_ds.federation.server import OwnModels, Server
 from feddra_ds.model import SIDES
 from feddra_ds.model.build import model_of, processor_of, tokenizer_of
-from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig
+from feddra_ds.model.dual_encoder import DualEncoder
+from feddra_ds.model.dual_encoder_config import DualEncoderConfig
 from feddra_ds.model.heads import synchronise_batchnorms
 from feddra_ds.model.processor import DualEncoderProcessor
 from feddra_ds.model.weights.deferred import Weights, defer, make_room

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import psutil
 import yaml
 
+from feddra_ds.common.errors import DataError
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import DataConfig
+from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.run.metrics_file import read_metrics
 from feddra_ds.run.progress import FILE_NAME as PROGRESS_NAME
 
@@ -127,6 +129,21 @@ class RunFiles:
     def resume_command(self) -> str:
         """What goes on with this run."""
         return f"feddra-ds train --config {self.path / 'config.yaml'} --run.output_dir {self.path}"
+
+
+def training_pairs(files: RunFiles) -> dict[str, int]:
+    """Training pairs by client, from the dataset where it is at hand."""
+    try:
+        dataset = open_dataset(files.get("data.root"), data=files.reading)
+        counts = {
+            client: dataset.num_samples(client, "train") for client in dataset.clients if dataset.has_index(client)
+        }
+    except (DataError, OSError):
+        return {}
+    if len(files.client_ids) == 1 and files.client_ids[0] not in counts:  # the centralised strategy
+        wanted = files.get("clients.ids") or dataset.client_ids
+        counts[files.client_ids[0]] = sum(counts.get(c, 0) for c in wanted)
+    return counts
 
 
 def is_run(path: str | Path) -> bool:

@@ -237,11 +237,33 @@ def test_transformers_form_gives_the_same_embeddings(vision: str, text: dict, ou
     assert torch.allclose(embed(back, processor())[1], embed(model, processor())[1], atol=1e-5)
 
 
+def test_transformers_form_of_a_batchnorm_at_the_output() -> None:
+    model = build(head={"kind": "linear", "output_norm": "batchnorm"}, num_top_blocks=2)
+    scramble(model)
+    for _ in range(20):
+        model(**batch())  # running statistics
+    model.eval()
+    whole = to_transformers(model, processor())
+    for one, two in zip(embed(model, processor()), embed(whole, processor()), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+        assert not torch.allclose(one.mean(0), torch.zeros(16), atol=0.05), "the bias matters"
+
+
 DISTIL = {"model_type": "distilbert", "dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}
 UNFIT = [
     ({}, "needs model.head.kind = linear"),
     ({"head": {"kind": "linear"}, "num_extra_blocks": 1}, "needs model.num_extra_blocks = 0"),
-    ({"head": {"kind": "linear", "output_norm": "batchnorm"}}, "needs model.head.output_norm = none or layernorm"),
+    (
+        {"head": {"kind": "linear", "output_norm": "batchnorm"}, "embedding_dim": 32},
+        "with a batchnorm at the output it needs model.embedding_dim below the vision encoder's width 32",
+    ),
+    (
+        {
+            "head": {"kind": "linear", "output_norm": "batchnorm"},
+            "vision": {"config": VISION | {"model_type": "clip_vision_model"}},
+        },
+        "needs model.head.output_norm = none or layernorm",
+    ),
     (
         {"head": {"kind": "linear"}, "text": {"config": DISTIL}},
         r"the text encoder \(distilbert, cls pooling\) has no pooled",
@@ -249,7 +271,9 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), UNFIT, ids=["mlp", "extra", "batchnorm", "no-pooler"])
+@pytest.mark.parametrize(
+    ("values", "message"), UNFIT, ids=["mlp", "extra", "wide-batchnorm", "clip-batchnorm", "no-pooler"]
+)
 def test_what_transformers_cannot_hold_is_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"--format transformers: {message}"):
         to_transformers(build(**values), processor())
