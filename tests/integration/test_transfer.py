@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_linear_is_worth_a_logistic_regression_and_full_more(run: Path) -> None:
-    found = finetune(run, fractions=[0.1, 1.0], repeats=2, epochs=20, patience=8, lr=2e-3, device="cpu")
+    found = finetune(run, fractions=[0.1, 1.0], repeats=2, epochs=12, patience=8, lr=3e-3, device="cpu")
     assert found["split"] == "test"
     expected = probe(run, split="test", fractions=[1.0])["labels"]["upright"]["pooled_probe"]["1"]
     table = {mode: shares["1"]["mean"] for mode, shares in found["transfer"].items()}
