@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from feddra_ds.distributed.launch import Launch, choose_device
@@ -37,7 +37,7 @@ def accelerated(device: str, mixed_precision: str | None) -> Iterator[Accelerato
     if mixed_precision == "fp16" and where.type == "cpu":
         raise ValueError("--mixed-precision: fp16 needs a GPU; give bf16")
     own_group, own_state = not dist.is_initialized(), not AcceleratorState._shared_state
-    handlers = [InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(broadcast_buffers=False)]
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
     accelerator = Accelerator(cpu=where.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=handlers)
     try:
         if accelerator.distributed_type not in _KINDS:
