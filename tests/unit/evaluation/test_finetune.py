@@ -110,6 +110,7 @@ def test_the_best_of_the_looks_at_val_is_kept() -> None:
 def test_a_table(run: Path) -> None:
     common: dict[str, Any] = {"fractions": [0.5], "epochs": 1, "device": "cpu", "seed": 3}
     found = finetune(run, **common, repeats=2)
+    assert not (run / "finetune.json").exists(), "only the command keeps it for the report"
     assert found["split"] == "val", "no client that was trained on has a test split"
     assert found["labels"]["view"]["train"] == dict.fromkeys(CLIENTS, 12)
     assert found["labels"]["odd"]["measured"] == {"north": 8, "south_and_the_islands": 8, HELD_OUT: 9}
