@@ -84,8 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="passes (of ten steps or more) without a better loss on --val-split that end it (default: 10)",
     )
     add("--lr", type=float, default=1e-4, metavar="LR", help="learning rate of full fine-tuning (default: 1e-4)")
-    add("--linear-lr", type=float, default=1e-2, metavar="LR", help="that of the linear layer alone (default: 1e-2)")
-    add("--weight-decay", type=float, default=1e-2, metavar="W", help="AdamW's (default: 1e-2)")
+    add("--weight-decay", type=float, default=1e-2, metavar="W", help="and its weight decay (default: 1e-2)")
+    add(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="C",
+        help="inverse of the L2 penalty of the layer on frozen features, scikit-learn's C (default: 1)",
+    )
     add(
         "--class-weights",
         choices=("balanced", "none"),
@@ -122,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         patience=args.patience,
         lr=args.lr,
-        linear_lr=args.linear_lr,
+        strength=args.strength,
         weight_decay=args.weight_decay,
         class_weights=args.class_weights,
         mixed_precision=args.mixed_precision,

@@ -47,32 +47,17 @@ class ImageEncoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Standardised features → logits (B, C). Begins with all logits 0, or with the layer of another one, on a copy.
+    """Pictures → standardised features → logits (B, C), with a copy of `encoder` and the layer `start` on what it gives."""
 
-    encoder: what gives the features; None where the features are what comes in.
-    """
-
-    def __init__(
-        self,
-        encoder: ImageEncoder | None,
-        mean: NDArray[np.float32],
-        std: NDArray[np.float32],
-        num_outputs: int,
-        start: Classifier | None = None,
-    ):
+    def __init__(self, encoder: ImageEncoder, mean: Tensor, std: Tensor, start: nn.Linear):
         super().__init__()
-        self.encoder = nn.Identity() if encoder is None else copy.deepcopy(encoder)
-        self.register_buffer("mean", torch.from_numpy(mean))
-        self.register_buffer("std", torch.from_numpy(std))
-        self.linear = nn.Linear(len(mean), num_outputs)
-        if start is None:
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
-        else:
-            self.linear.load_state_dict(start.linear.state_dict())
+        self.encoder = copy.deepcopy(encoder)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", std.float())
+        self.linear = copy.deepcopy(start).float()
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.linear((self.encoder(inputs) - self.mean) / self.std)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.linear((self.encoder(pixel_values) - self.mean) / self.std).float()
 
     def train(self, mode: bool = True) -> Classifier:
         """Batchnorms stay as the encoder was trained: the small batches of few labels would spoil their statistics, and on
@@ -89,16 +74,25 @@ class Loss:
     """The mean over K labels of a weighted cross-entropy, each over its own slice of the logits; unknown targets count 0.
 
     sizes: classes of each label. weights: a float32 weight for each class of each label, of mean 1 over the training pairs, so
-    that the mean over a batch of any part of them needs no other process's counts.
+    that the mean over a batch of any part of them needs no other process's counts. counts: training pairs with each label.
     """
 
     sizes: list[int]
     weights: list[Tensor]
+    counts: list[int]
+
+    def penalty(self, weight: Tensor, strength: float) -> Tensor:
+        """scikit-learn's L2 penalty of a layer's weight (C, F), in the unit of this loss. strength: its C. Two classes have one
+        weight there, the difference of the two here."""
+        total = weight.new_zeros(())
+        for part, count in zip(weight.split(self.sizes), self.counts, strict=True):
+            total = total + part.square().sum() * (2 if len(part) == 2 else 1) / (2 * strength * max(count, 1))
+        return total / len(self.sizes)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (B, C), targets (B, K) int64, -1 unknown."""
-        total = logits.new_zeros((), dtype=torch.float32)
-        for part, target, weight in zip(logits.float().split(self.sizes, 1), targets.T, self.weights, strict=True):
+        total = logits.new_zeros(())
+        for part, target, weight in zip(logits.split(self.sizes, 1), targets.T, self.weights, strict=True):
             each = F.cross_entropy(part, target, ignore_index=-1, reduction="none")
             total = total + (each * weight.to(each.device)[target.clamp(min=0)]).mean()
         return total / len(self.sizes)
@@ -106,10 +100,11 @@ class Loss:
 
 def loss_of(tasks: Sequence[Task], targets: NDArray[np.int64], balanced: bool) -> Loss:
     """The loss for training pairs with `targets` (n, K). balanced: classes of a label weigh alike, however rare they are."""
-    weights = []
+    weights, known = [], []
     for task, column in zip(tasks, targets.T, strict=True):
         counts = np.bincount(column[column >= 0], minlength=len(task.classes))
         there = max(int((counts > 0).sum()), 1)
         each = 1 / (there * np.maximum(counts, 1)) if balanced else np.full(len(counts), 1 / max(int(counts.sum()), 1))
         weights.append(torch.tensor(len(targets) * each, dtype=torch.float32))
-    return Loss([len(task.classes) for task in tasks], weights)
+        known.append(int(counts.sum()))
+    return Loss([len(task.classes) for task in tasks], weights, known)

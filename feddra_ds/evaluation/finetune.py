@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from feddra_ds.common.console import track
 from feddra_ds.config.schema import AugmentConfig, DataConfig
 from feddra_ds.data.format.dataset import Dataset
-from feddra_ds.data.loading.order import Order, Position
+from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
 from feddra_ds.evaluation.classifier import Classifier, ImageEncoder, Loss, loss_of
-from feddra_ds.evaluation.fit import Schedule, accelerated, fit
+from feddra_ds.evaluation.fit import Schedule, accelerated, fit, fit_layer
 from feddra_ds.evaluation.gallery import open_split
 from feddra_ds.evaluation.labelled import Chosen, Labelled, Reader, find_labelled
 from feddra_ds.evaluation.labels import Task, draw_labels, find_tasks
@@ -35,27 +35,27 @@ from feddra_ds.metrics.intervals import t_interval
 MODES = ("linear", "full")
 MEASURED = ("auroc", "accuracy", "balanced_accuracy")
 MIN_STEPS = 10  # between two looks at val, where a pass over the labels has fewer
-_CHUNK = 4096  # features at a time
 
 Scores = dict[str, dict[str, dict[str, float] | None]]  # label → client or POOLED → what `measure` says
 
 
 @dataclass(frozen=True)
 class Options:
-    """How classifiers are fitted. lr: of full fine-tuning; linear_lr: of the layer on frozen features."""
+    """How classifiers are fitted. lr, weight_decay: AdamW's, of full fine-tuning; strength: scikit-learn's C, of the layer
+    on frozen features."""
 
     batch_size: int
     epochs: int
     patience: int
     lr: float
-    linear_lr: float
+    strength: float
     weight_decay: float
     balanced: bool
 
     def __post_init__(self) -> None:
-        for name in ("lr", "linear_lr"):
+        for name in ("lr", "strength"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')}: must be above 0, got {getattr(self, name):g}")
+                raise ValueError(f"--{name}: must be above 0, got {getattr(self, name):g}")
         if self.weight_decay < 0:
             raise ValueError(f"--weight-decay: must be at least 0, got {self.weight_decay:g}")
 
@@ -90,7 +90,7 @@ def finetune(
     epochs: int = 50,
     patience: int = 10,
     lr: float = 1e-4,
-    linear_lr: float = 1e-2,
+    strength: float = 1.0,
     weight_decay: float = 1e-2,
     class_weights: str = "balanced",
     mixed_precision: str | None = None,
@@ -112,7 +112,7 @@ def finetune(
     docs/json_output.md says what is in it. Held-out clients are measured, never trained on. Writes nothing. Raises ValueError,
     whose message names the option, and DataError for data that cannot be read.
     """
-    options = Options(batch_size, epochs, patience, lr, linear_lr, weight_decay, class_weights == "balanced")
+    options = Options(batch_size, epochs, patience, lr, strength, weight_decay, class_weights == "balanced")
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise ValueError(f"--modes: {', '.join(unknown)} is none; there are {' and '.join(MODES)}")
     if val_split == train_split:
@@ -255,13 +255,12 @@ class _Table:
             draw = draw_labels(self.train.targets[candidates], fraction, np.random.default_rng(seed))
             chosen = candidates[draw]
             sizes.setdefault(fraction, []).append(len(chosen))
-            loss = loss_of(self.tasks, self.train.targets[chosen], self.options.balanced)
-            start, taken = self.linear(chosen, loss, seed)
+            start, taken = self.linear(chosen)
             for mode in modes:
                 if mode == "linear":
-                    logits = self.logits_of_features(start, self.measured.features)
+                    logits: NDArray[Any] = self.logits(start)
                 else:
-                    logits, taken = self.full(chosen, loss, seed, start)
+                    logits, taken = self.full(chosen, seed, start)
                 scores.setdefault((mode, fraction), []).append(self.scored(logits))
                 steps.setdefault((mode, fraction), []).append(taken)
             self.accelerator.free_memory()
@@ -274,57 +273,76 @@ class _Table:
             for mode in modes
         }
 
-    def schedule(self, num: int, lr: float) -> tuple[Schedule, int]:
+    def schedule(self, num: int) -> tuple[Schedule, int]:
         """For `num` labelled pairs, and the size of a batch: the largest power of two where they are fewer than a batch."""
         size = self.options.batch_size if num >= self.options.batch_size else 1 << (num.bit_length() - 1)
         steps = max(num // size, MIN_STEPS)
-        return Schedule(lr, self.options.weight_decay, steps, self.options.epochs, self.options.patience), size
+        about = self.options
+        return Schedule(about.lr, about.weight_decay, steps, about.epochs, about.patience), size
 
     def ranks(self, batch_size: int) -> int:
         """Processes that share a batch; 1 where it is too small, and each does all of it."""
         num = self.accelerator.num_processes
         return num if batch_size % num == 0 else 1
 
-    def new(self, encoder: ImageEncoder | None, start: Classifier | None = None) -> Classifier:
-        """A classifier of features that are standardised by the usable training pairs', with labels or without."""
+    def standardised(self, side: Side) -> Tensor:
+        """(n, F) float64, by mean and deviation of the training pairs' features, with labels or without."""
+        mean, std = self.moments
+        return (torch.from_numpy(side.features).double() - mean) / std
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (F,) of the features."""
         known = self.train.features[self.train.usable & self.train.pairs.of(self.inside)].astype(np.float64)
         std = known.std(0)
         std = np.where(std > 1e-6 * max(float(std.max()), 1e-12), std, 1.0)
-        num_outputs = sum(len(task.classes) for task in self.tasks)
-        mean = known.mean(0)
-        model = Classifier(encoder, mean.astype(np.float32), std.astype(np.float32), num_outputs, start)
-        return model.to(self.accelerator.device)
+        return torch.from_numpy(known.mean(0)), torch.from_numpy(std)
 
-    def linear(self, chosen: NDArray[np.int64], loss: Loss, seed: int) -> tuple[Classifier, int]:
-        """A layer on the frozen features of the `chosen` training pairs, and the steps that it took."""
-        model = self.new(None)
-        schedule, size = self.schedule(len(chosen), self.options.linear_lr)
-        ranks = self.ranks(size)
-        part = slice(0, size) if ranks == 1 else self.share(size)
-        order = Order(seed, "features", len(chosen), size)
-        features, targets = self.train.features[chosen], self.train.targets[chosen]
+    def linear(self, chosen: NDArray[np.int64]) -> tuple[nn.Linear, int]:
+        """A layer on the standardised features of the `chosen` training pairs, and the most iterations of any label.
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            place = Position()
-            while True:
-                rows = order.batch(place)[part, 1]
-                yield self.tensor(features[rows]), self.tensor(targets[rows])
-                place = order.advance(place, 1)
+        What a label's logits are depends on no other label, so each is fitted, and stopped, by itself. Every process does all of
+        this, as it costs nothing beside the features.
+        """
+        x, rows = self.standardised(self.train)[chosen], self.val.labelled(self.inside)
+        val_x, parts, taken = self.standardised(self.val)[rows], [], []
+        for k, task in enumerate(self.tasks):
+            targets, val_targets = self.train.targets[chosen, k : k + 1], self.val.targets[rows, k : k + 1]
+            layer = nn.Linear(x.shape[1], len(task.classes), dtype=torch.float64)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            loss = loss_of([task], targets, self.options.balanced)
+            taken.append(self.fit_layer(layer, loss, (x, targets), (val_x, val_targets)))
+            parts.append(layer)
+        out = nn.Linear(x.shape[1], sum(len(task.classes) for task in self.tasks), dtype=torch.float64)
+        with torch.no_grad():
+            out.weight.copy_(torch.cat([part.weight for part in parts]))
+            out.bias.copy_(torch.cat([part.bias for part in parts]))
+        return out, max(taken)
 
-        rows = self.val.labelled(self.inside)
-        val_features, val_targets = self.val.features[rows], torch.from_numpy(self.val.targets[rows])
+    def fit_layer(
+        self,
+        layer: nn.Linear,
+        loss: Loss,
+        pairs: tuple[Tensor, NDArray[np.int64]],
+        val: tuple[Tensor, NDArray[np.int64]],
+    ) -> int:
+        """Fit one label's layer on features and targets; where val has none of the label, to the least training loss."""
+        y, val_y = torch.from_numpy(pairs[1]), torch.from_numpy(val[1])
+        fitted = lambda: loss(layer(pairs[0]), y) + loss.penalty(layer.weight, self.options.strength)
+        looked = (lambda: loss(layer(val[0]), val_y)) if (val_y >= 0).any() else fitted
+        return fit_layer(layer, fitted, lambda: float(looked().detach()), self.options.patience)
 
-        def val_loss(module: nn.Module) -> float:
-            return float(loss(torch.from_numpy(self.logits_of_features(module, val_features)), val_targets))
+    @torch.no_grad()
+    def logits(self, layer: nn.Linear) -> NDArray[np.float64]:
+        """(n, C) of the measured pairs by a layer on their features."""
+        return layer(self.standardised(self.measured)).numpy()
 
-        return model, fit(self.accelerator, model, batches(), loss, val_loss, schedule, seed)
-
-    def full(
-        self, chosen: NDArray[np.int64], loss: Loss, seed: int, start: Classifier
-    ) -> tuple[NDArray[np.float32], int]:
+    def full(self, chosen: NDArray[np.int64], seed: int, start: nn.Linear) -> tuple[NDArray[np.float32], int]:
         """(n, C) logits of the measured pairs by the whole encoder, fine-tuned from a linear classifier; steps taken."""
-        model = self.new(self.encoder, start)
-        schedule, size = self.schedule(len(chosen), self.options.lr)
+        model = Classifier(self.encoder, *self.moments, start).to(self.accelerator.device)
+        loss = loss_of(self.tasks, self.train.targets[chosen], self.options.balanced)
+        schedule, size = self.schedule(len(chosen))
         pairs, mask = self.train.pairs, np.zeros(len(self.train.pairs), dtype=bool)
         mask[chosen] = True
         data = self.reader.data(pairs, mask, seed=seed, batch_size=size, num_ranks=self.ranks(size))
@@ -346,22 +364,10 @@ class _Table:
         measured = self.reader.data(self.measured.pairs, self.measured.usable, seed=0)
         return self.reader.outputs(model, self.measured.pairs, measured, self.options.batch_size)[0], steps
 
-    def share(self, size: int) -> slice:
-        """This process's part of a batch."""
-        each, rank = size // self.accelerator.num_processes, self.accelerator.process_index
-        return slice(rank * each, (rank + 1) * each)
-
     def tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.accelerator.device)
 
-    @torch.no_grad()
-    def logits_of_features(self, model: nn.Module, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, C) for features (n, F)."""
-        model.eval()
-        parts = [features[i : i + _CHUNK] for i in range(0, len(features), _CHUNK)]
-        return np.concatenate([model(self.tensor(part)).float().cpu().numpy() for part in parts])
-
-    def scored(self, logits: NDArray[np.float32]) -> Scores:
+    def scored(self, logits: NDArray[Any]) -> Scores:
         """What the logits (n, C) of the measured pairs are worth: by label, of all clients that are trained on and each one."""
         side, out = self.measured, {}
         ends = np.cumsum([len(task.classes) for task in self.tasks])[:-1]

@@ -1,4 +1,5 @@
-"""Fitting a classifier through accelerate, on one process or several: the same steps and, up to rounding, the same weights."""
+"""Fitting a classifier: a layer on features, alone; a whole encoder through accelerate, on one process or several with the
+same steps and, up to rounding, the same weights."""
 
 from __future__ import annotations
 
@@ -13,13 +14,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from feddra_ds.distributed.launch import Launch, choose_device
 
 PATIENCE = timedelta(minutes=10)  # the longest wait of a process for the others
 MAX_NORM = 1.0  # of a step's gradient
+_MAX_LOOKS, _ITERATIONS = 100, 5  # of a layer's fit at the val pairs, and of LBFGS between two of them
 _KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -35,7 +37,7 @@ def accelerated(device: str, mixed_precision: str | None) -> Iterator[Accelerato
     if mixed_precision == "fp16" and where.type == "cpu":
         raise ValueError("--mixed-precision: fp16 needs a GPU; give bf16")
     own_group, own_state = not dist.is_initialized(), not AcceleratorState._shared_state
-    handlers = [InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(broadcast_buffers=False)]
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
     accelerator = Accelerator(cpu=where.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=handlers)
     try:
         if accelerator.distributed_type not in _KINDS:
@@ -68,6 +70,48 @@ class Schedule:
     patience: int
 
 
+class Best:
+    """The state of a model at the least val loss so far. patience: looks without a better one that end a fit."""
+
+    def __init__(self, model: nn.Module, patience: int, value: float):
+        self.model, self.patience = model, patience
+        self.value, self.looks, self.at = value, 0, 0
+        self.state = copy.deepcopy(model.state_dict())
+
+    def look(self, value: float) -> bool:
+        """Whether to go on, now that the val loss is `value`."""
+        self.looks += 1
+        if value < self.value:
+            self.value, self.at, self.state = value, self.looks, copy.deepcopy(self.model.state_dict())
+        return self.looks - self.at < self.patience
+
+    def restore(self) -> int:
+        """Put the model back into that state; after how many looks it was."""
+        self.model.load_state_dict(self.state)
+        return self.at
+
+
+def fit_layer(layer: nn.Linear, loss: Callable[[], Tensor], val_loss: Callable[[], float], patience: int) -> int:
+    """Fit a layer in place by LBFGS on all of its pairs, a convex loss; it ends as it was when the val loss was least, after so
+    many iterations."""
+    optimizer = torch.optim.LBFGS(
+        layer.parameters(), max_iter=_ITERATIONS, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    best = Best(layer, patience, val_loss())
+    for _ in range(_MAX_LOOKS):
+        optimizer.step(closure)  # type: ignore[arg-type]
+        if not best.look(val_loss()):
+            break
+    return best.restore() * _ITERATIONS
+
+
 def fit(
     accelerator: Accelerator,
     model: nn.Module,
@@ -92,20 +136,16 @@ def fit(
         value = torch.tensor(val_loss(model), device=accelerator.device)
         return float(accelerator.reduce(value, "mean"))  # all decide by one number
 
-    best, best_check, kept = look(), 0, copy.deepcopy(model.state_dict())
+    best = Best(model, schedule.patience, look())
     with torch.random.fork_rng(enabled=True):
         torch.manual_seed(seed * accelerator.num_processes + accelerator.process_index)
-        for check in range(1, schedule.checks + 1):
+        for _ in range(schedule.checks):
             wrapped.train()
             for inputs, targets in islice(batches, schedule.steps):
                 accelerator.backward(loss(wrapped(inputs), targets))
                 accelerator.clip_grad_norm_(trained, MAX_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
-            found = look()
-            if found < best:
-                best, best_check, kept = found, check, copy.deepcopy(model.state_dict())
-            elif check - best_check >= schedule.patience:
+            if not best.look(look()):
                 break
-    model.load_state_dict(kept)
-    return best_check * schedule.steps
+    return best.restore() * schedule.steps

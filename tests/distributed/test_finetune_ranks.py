@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from run_helpers import add_model, make_config, make_data, make_line, make_run
 from spawn import run_ranks
 
 from feddra_ds.evaluation.finetune import _Table, finetune
+
+pytestmark = pytest.mark.slow
 
 
 def table_of(run: Path) -> tuple[dict[str, Any], list[np.ndarray]]:

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_linear_is_worth_a_logistic_regression_and_full_more(run: Path) -> None:
-    found = finetune(run, fractions=[0.1, 1.0], repeats=2, epochs=20, patience=8, lr=2e-3, device="cpu")
+    found = finetune(run, fractions=[1.0], repeats=1, epochs=12, patience=8, lr=3e-3, device="cpu")
     assert found["split"] == "test"
     expected = probe(run, split="test", fractions=[1.0])["labels"]["upright"]["pooled_probe"]["1"]
     table = {mode: shares["1"]["mean"] for mode, shares in found["transfer"].items()}
@@ -54,6 +54,4 @@ def test_linear_is_worth_a_logistic_regression_and_full_more(run: Path) -> None:
         expected["pooled"]["balanced_accuracy"], abs=0.08
     )
     assert table["full"]["auroc"]["mean"] > table["linear"]["auroc"]["mean"] + 0.1
-    few = found["transfer"]["full"]["0.1"]
-    assert few["labels"] == [40, 40]
-    assert few["mean"]["auroc"]["mean"] < table["full"]["auroc"]["mean"]
+    assert found["transfer"]["full"]["1"]["labels"] == [400]

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from run_helpers import CLIENTS, HELD_OUT, add_model, make_config, make_data, make_line, make_run
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor, nn
 
 from feddra_ds.evaluation.classifier import Classifier, ImageEncoder, loss_of
 from feddra_ds.evaluation.finetune import finetune
-from feddra_ds.evaluation.fit import Schedule, accelerated, fit
+from feddra_ds.evaluation.fit import Schedule, accelerated, fit, fit_layer
 from feddra_ds.evaluation.gallery import head_inputs
 from feddra_ds.evaluation.labels import Task
 from feddra_ds.model.folder import load_pretrained
@@ -70,9 +71,23 @@ def test_batchnorms_keep_the_encoders_statistics() -> None:
             super().__init__()
             self.norm, self.dropout = BatchNorm(3), nn.Dropout()
 
-    model = Classifier(Encoder(), np.zeros(3, np.float32), np.ones(3, np.float32), 2).train()  # type: ignore[arg-type]
+    model = Classifier(Encoder(), torch.zeros(3), torch.ones(3), nn.Linear(3, 2)).train()  # type: ignore[arg-type]
     assert model.encoder.dropout.training
     assert not model.encoder.norm.training
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_layer_becomes_scikit_learns_logistic_regression(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(150, 6)), rng.choice(classes, 150, p=[0.7, 0.3] if classes == 2 else [0.6, 0.3, 0.1])
+    x[:, 0] += y
+    task = Task("k", tuple(map(str, range(classes))), False, y)
+    loss, layer = loss_of([task], y[:, None], True), nn.Linear(6, classes, dtype=torch.float64)
+    inputs, targets = torch.from_numpy(x), torch.from_numpy(y[:, None])
+    fitted = lambda: loss(layer(inputs), targets) + loss.penalty(layer.weight, 0.3)
+    fit_layer(layer, fitted, lambda: float(fitted().detach()), 5)
+    expected = LogisticRegression(C=0.3, class_weight="balanced", tol=1e-8, max_iter=1000).fit(x, y).predict_proba(x)
+    np.testing.assert_allclose(layer(inputs).softmax(1).detach(), expected, atol=2e-3)
 
 
 def test_the_best_of_the_looks_at_val_is_kept() -> None:
@@ -95,6 +110,7 @@ def test_the_best_of_the_looks_at_val_is_kept() -> None:
 def test_a_table(run: Path) -> None:
     common: dict[str, Any] = {"fractions": [0.5], "epochs": 1, "device": "cpu", "seed": 3}
     found = finetune(run, **common, repeats=2)
+    assert not (run / "finetune.json").exists(), "only the command keeps it for the report"
     assert found["split"] == "val", "no client that was trained on has a test split"
     assert found["labels"]["view"]["train"] == dict.fromkeys(CLIENTS, 12)
     assert found["labels"]["odd"]["measured"] == {"north": 8, "south_and_the_islands": 8, HELD_OUT: 9}
@@ -119,6 +135,7 @@ def test_a_table(run: Path) -> None:
         ({"val_split": "train"}, "--val-split: train is trained on"),
         ({"val_split": "dev"}, "dev split"),
         ({"lr": 0}, "--lr: must be above 0, got 0"),
+        ({"strength": 0}, "--strength: must be above 0, got 0"),
         ({"weight_decay": -1}, "--weight-decay: must be at least 0"),
         ({"mixed_precision": "fp16"}, "--mixed-precision: fp16 needs a GPU; give bf16"),
         ({"label_keys": ["odds"]}, "--label-key: no sample has a label odds; there are: odd, view"),
