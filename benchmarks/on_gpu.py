@@ -167,7 +167,7 @@ def products(values: Values) -> None:
 
 
 # ---- runs
-def tree_of(folder: Path, values: Values, sizes: Sizes, num_clients: int = 1, **changes: Any) -> dict[str, Any]:
+def tree_of(folder: Path, values: Values, sizes: Sizes, num_clients: int, **changes: Any) -> dict[str, Any]:
     """The config of a run on this device, whose data lie in `folder`, made where they are not there yet."""
     root = folder / "data"
     if not root.exists():
@@ -196,8 +196,7 @@ def deepspeed(stage: int, precision: str = "fp32") -> dict[str, Any]:
 
 def slots(values: Values) -> None:
     world = 2 if values.dry else min(4, torch.cuda.device_count())
-    num_clients = 4  # as many as the ranks at most
-    layouts = {"one rank": (1, {})}
+    layouts: dict[str, tuple[int, dict[str, Any]]] = {"one rank": (1, {})}
     if world > 1:
         layouts[f"{world} slots"] = (world, {"topology__ranks_per_slot": 1})
         layouts[f"one slot of {world}, ZeRO 2"] = (
@@ -207,10 +206,10 @@ def slots(values: Values) -> None:
     else:
         print("slots: one GPU is here; NCCL between GPUs needs two, and is not tried", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        folder, found = Path(name), {}
+        folder, found = Path(name), dict[str, Tensor]()
         for layout, (ranks, changes) in layouts.items():
             out = {"run__output_dir": str(folder / f"run {len(found)}")}
-            tree = tree_of(folder, values, QUICK, num_clients, **changes, **out)
+            tree = tree_of(folder, values, QUICK, 4, **changes, **out)
             rounds = launch(__file__, ranks, {"tree": tree})[0]
             found[layout] = torch.tensor([one["client_losses"] for one in rounds], dtype=torch.float64)
             values.add(layout, "mean loss", float(found[layout][-1].mean()))
@@ -232,7 +231,7 @@ def precision(values: Values) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             out = {"run__output_dir": str(Path(folder) / name)}
-            tree = tree_of(Path(folder), values, QUICK, deepspeed=deepspeed(1, name), **out)
+            tree = tree_of(Path(folder), values, QUICK, 1, deepspeed=deepspeed(1, name), **out)
             rounds = launch(__file__, 1, {"tree": tree})[0]
             losses[name] = rounds[-1]["mean_loss"]
             skipped = sum(sum(stages.values()) for one in rounds for stages in one["skipped_steps"].values())
@@ -251,7 +250,7 @@ def mfu(values: Values) -> None:
     sizes, models = (QUICK, {}) if values.dry else (REAL, encoders(VIT_L, 16, BERT_BASE))
     with tempfile.TemporaryDirectory() as folder:
         more = {"objective__anchor_weight": 0.0, "objective__bf16_products": True, "deepspeed": deepspeed(1, "bf16")}
-        run = build(from_dict(tree_of(Path(folder), values, sizes, **models, **more)))
+        run = build(from_dict(tree_of(Path(folder), values, sizes, 1, **models, **more)))
         engine, client = run.engine, run.clients[0]
         (batch,) = client.data.batches(client.position, 1)
         engine.train()
@@ -299,7 +298,7 @@ def memory(values: Values) -> None:
     for how, adapter in {"full": None, "LoRA": {"type": "lora", "r": 8}}.items():
         with tempfile.TemporaryDirectory() as folder:
             changes = {"model__adapter": adapter, "schedule__stage1_steps": 1, "schedule__stage2_steps": 2}
-            tree = tree_of(Path(folder), values, sizes, **models, **changes, deepspeed=deepspeed(1, "bf16"))
+            tree = tree_of(Path(folder), values, sizes, 1, **models, **changes, deepspeed=deepspeed(1, "bf16"))
             row = compare(f"{name}, {how}, bf16, ZeRO 1, batch {sizes.batch}", tree, 1)
         append_row("plan", row, values.device)
         case = f"{name}, {how}"
