@@ -21,6 +21,11 @@ from feddra_ds.data.sources.ingest import SKIPPED_NAME, Ingested, IngestOptions,
 from feddra_ds.data.sources.reports import SECTIONS
 from feddra_ds.data.sources.table import CsvTable
 
+EXAMPLES = (
+    "feddra-ds data convert --csv metadata.csv --image-column image --text-column report --client-column site --out data/mine",
+    "feddra-ds data convert --from mimic_cxr --path /archive/mimic-cxr-jpg --out data/mimic --dry-run",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data convert`."""

@@ -20,6 +20,11 @@ from feddra_ds.distributed.launch import Launch
 from feddra_ds.evaluation import finite
 from feddra_ds.run.files import TRANSFER_NAME, is_run
 
+EXAMPLES = (
+    "feddra-ds finetune runs/mine",
+    "feddra-ds finetune exports/mine --data data/mine --label-key finding --modes full --fractions 0.1,1",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `finetune`."""

@@ -12,6 +12,11 @@ from feddra_ds.common.console import next_step, print_table
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.verdict import POOLED
 
+EXAMPLES = (
+    "feddra-ds probe runs/mine",
+    "feddra-ds probe exports/mine --data data/mine --label-key finding --fractions 0.01,0.1,1",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `probe`."""

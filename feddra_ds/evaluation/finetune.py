@@ -186,7 +186,7 @@ def _look(
     sides, skipped, non_finite = {}, {}, {}
     for (split, part), (start, stop) in zip(pairs.items(), pairwise(ends), strict=True):
         with reader.accelerator.autocast():
-            everything = np.ones(len(part), dtype=bool)
+            everything = reader.data(part, np.ones(len(part), dtype=bool), seed=0)
             features, read, skipped[split] = reader.outputs(encoder, part, everything, batch_size)
         usable: Chosen = np.asarray(np.isfinite(features).all(1))
         bad = {c: np.flatnonzero(read & ~usable & part.of([c])) for c in part.clients}
@@ -336,18 +336,15 @@ class _Table:
                 yield batch.to(self.accelerator.device).pixel_values, self.tensor(self.train.targets[rows])
 
         rows = self.val.labelled(self.inside)
-        val_targets = torch.from_numpy(self.val.targets[rows])
+        val_targets, val_data = torch.from_numpy(self.val.targets[rows]), self.reader.data(self.val.pairs, rows, seed=0)
 
         def val_loss(module: nn.Module) -> float:
-            logits, _, _ = self.reader.outputs(module, self.val.pairs, rows, self.options.batch_size)
+            logits, _, _ = self.reader.outputs(module, self.val.pairs, val_data, self.options.batch_size)
             return float(loss(torch.from_numpy(logits[rows]), val_targets))
 
         steps = fit(self.accelerator, model, batches(), loss, val_loss, schedule, seed)
-        with self.accelerator.autocast():
-            logits, _, _ = self.reader.outputs(
-                model, self.measured.pairs, self.measured.usable, self.options.batch_size
-            )
-        return logits, steps
+        measured = self.reader.data(self.measured.pairs, self.measured.usable, seed=0)
+        return self.reader.outputs(model, self.measured.pairs, measured, self.options.batch_size)[0], steps
 
     def share(self, size: int) -> slice:
         """This process's part of a batch."""

@@ -85,9 +85,8 @@ def fit(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    wrapped, optimizer = accelerator.prepare(
-        model, optimizer
-    )  # `model` is what is wrapped; unwrap_model imports DeepSpeed
+    # `model` is what is wrapped, and is asked itself: accelerate's unwrap_model imports DeepSpeed
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
 
     def look() -> float:
         value = torch.tensor(val_loss(model), device=accelerator.device)

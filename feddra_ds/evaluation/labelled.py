@@ -135,13 +135,12 @@ class Reader:
 
     @torch.no_grad()
     def outputs(
-        self, module: nn.Module, pairs: Labelled, chosen: Chosen, batch_size: int
+        self, module: nn.Module, pairs: Labelled, data: ClientData, batch_size: int
     ) -> tuple[NDArray[np.float32], Chosen, dict[str, int]]:
-        """What `module` (eval mode from then on) gives for the chosen pictures: (n, F), NaN for the others and for what
-        cannot be read; which could, (n,); and reason → number of unreadable pairs. Each process does a part, all have the
-        whole."""
+        """What `module` (eval mode from then on) gives for the pictures of `data`, some of the pairs: (n, F), NaN for the
+        others and for what cannot be read; which could, (n,); and reason → number of unreadable pairs. Each process does a
+        part, all have the whole."""
         module.eval()
-        data = self.data(pairs, chosen, seed=0)
         names: list[str] = []
         rows = []
         for batch in data.evaluation_batches(None, batch_size):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from feddra_ds.checkpoint.format import partial_of
 from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.common.logs import logger
 from feddra_ds.common.text import by_reason, listed
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.federation.aggregation.norms import UpdateNorms
-from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol, RankReport
+from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Next, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.base import Draws
@@ -45,6 +48,7 @@ class Coordinator:
     clipped: list[dict[str, Any]] = field(default_factory=list)  # losses that were not believed, of the round that runs
     smoothed: Vector | None = None  # what p follows, averaged over the rounds (dro.loss_smoothing); NaN: never heard of
     followed: Vector | None = None  # what p followed when it last moved; NaN where p_i was kept
+    not_saved: str | None = None  # why the newest checkpoint that was due could not be written
     norms: UpdateNorms = field(default_factory=lambda: UpdateNorms(None))
     heard: dict[str, ClientReport] = field(default_factory=dict)  # what each client's slot told of the last stage
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
@@ -147,7 +151,19 @@ class Coordinator:
                     self.excluded.append(excluded[-1])
         return excluded
 
+    def note_checkpoint(self, folder: Path, problems: Mapping[str, Sequence[str]]) -> None:
+        """A checkpoint was written, or these ranks, by the reason, could not; then what there is of it goes, which makes room."""
+        self.not_saved = None
+        if not problems:
+            return
+        told = "; ".join(f"{listed(ranks)}: {reason}" for reason, ranks in problems.items())
+        self.not_saved = f"no checkpoint could be written to {folder} ({told})"
+        logger.warning("%s; those before it are kept", self.not_saved)
+        shutil.rmtree(partial_of(folder), ignore_errors=True)
+
     def _reason_to_stop(self, included: list[int], excluded: list[dict[str, str]]) -> str | None:
+        if self.not_saved is not None and self.config.checkpoint.on_error == "stop":
+            return f"{self.not_saved}, and checkpoint.on_error is stop"
         if len(included) >= self.config.clients.minimum:
             return None
         stop = f"{len(included)} clients gave a valid update, clients.minimum is {self.config.clients.minimum}"
@@ -205,7 +221,8 @@ class Coordinator:
         used, self.excluded, excluded = self.mixture, [], self.excluded
         if moves_mixture:
             self.mixture = self.next_mixture(_means(moving), references)
-        self.protocol.tell_mixture(round_index, self.mixture.tolist())
+        stops = any(report.asks_to_stop for report in reports)
+        self.protocol.tell_next(round_index, Next(self.mixture.tolist(), stops))
         clipped, self.clipped = self.clipped, []
         believed = self._believed(_means(losses), references)
         finite = _finite(_means(losses))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,10 @@ def load_model(name: str, config: PreTrainedConfig, key: str, pickled: bool = Fa
         return _encoder_alone(model)
     except CannotDefer:
         raise
+    except pickle.UnpicklingError as error:  # of weights_only=True
+        raise ValueError(
+            f"{key}: the pickled weights of {name} hold more than tensors, so they are never read"
+        ) from error
     except Exception as error:  # of sizes and weights that do not fit: transformers and torch raise many types
         raise ValueError(f"{key}: {_why(name, error)}") from error
 

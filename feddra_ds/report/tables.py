@@ -14,6 +14,7 @@ from feddra_ds.evaluation.labels import weakest
 from feddra_ds.evaluation.mixture import RECALL, mixture_rows, set_in_words
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import NUM_COLOURS
+from feddra_ds.report.evaluation_charts import calibration_diagrams, subgroup_bars
 from feddra_ds.run.files import RunFiles
 
 _MAX_BARS = 12
@@ -188,6 +189,8 @@ def evaluation(files: RunFiles) -> dict[str, Any] | None:
             {"name": label, **about["pooled"], "classes": about["classes"], "weakest": weakest(about["clients"])}
             for label, about in told.get("zero_shot", {}).items()
         ],
+        "subgroups": subgroup_bars(told.get("subgroups")),
+        "calibration": calibration_diagrams(told.get("zero_shot", {})),
     }
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from feddra_ds.checkpoint.format import SHARED, folder_of, partial_of
 from feddra_ds.checkpoint.restore import export_checkpoint
 from feddra_ds.checkpoint.write import commit
-from feddra_ds.common.errors import DataError, TooFewClients
+from feddra_ds.common.errors import CheckpointNotWritten, DataError, TooFewClients
 from feddra_ds.common.logs import logger
+from feddra_ds.common.text import first_line
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.topology import Topology
@@ -34,6 +36,7 @@ from feddra_ds.federation.schedule import Stage, draws_of_round, stages_of_round
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, embed, measure_loss, retrieval
 from feddra_ds.objectives import Objective
+from feddra_ds.run import stop_request
 from feddra_ds.run.debug import deterministic
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
@@ -69,6 +72,7 @@ class Run:
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
+    stops: bool = False  # whether the round that ended is the last one of this start
     norm_limits: dict[str, float | None] = field(default_factory=dict)  # by stage: the largest update that is averaged
     # rank 0 only
     coordinator: Coordinator | None = None
@@ -98,7 +102,7 @@ class Run:
         )
 
     def rounds(self) -> None:
-        """All rounds that are left, then the final model."""
+        """All rounds that are left, then the final model; fewer, and none, where a rank is asked to stop (`stops`)."""
         with self.progress, deterministic(self.config.debug.deterministic):
             for round_index in range(self.next_round, self.config.schedule.rounds):
                 self.progress.begin_round(round_index)
@@ -114,12 +118,16 @@ class Run:
                     samples=samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
                     bytes=self.server.num_bytes - bytes_before,
                     memory=peak_memory(self.engine),
+                    asks_to_stop=stop_request.is_asked(),
                 )
                 record = self.end_round(round_index, report)
                 with self.timed("checkpoint"):
                     self.save(round_index, record)
                 if record is not None:
                     self.record(record, time.monotonic() - began)
+                if self.stops:
+                    self.progress.stopped = "asked to by SIGUSR1, after a checkpoint"
+                    return
             with self.timed("model"):
                 self.save_final_model()
 
@@ -303,22 +311,35 @@ class Run:
                 record = self.coordinator.end_round(round_index, moves_mixture=self.measures_losses(round_index))
                 if self.config.clients.per_round is not None or self.strategy.draws_by_weight:
                     record["present_clients"] = np.repeat(self.client_ids, self.draws).tolist()
-            self.mixture = np.asarray(self.protocol.hear_mixture(round_index), dtype=np.float64)
+            following = self.protocol.hear_next(round_index)
+            self.mixture = np.asarray(following.weights, dtype=np.float64)
+            self.stops = following.stops and round_index + 1 < self.config.schedule.rounds
         return record
 
     def save(self, round_index: int, record: RoundRecord | None) -> None:
-        """An atomic checkpoint where one is due (checkpoint.every, and after the last round)."""
-        if (round_index + 1) % self.config.checkpoint.every and round_index + 1 < self.config.schedule.rounds:
+        """An atomic checkpoint where one is due (checkpoint.every, and after the last round, or where the run stops)."""
+        is_last = round_index + 1 == self.config.schedule.rounds or self.stops
+        if (round_index + 1) % self.config.checkpoint.every and not is_last:
             return
         topology = self.topology
         folder = folder_of(self.run_dir, round_index)
-        written = write_server(partial_of(folder), self.server, self.clients, topology)
-        self.protocol.tell_saved(round_index, written)
-        if self.coordinator is not None:
-            files = self.protocol.hear_saved(round_index, topology.live_ranks)
+        written, problem = {}, None
+        try:
+            written = write_server(partial_of(folder), self.server, self.clients, topology)
+        except (OSError, SafetensorError) as error:
+            problem = first_line(error)
+        self.protocol.tell_saved(round_index, written, problem)
+        if self.coordinator is None:
+            return
+        files, problems = self.protocol.hear_saved(round_index, topology.live_ranks)
+        if not problems:
             # with the record, lest a kill before `record` lose the line
             state = self.coordinator.state(round_index) | {"metrics": record}
-            commit(folder, state, files, self.config.checkpoint.keep)
+            try:
+                commit(folder, state, files, self.config.checkpoint.keep)
+            except OSError as error:
+                problems = {first_line(error): ["rank 0"]}
+        self.coordinator.note_checkpoint(folder, problems)
 
     def record(self, record: RoundRecord, seconds: float) -> None:
         """Write the round's line of metrics.jsonl, and tell the trackers, with the coordinator's own clock."""
@@ -335,6 +356,9 @@ class Run:
         if self.coordinator is None:
             return
         newest = folder_of(self.run_dir, self.config.schedule.rounds - 1)
+        if self.coordinator.not_saved is not None:
+            raise CheckpointNotWritten(f"{self.coordinator.not_saved}; without it there is no final model: make room, and the "
+                                       "same command does the rounds again since the last checkpoint")  # fmt: skip
         for owner in [SHARED] if self.strategy.averages else self.client_ids:
             export_checkpoint(newest, owner, self.run_dir / "model" / ("" if owner == SHARED else owner))
 

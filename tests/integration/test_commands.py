@@ -252,6 +252,8 @@ MISTAKES = [
     (["probe", "RUN", "--fractions", "2"], "--fractions: 2 is no share"),
     (["probe", "RUN", "--strength", "0"], "--strength: must be above 0"),
     (["probe", "RUN", "--train-split", "test"], "has a test split to train on"),
+    (["finetune", "RUN", "--fractions", "0"], "--fractions: 0 is no share"),
+    (["finetune", "RUN", "--modes", "linear,whole"], "--modes: whole is none; there are linear and full"),
     (["evaluate", "RUN", "--ema"], "has no whole checkpoint, and the average over rounds"),
     (["evaluate", "RUN/model", "--ema"], "export the average with `feddra-ds export RUN --ema`"),
     (["export", "RUN", "--ema", "--client", "north", "--out", "x"], "leave out --client"),

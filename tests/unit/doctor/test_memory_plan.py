@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented_json import check_documented
 from model_helpers import BODY
 from run_helpers import make_config, make_data
 
@@ -239,6 +240,7 @@ def test_on_a_gpu_that_is_too_small_offload_is_offered(data: Path) -> None:
     keys = [change.key for change in verdict.changes]
     assert "deepspeed.zero_optimization.offload_optimizer" in keys
     assert "deepspeed.bf16.enabled" in keys
+    check_documented("doctor --plan", verdict.as_dict(), but="^$")
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,6 +259,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     told = json.loads(capsys.readouterr().out)
     assert told["fits"]
     assert told["peak"]["host"] == sum(told["items"]["host"].values())
+    check_documented("doctor --plan", told, but="device|short|changes")
     assert not (data.parent / "run").exists()
 
 

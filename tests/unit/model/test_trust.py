@@ -258,7 +258,9 @@ def test_no_permitted_pickle_runs(
     shutil.copytree(good / "text", folder)
     attack(folder)
     for name in (str(folder), at_hub(folder)):
-        with pytest.raises(ValueError, match=r"model\.text\.pretrained: .*[Ww]eights.only") as caught:
+        with pytest.raises(
+            ValueError, match=r"pickled weights of .* hold more than tensors, so they are never read"
+        ) as caught:
             as_text(name, pickled=True)
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob(MARKER))
