@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-all resolve lint docs bench experiments clean
+.PHONY: help quickstart test test-all resolve lint docs bench gpu experiments clean
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -73,6 +73,9 @@ docs: $(VENV)/.docs              ## the documentation as a site, in build/site; 
 
 bench: $(VENV)/.installed        ## the benchmarks, as benchmarks/README.md says
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+gpu: $(VENV)/.installed          ## all that needs a GPU, in at most 10 minutes (DRY=1: the same script, tiny, on a CPU)
+	$(BIN)/python benchmarks/on_gpu.py $(if $(DRY),--dry)
 
 # Hours. Test seeds are looked at once: this repeats what docs/experiments.md reports, it is not for choosing. Radiographs need a table:
 # feddra-ds experiment run radiographs --csv FILE --seeds test

@@ -77,7 +77,7 @@ def config_tree(root: Path, out: Path, sizes: Sizes, **changes: Any) -> dict[str
     }
     tree: dict[str, Any] = {
         "objective": {"learnable_temperature": True},
-        "run": {"output_dir": str(out), "device": "cpu", "monitor": []},
+        "run": {"output_dir": str(out), "device": "cpu", "trackers": []},
         "model": {
             "vision": {"config": {"model_type": "vit", "patch_size": sizes.patch, **encoder}},
             "text": {"config": {"model_type": "bert", **encoder}},

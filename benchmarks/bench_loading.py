@@ -93,7 +93,7 @@ def tree(sizes: dict[str, int], folder: str | None, deepspeed: dict[str, Any]) -
         model = {side: {"pretrained": f"{folder}/{side}"} for side in sides}
         model["text"]["tokenizer"] = None
     return {
-        "run": {"output_dir": "unused", "device": "cpu", "monitor": []},
+        "run": {"output_dir": "unused", "device": "cpu", "trackers": []},
         "model": model,
         "data": {"root": "unused", "batch_size": 8, "image_size": 64, "text_length": 32},
         "optimizer": {"name": "sgd", "lr": 0.01, "weight_decay": 0.0},  # no moments: what is held is weights

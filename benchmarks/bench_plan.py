@@ -46,18 +46,26 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 def child(argument: dict[str, Any]) -> dict[str, Any]:
-    """One rank of a run: its highest resident bytes by phase, and over all."""
+    """One rank of a run: its highest bytes by phase, of what torch holds on the GPU where it trains on one, else resident."""
     from feddra_ds.config.load import from_dict
     from feddra_ds.run.build import build
 
-    torch.set_num_threads(1)
     peaks: dict[str, int] = {}
+    config = from_dict(argument["tree"])
+    on_gpu = config.run.device == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(1)
 
-    def note(phase: str) -> None:
-        peaks[phase] = max(peaks.get(phase, 0), _status_bytes("VmHWM"))
-        Path("/proc/self/clear_refs").write_text("5")  # the next phase's peak starts from the present size
+    def note(phase: str) -> None:  # the next phase's peak starts from the present size
+        if on_gpu:
+            now = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            now = _status_bytes("VmHWM")
+            Path("/proc/self/clear_refs").write_text("5")
+        peaks[phase] = max(peaks.get(phase, 0), now)
 
-    run = build(from_dict(argument["tree"]))
+    run = build(config)
     note("build")
     timed = run.timed
 
@@ -84,7 +92,24 @@ def predict(tree: dict[str, Any], ranks: int) -> Any:
     tokenizer = tokenizer_of(config)
     with torch.device("meta"):
         model = model_of(config, tokenizer)
-    return plan_memory(config, model, ranks_per_slot=ranks)
+    return plan_memory(config, model, ranks_per_slot=ranks, device=config.run.device)
+
+
+def compare(case: str, tree: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Run a config on `ranks` ranks of this host, and put its peak beside the plan's: of the GPU where it trains on one."""
+    plan = predict(tree, ranks)
+    peaks = launch(__file__, ranks, {"tree": tree})[0]
+    expected, where = plan.peak("host" if plan.one_memory else "device"), max(peaks, key=lambda phase: peaks[phase])
+    return {
+        "case": case,
+        "ranks": ranks,
+        "parameters": sum(plan.parameters.values()),
+        "predicted": expected.total / 1e6,
+        "measured": peaks[where] / 1e6,
+        "ratio": expected.total / peaks[where],
+        "phase": expected.phase,
+        "measured phase": where,
+    }
 
 
 def main() -> None:
@@ -109,19 +134,7 @@ def main() -> None:
             root = write_clients(place / "data", 1, sizes.batch, sizes)
             schedule = {"schedule__rounds": 2, "schedule__stage1_steps": 1, "schedule__stage2_steps": 2}
             tree = config_tree(root, place / "run", sizes, topology__ranks_per_slot=ranks, **schedule, **changes)
-            plan = predict(tree, ranks)
-            peaks = launch(__file__, ranks, {"tree": tree})[0]
-            expected, where = plan.peak("host"), max(peaks, key=lambda phase: peaks[phase])
-            row = {
-                "case": name,
-                "ranks": ranks,
-                "parameters": sum(plan.parameters.values()),
-                "predicted": expected.total / 1e6,
-                "measured": peaks[where] / 1e6,
-                "ratio": expected.total / peaks[where],
-                "phase": expected.phase,
-                "measured phase": where,
-            }
+            row = compare(name, tree, ranks)
             rows.append(row)
             append_row("plan", row, "cpu")
             print(f"{name}: {row['ratio']:.2f}", file=sys.stderr, flush=True)

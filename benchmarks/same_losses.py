@@ -58,7 +58,7 @@ def main() -> int:
 def train(data: Path, out: Path, num_ranks: int, options: list[str], rounds: int) -> dict[str, Any]:
     """One run by the real launcher: what is compared of it."""
     config = ["--config", "configs/quickstart.yaml", "--data.root", str(data), "--run.output_dir", str(out)]
-    config += ["--schedule.rounds", str(rounds), "--run.device", "cpu", "--run.monitor", "[]", *options]
+    config += ["--schedule.rounds", str(rounds), "--run.device", "cpu", "--run.trackers", "[]", *options]
     if num_ranks == 1:
         run([sys.executable, "-m", "feddra_ds", "train", *config])
     else:

@@ -135,6 +135,8 @@ def contradictions(config: Config) -> list[str]:
         out.append(
             "model.adapter: its factors are halves of matrices, and optimizer.name=muon is for whole ones; take adamw"
         )
+    if getattr(c.objective, "bf16_products", False) and not get_path(c.deepspeed, "bf16.enabled"):
+        out.append("objective.bf16_products: needs a model that computes in bf16; set deepspeed.bf16.enabled, or false")
     if get_path(c.deepspeed, "bf16.enabled") and get_path(c.deepspeed, "fp16.enabled"):
         out.append("deepspeed.fp16.enabled: contradicts deepspeed.bf16.enabled; give one of them")
     return out

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from feddra_ds.data.loading.batch import Batch
@@ -113,6 +114,7 @@ class LocalStep:
             freeze_backbone=not train_backbone,
             return_hidden=True,
             return_tokens=TOKENS in self.objective.needs,
+            normalize=not self.objective.takes_head_outputs,
         )
         words = None
         if self.words is not None:
@@ -127,10 +129,18 @@ class LocalStep:
         total: Tensor = self.objective(features, self.last_anchors, self.group).total
         return total if self.added_loss is None else total + self.added_loss(features, anchors)
 
+    def _to_look_at(self, features: Features) -> Features:
+        """Embeddings of unit norm in fp32 without their graph, whatever the loss takes."""
+        leaves = _as_leaves(features)
+        if not self.objective.takes_head_outputs:
+            return leaves
+        image, text = (F.normalize(x.detach().float(), dim=-1) for x in (features.image, features.text))
+        return leaves._replace(image=image, text=text)
+
     def _whole(self, parts: Parts, anchors: AnchorsOf, train_backbone: bool, weight: float) -> float:
         rows, batch = parts[0]
         features, hidden = self._forward(batch, train_backbone)
-        self.last_features = _as_leaves(features)
+        self.last_features = self._to_look_at(features)
         total = self._loss(features, anchors(rows, batch, hidden))
         value = float(total.detach())
         if math.isfinite(value):
@@ -148,7 +158,8 @@ class LocalStep:
                 found.append(features)
                 theirs.append(anchors(rows, batch, hidden))
         known = [one for one in theirs if one is not None]
-        self.last_features = leaves = _as_leaves(join(found))
+        leaves = _as_leaves(join(found))
+        self.last_features = self._to_look_at(leaves)
         total = self._loss(leaves, join(known) if known else None)
         value = float(total.detach())
         if not math.isfinite(value):
@@ -204,7 +215,7 @@ def _carrier(
         if gradient is None:
             continue  # the loss does not depend on it
         if place[0] in ROWS:
-            total = total + (values[place] * gradient[rows]).sum()
+            total = total + (values[place].float() * gradient[rows].float()).sum()
         else:  # one for the whole batch: each part carries its share
             total = total + (values[place] * gradient).sum() / num_parts
     return total

@@ -43,9 +43,9 @@ class DualEncoderOutput(ModelOutput):
     """Output of DualEncoder.forward."""
 
     image_embeds: Tensor | None = None
-    """(B, D) fp32, unit norm."""
+    """(B, D) fp32, unit norm; without normalize as it leaves the head, in its dtype."""
     text_embeds: Tensor | None = None
-    """(B, D) fp32, unit norm."""
+    """(B, D), likewise."""
     image_tokens: Tensor | None = None
     """(B, T, D) fp32, unit norm, with return_tokens: the image's patches (and class token), each through the head."""
     text_tokens: Tensor | None = None
@@ -193,6 +193,7 @@ class DualEncoder(PreTrainedModel):
         freeze_backbone: bool = False,
         return_hidden: bool = False,
         return_tokens: bool = False,
+        normalize: bool = True,
     ) -> DualEncoderOutput:
         """Embed images (B, C, S, S) and texts (B, T).
 
@@ -201,9 +202,10 @@ class DualEncoder(PreTrainedModel):
         """
         with _frozen(self.backbone) if freeze_backbone else contextlib.nullcontext():
             hidden = self.encode(pixel_values, input_ids, attention_mask)
-        image, text, *tokens = (
-            None if x is None else F.normalize(x.float(), dim=-1) for x in self.aligner(hidden, return_tokens)
-        )
+        image, text, *tokens = self.aligner(hidden, return_tokens)
+        if normalize:
+            image, text = _unit(image), _unit(text)
+        tokens = [_unit(x) for x in tokens]
         text_tokens = text_mask = None
         if tokens and input_ids is not None:
             assert tokens[1] is not None
@@ -281,6 +283,11 @@ def _check_unknown(encoder: PreTrainedModel, layout: towers.Layout, num_top_bloc
         towers.check_whole(encoder, layout, encoders.width(encoder.config, key), inputs, key)
     elif 0 <= num_top_blocks < len(list(encoder.get_submodule(layout.blocks).children())):
         towers.check_cut(encoder, layout, num_top_blocks, inputs, key)
+
+
+def _unit(x: Tensor | None) -> Tensor | None:
+    """(…, D) in fp32, of unit norm."""
+    return None if x is None else F.normalize(x.float(), dim=-1)
 
 
 def _mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -26,6 +26,9 @@ class AlignmentOptions(ObjectiveOptions):
     (the release), a positive, or left out."""
     impl: Literal["auto", "triton", "chunked", "reference"] = Field("auto", json_schema_extra=MAY_CHANGE)
     """Which implementation of the loss runs. triton knows duplicates = negative only; for the others auto takes chunked."""
+    bf16_products: bool = False
+    """Give the loss of a local step the heads' bf16 outputs, so that triton multiplies them on 16-bit tensor cores; false gives
+    it fp32 embeddings of unit length. Losses stay exact to fp32, gradients get a second rounding to bf16 (docs/kernels.md)."""
 
     @field_validator("impl")
     @classmethod
@@ -68,6 +71,7 @@ class Alignment(Objective):
 
     def __init__(self, options: AlignmentOptions):
         super().__init__(options)
+        self.takes_head_outputs = options.bf16_products
         self.loss_scale = 2.0 / sum(self.directions)
 
     def __call__(self, features: Features, anchors: Features | None, group: dist.ProcessGroup | None) -> losses.DroLoss:

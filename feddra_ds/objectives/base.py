@@ -40,6 +40,8 @@ class Objective(ABC):
     """What Features must hold beside the embeddings: features.TOKENS, features.WORDS, or nothing."""
     normalises: ClassVar[bool] = False
     """Whether it normalises embeddings itself: stage 1's anchors then come as they leave the heads, which spares a pass."""
+    takes_head_outputs: bool = False
+    """Whether embeddings come in training as they leave the heads, in the model's dtype; only where `normalises`."""
     num_kept: ClassVar[int] = 0
     """Numbers that it keeps of each training pair, with the client: Features.kept, from `remember`."""
     loss_scale: float = 1.0

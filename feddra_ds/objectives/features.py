@@ -17,9 +17,9 @@ class Features(NamedTuple):
     """Embeddings of a batch, from the model that trains or, as anchors without gradient, from the global one."""
 
     image: Tensor
-    """(B, D) fp32, unit norm."""
+    """(B, D) fp32, unit norm; for an Objective that takes_head_outputs as they leave the head, in training."""
     text: Tensor
-    """(B, D) fp32, unit norm."""
+    """(B, D), likewise."""
     image_tokens: Tensor | None = None
     """(B, R, D): every region through the image head; only where an objective needs TOKENS."""
     text_tokens: Tensor | None = None

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from feddra_ds import losses
 from feddra_ds.common.section import MAY_CHANGE
@@ -31,6 +31,13 @@ class TokenOptions(AlignmentOptions):
     """Hold the embeddings of regions and words near the global model's too, with the same weight as the global ones."""
     chunk_bytes: int = Field(2**28, ge=1, json_schema_extra=MAY_CHANGE)
     """Bytes of word-region scores that are held at a time; less is slower, and the result is the same."""
+
+    @field_validator("bf16_products")
+    @classmethod
+    def _needs_unit_norm(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("is for ita and convirt; objectives on regions and words take embeddings of unit length")
+        return value
 
 
 class Tokens(NamedTuple):

@@ -48,7 +48,8 @@ def one_step(config_tree: dict[str, Any], reports: int | None = None) -> dict[st
     """The masters before and after a step of SGD at lr 1, so that they differ by the gradient, and its saved bytes.
 
     reports: how many different ones the batch has, or as many as there are.
-    alone: the saved bytes of a batch of the first 1/NUM_MICRO_BATCHES of the rows, whose update is undone.
+    alone: the saved bytes of a batch of the first 1/NUM_MICRO_BATCHES of the rows, whose update is undone. dtypes: of the
+    embeddings that the loss has got, and of those that are kept to look at.
     """
     run = build_run(config_tree)
     engine, client = run.engine, run.clients[0]
@@ -64,11 +65,19 @@ def one_step(config_tree: dict[str, Any], reports: int | None = None) -> dict[st
             run.trainer.step(rows, lambda *_: None, train_backbone=True, weight=1.0)
         return saved.peak
 
+    dtypes, loss = [], run.trainer.step._loss
+
+    def watched(features: Any, anchors: Any) -> Any:
+        dtypes.append(str(features.image.dtype))
+        return loss(features, anchors)
+
+    run.trainer.step._loss = watched
     out: dict[str, Any] = {"before": pieces_of(engine)}
     if config_tree["data"]["micro_batch_size"] is None:
         out["alone"] = saved_by(batch[: len(batch) // NUM_MICRO_BATCHES])
         engine.write(start)
     out["peak"], out["after"] = saved_by(batch), pieces_of(engine)
+    out["dtypes"] = (dtypes[-1], str(run.trainer.step.last_features.image.dtype))
     finish(run)
     return out
 
@@ -104,6 +113,26 @@ def test_pairs_with_the_same_report_know_no_ranks_and_no_micro_batches(dataset: 
     assert largest_difference(plain, step(1, None)) > 1e-2  # the batch has such pairs
     for num_ranks, micro_batch_size in ((1, None), (2, None), (2, 2)):
         assert largest_difference(plain, step(num_ranks, micro_batch_size, duplicates="positive")) <= 1e-5
+
+
+@pytest.mark.slow
+def test_bf16_products_give_the_loss_what_the_heads_give(dataset: Path, tmp_path: Path) -> None:
+    def step(bf16_products: bool, num_ranks: int, micro_batch_size: int | None) -> tuple[Any, Any, Any]:
+        config = tree(
+            dataset, tmp_path, deepspeed=zero(1, bf16=True), topology__ranks_per_slot=num_ranks,
+            data__batch_size=BATCH_SIZE, data__micro_batch_size=micro_batch_size,
+            objective__bf16_products=bf16_products, objective__anchor_weight=0.0,
+        )  # fmt: skip
+        ranks = on_ranks(one_step, num_ranks, config)
+        return assemble([r["before"] for r in ranks]), assemble([r["after"] for r in ranks]), ranks[0]["dtypes"]
+
+    before, plain, dtypes = step(False, 1, None)
+    assert dtypes == ("torch.float32", "torch.float32")
+    moved = largest_difference(before, plain)
+    for num_ranks, micro_batch_size in ((1, None), (2, 3)):
+        _, after, dtypes = step(True, num_ranks, micro_batch_size)
+        assert dtypes == ("torch.bfloat16", "torch.float32")
+        assert largest_difference(plain, after) <= 0.05 * moved
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {

@@ -108,6 +108,7 @@ def trace(config_tree: dict[str, Any], curvature: float = 0.0, spoils: bool = Tr
 
     class Objective:
         needs_anchors, needs, loss_scale, num_kept, normalises = False, frozenset(), 1.0, 0, True
+        takes_head_outputs = False
         options = types.SimpleNamespace(anchor_mode="eval")
 
         def chance(self, batch_size: int) -> float:

@@ -110,6 +110,12 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "data.micro_batch_size",
             "model.head.norm=batchnorm",
         ),
+        ({"objective": {"bf16_products": True}}, "objective.bf16_products", "set deepspeed.bf16.enabled"),
+        (
+            {"objective": {"name": "gloria", "bf16_products": True}, "deepspeed": {"bf16": {"enabled": True}}},
+            "objective.bf16_products",
+            "is for ita and convirt",
+        ),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3"),
         (
             {"deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},
