@@ -15,8 +15,10 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 4 << 30  # an index of ten million pairs is a third of this
 MAX_YAML_BYTES = 512 << 10  # PyYAML reads about so much in ten seconds
 MAX_YAML_DEPTH = 32
+MAX_YAML_NODES = 100_000  # with aliases written out, which make gigabytes of a few lines
 _MAX_SHOWN = 120  # characters of a value in a message
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
+OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 def parse_json(data: str | bytes, kind: TypeAdapter[T] = _ANYTHING, max_bytes: int = MAX_JSON_BYTES) -> T:
@@ -24,6 +26,8 @@ def parse_json(data: str | bytes, kind: TypeAdapter[T] = _ANYTHING, max_bytes: i
     no JSON. Raises ValueError, which names the first field that is wrong."""
     if len(data) > max_bytes:
         raise ValueError(f"it has {len(data)} bytes, more than {max_bytes}")
+    if isinstance(data, bytes):
+        data = data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
     try:
         return kind.validate_json(data, strict=True)
     except ValidationError as error:
@@ -49,17 +53,14 @@ def _first(error: ValidationError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of plain values: text keys, no aliases (which make gigabytes of a few lines), no tags, dates as text."""
+    """YAML of plain values: keys are text or whole numbers, no tags, dates as text."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read here; write the value out",
-                                       problem_mark=event.start_mark)  # fmt: skip
         if self.depth >= MAX_YAML_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"is nested deeper than {MAX_YAML_DEPTH}", problem_mark=event.start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=f"is nested deeper than {MAX_YAML_DEPTH}", problem_mark=mark)
         self.depth += 1
         try:
             return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
@@ -69,7 +70,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         found = super().construct_mapping(node, deep=deep)
         for key in found:
-            if not isinstance(key, str):
+            if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise yaml.MarkedYAMLError(problem=f"the key {key} must be text; put it in quotes",
                                            problem_mark=node.start_mark)  # fmt: skip
         return found
@@ -83,14 +84,18 @@ _Loader.yaml_constructors = {
 
 
 def parse_yaml(data: str | bytes) -> Any:
-    """A YAML text of plain values. Raises ValueError."""
+    """A YAML text of plain values. Aliases (*name) count as what they stand for. Raises ValueError."""
     try:
         text = data if isinstance(data, str) else data.decode()
         if len(text) > MAX_YAML_BYTES:
             raise ValueError(f"it has {len(text)} characters, more than {MAX_YAML_BYTES}")
         loader = _Loader(text)
         try:
-            tree = loader.get_single_data()
+            node = loader.get_single_node()  # type: ignore[no-untyped-call]
+            if node is None:
+                return None
+            _expanded(node, {})
+            tree = loader.construct_document(node)  # type: ignore[no-untyped-call]
         finally:
             loader.dispose()  # type: ignore[no-untyped-call]
         _check_text(tree)
@@ -101,6 +106,26 @@ def parse_yaml(data: str | bytes) -> Any:
         raise ValueError(f"it is not UTF-8: {error.reason}") from None
     except (TypeError, OverflowError, RecursionError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"a value cannot be read: {error}") from None
+
+
+def _expanded(node: Any, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node stands for, aliases written out, and how deep they are. Raises yaml.YAMLError for too many."""
+    if id(node) not in known:
+        known[id(node)] = None  # until it is known: who meets it before that is within it
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        children = [part for pair in pairs for part in pair] or (
+            node.value if isinstance(node, yaml.SequenceNode) else []
+        )
+        inside = [_expanded(child, known) for child in children]
+        known[id(node)] = 1 + sum(n for n, _ in inside), 1 + max((depth for _, depth in inside), default=0)
+    found = known[id(node)]
+    if found is None:
+        raise yaml.MarkedYAMLError(problem="an alias (*name) stands within what it names", problem_mark=node.start_mark)
+    if found[0] > MAX_YAML_NODES or found[1] > MAX_YAML_DEPTH:
+        what = f"{MAX_YAML_NODES} values" if found[0] > MAX_YAML_NODES else f"{MAX_YAML_DEPTH} levels"
+        raise yaml.MarkedYAMLError(problem=f"with its aliases (*name) written out it has more than {what}",
+                                   problem_mark=node.start_mark)  # fmt: skip
+    return found
 
 
 def _check_text(tree: Any) -> None:

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
+from feddra_ds.common.parse import OBJECT, check_fields, parse_json, printable
 from feddra_ds.common.text import listed
 from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format.foreign import by_client, cache_folder, cached_index, indexed, shards_of
@@ -37,7 +39,47 @@ INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
 ENOUGH = 4096  # of pairs that streaming counts before it starts
 # An index may come from anybody, so it must not name files outside its folder.
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
+_SHARD_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar$"
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+_Place = NotRequired[Annotated[list[Annotated[int, Field(ge=-1, lt=2**62)]], Field(min_length=2, max_length=2)]]
+
+
+class _Row(TypedDict):
+    key: str
+    shard: Annotated[int, Field(ge=0, lt=2**31)]
+    text_id: NotRequired[Annotated[str, Field(pattern="^[0-7]?[0-9a-f]{1,15}$")]]
+    group: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{1,16}$")]]
+    jpg: _Place
+    jpeg: _Place
+    png: _Place
+    webp: _Place
+    txt: _Place
+    json: _Place
+
+
+class _Shard(TypedDict):
+    file: Annotated[str, Field(pattern=_SHARD_NAME)]
+    bytes: _Count
+    sha256: NotRequired[str]
+    samples: _Count
+
+
+class _Part(TypedDict):
+    shards: list[_Shard]
+    samples: list[_Row]
+
+
+class _Index(TypedDict):
+    splits: dict[str, _Part]
+    text_field: NotRequired[str | None]
+
+
+class _Info(TypedDict):
+    clients: NotRequired[list[str]]
+    held_out: NotRequired[list[str]]
+
+
+_INDEX, _DATASET = TypeAdapter(_Index), TypeAdapter(_Info)
 
 
 class Dataset:
@@ -441,21 +483,21 @@ def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """An index.json or dataset.json. Raises DataError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes(), OBJECT)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}); was it cut off? convert again") from error
-    if not isinstance(content, dict) or (path.name == INDEX_NAME and not _is_index(content)):
+    if path.name == INDEX_NAME and content.get("version") != VERSION:
         raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION}; convert again")
+    try:
+        check_fields(content, _INDEX if path.name == INDEX_NAME else _DATASET)
+        for split, part in content.get("splits", {}).items() if path.name == INDEX_NAME else ():
+            last = max((row["shard"] for row in part["samples"]), default=-1)
+            if last >= len(part["shards"]):
+                raise ValueError(f"splits.{printable(split)}: a sample is in shard {last} of {len(part['shards'])}")
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; convert again") from error
     return content
-
-
-def _is_index(content: dict[str, Any]) -> bool:
-    splits = content.get("splits")
-    if content.get("version") != VERSION or not isinstance(splits, dict):
-        return False
-    if not all(isinstance(part, dict) and {"shards", "samples"} <= set(part) for part in splits.values()):
-        return False
-    return all(_SHARD_NAME.fullmatch(shard["file"]) for part in splits.values() for shard in part["shards"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
+from feddra_ds.common.parse import OBJECT, parse_json
 from feddra_ds.data.format.samples import text_id, texts_of_json
 from feddra_ds.data.format.split_by_hash import group_hash
 
@@ -128,10 +128,9 @@ class Indexer:
 def info_of(data: bytes) -> dict[str, Any]:
     """A sample's json; {} where it is none, which reading the sample will say."""
     try:
-        found = json.loads(data)
+        return parse_json(data, OBJECT)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def as_webdataset(name: str) -> tuple[str, str]:

@@ -209,8 +209,8 @@ def test_a_pickle_in_a_checkpoint_stays_shut(tmp_path: Path, guarded: list[str])
     name = "weights/global/shard-00000-of-00001.safetensors"
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_bytes(pickle.dumps(Payload()))
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": {name: {}}}))
-    with pytest.raises(CheckpointError, match="shard-00000-of-00001.safetensors") as caught:
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {name: {"bytes": 0, "sha256": ""}}}))
+    with pytest.raises(CheckpointError, match=r"shard-00000-of-00001\.safetensors is no safetensors file") as caught:
         SavedModel(tmp_path, "global")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob(MARKER))
