@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import Required, TypedDict
 
 from feddra_ds.common.errors import CheckpointError
 from feddra_ds.common.files import sha256
@@ -25,12 +25,12 @@ class _Manifest(TypedDict):
     files: dict[str, _File]
 
 
-class _Coordinator(TypedDict):
-    """What is read of coordinator.json beside what it says itself."""
+class _Coordinator(TypedDict, total=False):
+    """What is read of coordinator.json."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    round: Annotated[int, Field(ge=0)]
-    config: dict[str, Any]
+    round: Required[Annotated[int, Field(ge=0)]]
+    config: Required[dict[str, Any]]
     metrics: dict[str, Any]
     next_client_weights: list[float]
     positions: dict[str, dict[str, Any]]

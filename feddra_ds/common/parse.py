@@ -5,6 +5,7 @@ Whatever is wrong raises ValueError with one line.
 
 from __future__ import annotations
 
+import codecs
 from typing import Any, TypeVar
 
 import yaml
@@ -27,7 +28,7 @@ def parse_json(data: str | bytes, kind: TypeAdapter[T] = _ANYTHING, max_bytes: i
     if len(data) > max_bytes:
         raise ValueError(f"it has {len(data)} bytes, more than {max_bytes}")
     if isinstance(data, bytes):
-        data = data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+        data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return kind.validate_json(data, strict=True)
     except ValidationError as error:
@@ -59,8 +60,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.depth >= MAX_YAML_DEPTH:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem=f"is nested deeper than {MAX_YAML_DEPTH}", problem_mark=mark)
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=f"is nested deeper than {MAX_YAML_DEPTH}", problem_mark=event.start_mark)
         self.depth += 1
         try:
             return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
@@ -103,7 +104,7 @@ def parse_yaml(data: str | bytes) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except UnicodeError as error:
-        raise ValueError(f"it is not UTF-8: {error.reason}") from None
+        raise ValueError(f"its text is not UTF-8, or has characters that are none: {printable(str(error))}") from None
     except (TypeError, OverflowError, RecursionError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"a value cannot be read: {error}") from None
 

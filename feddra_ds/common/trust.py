@@ -77,7 +77,7 @@ def _read(source: str | Path, name: str, key: str) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = parse_json(path.read_bytes())
+        content: Any = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}: {source}: {name} cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, create_model
 
 from feddra_ds import objectives, strategies
 from feddra_ds.common.errors import ConfigError
-from feddra_ds.common.parse import parse_yaml, shown
+from feddra_ds.common.parse import parse_yaml, printable, shown
 from feddra_ds.common.section import Section
 from feddra_ds.common.tree import get_path, merge
 from feddra_ds.config.checks import contradictions
@@ -69,7 +69,7 @@ def from_dict(user: dict[str, Any]) -> Config:
             if item["type"] == "extra_forbidden" and item["loc"][0] in unnamed:
                 _prune(tree, [str(part) for part in item["loc"]])
                 continue
-            key = ".".join(str(part) for part in item["loc"])
+            key = printable(".".join(str(part) for part in item["loc"]))
             problems.append(
                 f"{key}: {_message(item['type'], item['msg'].removeprefix('Value error, '), key, item['input'], kind)}"
             )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from feddra_ds.common.errors import ConfigError
-from feddra_ds.common.parse import parse_yaml
+from feddra_ds.common.parse import parse_yaml, shown
 from feddra_ds.common.section import Section
 from feddra_ds.data.synthetic.hospitals import SynthOptions
 from feddra_ds.data.synthetic.sites import Heterogeneity
@@ -174,7 +174,7 @@ def _line(path: str | Path, item: Any) -> str:
         return f"{path}: {key}: there is no such key"
     if item["type"] == "missing":
         return f"{path}: {key}: is missing"
-    return f"{path}: {key}: {item['msg'].replace('Input should be', 'must be', 1)} (got {item['input']!r})"
+    return f"{path}: {key}: {item['msg'].replace('Input should be', 'must be', 1)} (got {shown(item['input'])})"
 
 
 def _contradictions(spec: Spec) -> list[str]:

