@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
+from feddra_ds.common.parse import parse_yaml
 from feddra_ds.common.text import listed
 from feddra_ds.common.tree import set_path
 from feddra_ds.config.load import load
@@ -109,8 +109,8 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _as_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return text  # which the config refuses
 
 

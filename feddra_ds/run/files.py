@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import socket
 import time
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import yaml
 
+from feddra_ds.common.parse import parse_json, parse_yaml
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.run.metrics_file import read_metrics
@@ -146,9 +145,9 @@ def open_run(path: str | Path) -> RunFiles:
         hint = f"; did you mean {runs[0]}?" if runs else "; give a run's folder (run.output_dir)"
         raise ValueError(f"{root} holds no config.yaml, so it is not a run{hint}")
     try:
-        config = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{root / 'config.yaml'} is not YAML: {' '.join(str(error).split())}") from error
+        config = parse_yaml((root / "config.yaml").read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{root / 'config.yaml'} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{root / 'config.yaml'} holds no sections; is {root} a run?")
     lines = read_metrics(root / "metrics.jsonl")
@@ -157,8 +156,8 @@ def open_run(path: str | Path) -> RunFiles:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}  # an older run has none, and a run can be read without it
     return content if isinstance(content, dict) else {}
 

@@ -6,7 +6,7 @@ Where p may move, and how, is `mixture_set`. N is the number of clients; p, q, c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing_extensions import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
-from feddra_ds.common.text import listed
+from feddra_ds.common.parse import OBJECT, check_fields, parse_json
+from feddra_ds.common.text import listed, printable
 from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format.foreign import by_client, cache_folder, cached_index, indexed, shards_of
 from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, info_of, split_of
@@ -37,7 +39,47 @@ INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
 ENOUGH = 4096  # of pairs that streaming counts before it starts
 # An index may come from anybody, so it must not name files outside its folder.
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
+_SHARD_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar$"
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+_Place = NotRequired[Annotated[list[Annotated[int, Field(ge=-1, lt=2**62)]], Field(min_length=2, max_length=2)]]
+
+
+class _Row(TypedDict):
+    key: str
+    shard: Annotated[int, Field(ge=0, lt=2**31)]
+    text_id: NotRequired[Annotated[str, Field(pattern="^[0-7]?[0-9a-f]{1,15}$")]]
+    group: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{1,16}$")]]
+    jpg: _Place
+    jpeg: _Place
+    png: _Place
+    webp: _Place
+    txt: _Place
+    json: _Place
+
+
+class _Shard(TypedDict):
+    file: Annotated[str, Field(pattern=_SHARD_NAME)]
+    bytes: _Count
+    sha256: NotRequired[str]
+    samples: _Count
+
+
+class _Part(TypedDict):
+    shards: list[_Shard]
+    samples: list[_Row]
+
+
+class _Index(TypedDict):
+    splits: dict[str, _Part]
+    text_field: NotRequired[str | None]
+
+
+class _Info(TypedDict):
+    clients: NotRequired[list[str]]
+    held_out: NotRequired[list[str]]
+
+
+_INDEX, _DATASET = TypeAdapter(_Index), TypeAdapter(_Info)
 
 
 class Dataset:
@@ -63,6 +105,10 @@ class Dataset:
         else:
             assert root is not None
             self._open_root(root)
+        if odd := [client for client in self.clients if not client.isprintable()]:
+            raise DataError(
+                f"{self.address}: client names with control characters: {listed(odd)}; rename their folders"
+            )
         held_out = set(self.info.get("held_out", []))
         self.held_out = [c for c in self.clients if c in held_out]
         self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `make_val`
@@ -181,7 +227,7 @@ class Dataset:
                 self._indexes[client] = indexed(client, self._bare[client], self.data, self.store)
             else:
                 if self.store is not None:
-                    self.store.text(f"{client}/{INDEX_NAME}")
+                    self.store.refresh(f"{client}/{INDEX_NAME}")
                 self._indexes[client] = _read_json(self.root / client / INDEX_NAME)
         return self._indexes[client]
 
@@ -258,7 +304,7 @@ class Dataset:
         place = lambda *names: np.array(
             [next((row[n] for n in names if n in row), (-1, 0)) for row in rows], dtype=np.int64
         ).reshape(len(rows), 2)
-        return Samples(
+        made = Samples(
             store=self.store,
             text_field=self.data.text_field or self.index(client).get("text_field"),
             client=client,
@@ -274,6 +320,10 @@ class Dataset:
             number=_numbers(rows),
             shard_sizes=[shard["samples"] for shard in part["shards"]],
         )
+        _check_places(
+            made, np.array([shard["bytes"] for shard in part["shards"]]), f"{self.address}/{client}/{INDEX_NAME}"
+        )
+        return made
 
     def _place(self, client: str, shard: dict[str, Any]) -> str:
         is_own = client not in self._bare and self.data.client_field is None
@@ -369,6 +419,20 @@ class _Among:
                 "members of a sample are apart; data.order=exact reads it")  # fmt: skip
 
 
+def _check_places(samples: Samples, sizes: np.ndarray, name: str) -> None:
+    """Raise DataError where a member lies outside its shard of `sizes` bytes, or where two samples say that it is theirs."""
+    for what, member in (("image", samples.image), ("text", samples.text), ("json", samples.info)):
+        is_there = member[:, 0] >= 0
+        outside = is_there & (member.sum(axis=1) > sizes[samples.shard])
+        if outside.any():
+            key = samples.keys[int(outside.argmax())]
+            raise DataError(f"{name}: the {what} of sample {printable(key)} lies outside its shard; convert again")
+        shards, starts = samples.shard[is_there], member[is_there, 0]
+        order = np.lexsort((starts, shards))
+        if ((np.diff(shards[order]) == 0) & (np.diff(starts[order]) == 0)).any():
+            raise DataError(f"{name}: two samples of {samples.split} have the same {what}; convert again")
+
+
 def _numbers(rows: list[dict[str, Any]]) -> np.ndarray:
     """(n,) int32: each row's number in its shard. Rows of one client among others (`by_client`) say it themselves."""
     seen: Counter[int] = Counter()
@@ -429,7 +493,7 @@ def _folders(path: Path) -> list[str]:
 def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
     """What `_scan` returns, for an address: its dataset.json names the clients."""
     try:
-        store.text(DATASET_NAME)
+        store.refresh(DATASET_NAME)
         info = _read_json(store.folder / DATASET_NAME)
     except DataError as error:
         return [f"data.root: {problem}" for problem in error.problems], {}, []
@@ -441,21 +505,21 @@ def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """An index.json or dataset.json. Raises DataError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes(), OBJECT)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}); was it cut off? convert again") from error
-    if not isinstance(content, dict) or (path.name == INDEX_NAME and not _is_index(content)):
+    if path.name == INDEX_NAME and content.get("version") != VERSION:
         raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION}; convert again")
+    try:
+        check_fields(content, _INDEX if path.name == INDEX_NAME else _DATASET)
+        for split, part in content.get("splits", {}).items() if path.name == INDEX_NAME else ():
+            last = max((row["shard"] for row in part["samples"]), default=-1)
+            if last >= len(part["shards"]):
+                raise ValueError(f"splits.{printable(split)}: a sample is in shard {last} of {len(part['shards'])}")
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; convert again") from error
     return content
-
-
-def _is_index(content: dict[str, Any]) -> bool:
-    splits = content.get("splits")
-    if content.get("version") != VERSION or not isinstance(splits, dict):
-        return False
-    if not all(isinstance(part, dict) and {"shards", "samples"} <= set(part) for part in splits.values()):
-        return False
-    return all(_SHARD_NAME.fullmatch(shard["file"]) for part in splits.values() for shard in part["shards"])
