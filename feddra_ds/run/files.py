@@ -7,11 +7,13 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required
 
 import psutil
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
-from feddra_ds.common.parse import parse_json, parse_yaml
+from feddra_ds.common.parse import OBJECT, check_fields, parse_json, parse_yaml
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.run.metrics_file import read_metrics
@@ -20,6 +22,68 @@ from feddra_ds.run.progress import FILE_NAME as PROGRESS_NAME
 EVALUATION_NAME = "evaluation.json"
 State = Literal["running", "finished", "stopped", "failed", "died", "silent", "starting", "unfinished"]
 _SILENCE_S = 120.0  # a run on another host that says nothing for longer than this, and than three rounds, is silent
+
+
+class _Schedule(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    rounds: int
+
+
+class _Named(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    name: str
+
+
+class _Clients(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    ids: list[str] | None
+
+
+class _Dro(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    radius: float | None
+    radius_share: float | None
+    minimum_weight: float | None
+    maximum_weight: float | None
+    evaluation_batch_size: int | None
+
+
+class _Config(TypedDict, total=False):
+    """What others read of a run's config.yaml; an older run may have keys that are no longer."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    schedule: _Schedule
+    strategy: _Named
+    objective: _Named
+    clients: _Clients
+    dro: _Dro
+    data: dict[str, Any]
+    model: dict[str, Any]
+    run: dict[str, Any]
+    aggregate: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+class _Progress(TypedDict, total=False):
+    """What others read of progress.json."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    state: Required[str]
+    time: Required[float]
+    reason: str | None
+    host: str
+    pid: Annotated[int, Field(ge=0, lt=2**31)]
+    process_began: float
+    round: int
+    phase: str | None
+    client: str | None
+    step: int | None
+    num_steps: int | None
+    loss: float | None
+    seconds_left: float | None
+
+
+_CONFIG, _PROGRESS = TypeAdapter(_Config), TypeAdapter(_Progress)
 
 
 @dataclass(frozen=True)
@@ -150,16 +214,20 @@ def open_run(path: str | Path) -> RunFiles:
         raise ValueError(f"{root / 'config.yaml'} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{root / 'config.yaml'} holds no sections; is {root} a run?")
-    lines = read_metrics(root / "metrics.jsonl")
-    return RunFiles(root, config, lines, _read_json(root / PROGRESS_NAME), _read_json(root / EVALUATION_NAME))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(path.read_bytes())
+        check_fields(config, _CONFIG)
+    except ValueError as error:
+        raise ValueError(f"{root / 'config.yaml'}: {error}") from error
+    lines = read_metrics(root / "metrics.jsonl")
+    return RunFiles(root, config, lines, _read(root / PROGRESS_NAME, _PROGRESS), _read(root / EVALUATION_NAME, OBJECT))
+
+
+def _read(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
+    """{} where there is none of that kind: an older run has none, and a run can be read without it."""
+    try:
+        return dict(parse_json(path.read_bytes(), kind))
     except (OSError, ValueError):
-        return {}  # an older run has none, and a run can be read without it
-    return content if isinstance(content, dict) else {}
+        return {}
 
 
 def _is_process(pid: int, began: float) -> bool:
