@@ -54,40 +54,46 @@ def refuse_code(source: str | Path, key: str, files: Sequence[str] = OF_MODEL) -
                 )
 
 
-def weights_are_pickles(source: str | Path, key: str, permitted: bool = False) -> bool:
-    """Whether the weights of a folder or hub id are pickles, because it has none in safetensors files.
+def find_weights(source: str | Path, key: str, pickled: bool = False) -> tuple[Path, bool]:
+    """(folder, are they pickles): where the weights of a folder or hub id are here, fetched where need be.
 
-    Raises ValueError, one line that starts with `key`, unless pickles are permitted: a pickle can run code when it is read.
-    Raises it also for an adapter, and for files elsewhere.
+    Raises ValueError, one line that starts with `key`, where there are none in safetensors files and pickles are not
+    permitted (pickled): a pickle can run code when it is read. Likewise for an adapter, and for files elsewhere.
     """
-    if _path(source, _ADAPTER):
+    place = next((path for name in (_WEIGHTS, _INDEX, *_PICKLES) if (path := _path(source, name))), None)
+    if place is None:
+        where = "" if Path(source).is_dir() else ", or it could not be fetched"
+        raise ValueError(f"{key}: cannot load {source}: it has no {_WEIGHTS}{where}")
+    folder, name = place.parent, place.name
+    if (folder / _ADAPTER).is_file():
         raise ValueError(f"{key}: {source} is an adapter ({_ADAPTER}), not a model; merge it into its base model")
-    named = _read(source, "config.json", key).get("transformers_weights")
+    named = _read(folder, "config.json", key).get("transformers_weights")
     if named is not None and named not in (_WEIGHTS, _INDEX):
         raise ValueError(
             f"{key}: {source}: config.json names the weights {shown(named)}; call them {_WEIGHTS} and remove that"
         )
-    if _path(source, _WEIGHTS):
-        return False
-    for name, suffix in ((_INDEX, ".safetensors"), (_PICKLES[1], ".bin")):
-        places = _read(source, name, key).get("weight_map", {})
-        files = list(places.values()) if isinstance(places, dict) else [places]
-        for file in files:
-            if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(suffix):
-                raise ValueError(f"{key}: {source}: {name} names {shown(file)}, which is no {suffix} file beside it")
-        if files and name == _INDEX:
-            return False
-    found = next((name for name in _PICKLES if _path(source, name)), None)
-    if found is None:
-        where = "" if Path(source).is_dir() else ", or it could not be fetched"
-        raise ValueError(f"{key}: cannot load {source}: it has no {_WEIGHTS}{where}")
-    if not permitted:
+    if name in _PICKLES and not pickled:
         raise ValueError(
-            f"{key}: the weights of {source} are a pickle ({found}), not {_WEIGHTS}, and a pickle can run code when it is read; "
+            f"{key}: the weights of {source} are a pickle ({name}), not {_WEIGHTS}, and a pickle can run code when it is read; "
             "where you trust it, set model.pickled_weights to true (torch then reads it with weights_only=True), or convert it "
             "to safetensors"
         )
-    return True
+    if name.endswith(".json"):
+        _check_index(folder, name, key)
+        if not Path(source).is_dir():
+            from transformers.utils.hub import get_checkpoint_shard_files
+
+            get_checkpoint_shard_files(str(source), str(place), revision=commit_of(str(source)))
+    return folder, name in _PICKLES
+
+
+def _check_index(folder: Path, name: str, key: str) -> None:
+    """Raise ValueError where an index of weights names files of another kind, or not beside it."""
+    suffix = ".safetensors" if name == _INDEX else ".bin"
+    places = _read(folder, name, key).get("weight_map")
+    for file in places.values() if isinstance(places, dict) else [places]:
+        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(suffix):
+            raise ValueError(f"{key}: {folder}: {name} names {shown(file)}, which is no {suffix} file beside it")
 
 
 def _path(source: str | Path, name: str) -> Path | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from feddra_ds.common.text import first_line
-from feddra_ds.common.trust import refuse_code, safely, weights_are_pickles
+from feddra_ds.common.trust import find_weights, refuse_code, safely
 from feddra_ds.config.schema import EncoderConfig
 from feddra_ds.model.towers import ENCODERS_OF_TWO, check_config
 from feddra_ds.model.weights.deferred import recording
-from feddra_ds.model.weights.pretrained import folder_of_pickles, load_deferred
+from feddra_ds.model.weights.pretrained import load_deferred
 from feddra_ds.model.weights.tape import CannotDefer
 
 # Text encoders whose position ids start behind the padding id.
@@ -75,32 +76,30 @@ def load_model(name: str, config: PreTrainedConfig, key: str, pickled: bool = Fa
     """
     source = local_or_hub(name, key)
     with quiet():
-        pickled = weights_are_pickles(source, key, pickled)
-        if pickled:
-            source = folder_of_pickles(source)
+        folder, are_pickled = find_weights(source, key, pickled)
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
         if part is not None:
             set_dropout(part, 0.0, set())
-    attention = {"attn_implementation": attention_of(config)}
+    options: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": attention_of(config)}
     try:
         with quiet():
             recorder = recording()
             kind: Any = _class_of(config)
             if recorder is not None:
                 kind = MODEL_MAPPING[type(config)] if kind is AutoModel else kind
-                return _encoder_alone(load_deferred(recorder, source, kind, config, attention))
-            options: dict[str, Any] = {
-                "dtype": torch.float32,
-                "use_safetensors": not pickled,
-                "weights_only": True,
-                **attention,
-            }
-            return _encoder_alone(kind.from_pretrained(source, config=config, **options, **safely(source)))
+                model = load_deferred(recorder, folder, kind, config, options)
+            else:
+                options |= {"use_safetensors": not are_pickled, "weights_only": True}
+                model = kind.from_pretrained(folder, config=config, dtype=torch.float32, **options)
+        model.config.name_or_path = source
+        return _encoder_alone(model)
     except CannotDefer:
         raise
-    except (
-        Exception
-    ) as error:  # sizes and weights that do not fit: transformers, torch and safetensors raise many types
+    except pickle.UnpicklingError as error:  # of weights_only=True
+        raise ValueError(
+            f"{key}: the pickled weights of {name} hold more than tensors, so they are never read"
+        ) from error
+    except Exception as error:  # of sizes and weights that do not fit: transformers and torch raise many types
         raise ValueError(f"{key}: {_why(name, error)}") from error
 
 

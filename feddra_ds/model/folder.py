@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from feddra_ds.common.text import first_line
-from feddra_ds.common.trust import safely, weights_are_pickles
+from feddra_ds.common.trust import find_weights, safely
 from feddra_ds.model.dual_encoder import DualEncoder, DualEncoderConfig, register
 from feddra_ds.model.encoders import load_config, quiet
 from feddra_ds.model.processor import DualEncoderProcessor
@@ -125,7 +125,7 @@ def load_pretrained(path: str | Path) -> tuple[DualEncoder, DualEncoderProcessor
     config = load_config(str(folder), "load_pretrained")
     if not isinstance(config, DualEncoderConfig):
         raise ValueError(f"{folder} holds a {config.model_type} model, not one exported by feddra-ds")
-    weights_are_pickles(folder, "load_pretrained")
+    find_weights(folder, "load_pretrained")
     try:
         with quiet():
             options = {"output_loading_info": True, "use_safetensors": True}
