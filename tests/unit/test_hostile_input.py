@@ -304,6 +304,11 @@ def test_a_damaged_header_does_not_end_a_shard_in_silence(tmp_path: Path) -> Non
     path.write_bytes(data)
     with pytest.raises(DataError, match="the header after its member number 2 is damaged"):
         Indexer().add("train.tar", path)
+    member = tarfile.TarInfo("c.jpg")
+    member.size = -1
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match="its member number 1 has a size below 0"):
+        Indexer().add("train.tar", path)
 
 
 def test_aliases_are_written_out_up_to_a_bound(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
-from feddra_ds.common.parse import OBJECT, check_fields, parse_json
+from feddra_ds.common.parse import parse_json
 from feddra_ds.common.text import listed, printable
 from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format.foreign import by_client, cache_folder, cached_index, indexed, shards_of
@@ -70,11 +70,14 @@ class _Part(TypedDict):
 
 
 class _Index(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    version: Literal[1]
     splits: dict[str, _Part]
     text_field: NotRequired[str | None]
 
 
 class _Info(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     clients: NotRequired[list[str]]
     held_out: NotRequired[list[str]]
 
@@ -506,20 +509,16 @@ def _scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """An index.json or dataset.json. Raises DataError."""
+    kind: TypeAdapter[Any] = _INDEX if path.name == INDEX_NAME else _DATASET
     try:
-        content = parse_json(path.read_bytes(), OBJECT)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}); was it cut off? convert again") from error
-    if path.name == INDEX_NAME and content.get("version") != VERSION:
-        raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION}; convert again")
-    try:
-        check_fields(content, _INDEX if path.name == INDEX_NAME else _DATASET)
-        for split, part in content.get("splits", {}).items() if path.name == INDEX_NAME else ():
+        content: dict[str, Any] = parse_json(path.read_bytes(), kind)
+        for split, part in content["splits"].items() if path.name == INDEX_NAME else ():
             last = max((row["shard"] for row in part["samples"]), default=-1)
             if last >= len(part["shards"]):
                 raise ValueError(f"splits.{printable(split)}: a sample is in shard {last} of {len(part['shards'])}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"{path}: {error}; convert again") from error
+        cut = "; was it cut off?" if str(error).startswith("Invalid JSON") else ""
+        raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION} ({error}){cut}; convert again") from error
     return content

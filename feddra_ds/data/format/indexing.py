@@ -82,6 +82,8 @@ class Indexer:
                 if not member.isfile() or _is_meta(member.name):
                     continue
                 members += 1
+                if member.size < 0:
+                    raise tarfile.ReadError(f"its member number {members} has a size below 0")
                 name, suffix = as_webdataset(member.name)
                 place = printable(f"{path.name}/{member.name}")
                 if suffix not in KNOWN:
