@@ -70,7 +70,8 @@ def check(folder: Path) -> str | None:
 def read_coordinator(folder: Path) -> dict[str, Any]:
     """coordinator.json of a checkpoint. Raises CheckpointError."""
     try:
-        return dict(parse_json((folder / "coordinator.json").read_bytes(), _COORDINATOR))
+        kind: TypeAdapter[Any] = _COORDINATOR
+        return parse_json((folder / "coordinator.json").read_bytes(), kind)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: coordinator.json cannot be read ({error}); is this a checkpoint?") from error
 

@@ -6,7 +6,7 @@ Whatever is wrong raises ValueError with one line.
 from __future__ import annotations
 
 import codecs
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -81,14 +81,15 @@ class _Loader(yaml.SafeLoader):
 class _TextLoader(_Loader):
     """Every value is text: yes and no stay words."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
 
 _PLAIN = [f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")]
 _Loader.yaml_constructors = {
     **{tag: yaml.SafeLoader.yaml_constructors[tag] for tag in [*_PLAIN, None]},
     "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str,
 }
+
+
+_TextLoader.yaml_implicit_resolvers = {}
 
 
 def parse_yaml(data: str | bytes, only_text: bool = False) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Required
 
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from feddra_ds.strategies.robust_weights import RobustGain
@@ -11,6 +12,8 @@ from feddra_ds.strategies.robust_weights import RobustGain
 
 class RoundRecord(TypedDict, total=False):
     """What a run says of one round. Lists are in the order of client_ids; the last two keys are the coordinator's clock."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # of another version's run
 
     round: Required[int]
     """From 0."""

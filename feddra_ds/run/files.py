@@ -69,7 +69,7 @@ class _Progress(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     state: Required[str]
-    time: Required[float]
+    time: float
     reason: str | None
     host: str
     pid: Annotated[int, Field(ge=0, lt=2**31)]
@@ -182,7 +182,7 @@ class RunFiles:
         now = time.time() if now is None else now
         estimate = self.progress.get("seconds_left")
         if self.progress.get("state") == "running" and estimate is not None:
-            return max(0.0, float(estimate) - (now - float(self.progress["time"])))
+            return max(0.0, float(estimate) - (now - float(self.progress.get("time", now))))
         return self.seconds_per_round() * max(0, self.num_rounds - self.rounds_done) if self.lines else None
 
     def resume_command(self) -> str:

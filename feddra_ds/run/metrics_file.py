@@ -13,7 +13,7 @@ from feddra_ds.common.files import write_atomic
 from feddra_ds.common.parse import parse_json
 from feddra_ds.federation.record import RoundRecord
 
-_RECORD = TypeAdapter(RoundRecord)
+_RECORD: TypeAdapter[Any] = TypeAdapter(RoundRecord)
 
 
 class MetricsFile:
@@ -42,7 +42,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     given = path.read_bytes().splitlines()
     for number, text in enumerate(given, 1):
         try:
-            lines.append(dict(parse_json(text, _RECORD)))
+            lines.append(parse_json(text, _RECORD))
         except ValueError as error:
             if number < len(given):
                 raise ValueError(f"{path}: line {number} is no round of a run: {error}") from error

@@ -41,7 +41,7 @@ ENOUGH = 4096  # of pairs that streaming counts before it starts
 # An index may come from anybody, so it must not name files outside its folder.
 _SHARD_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar$"
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
-_Place = NotRequired[Annotated[list[Annotated[int, Field(ge=-1, lt=2**62)]], Field(min_length=2, max_length=2)]]
+_Place = Annotated[list[Annotated[int, Field(ge=-1, lt=2**62)]], Field(min_length=2, max_length=2)]
 
 
 class _Row(TypedDict):
@@ -49,12 +49,12 @@ class _Row(TypedDict):
     shard: Annotated[int, Field(ge=0, lt=2**31)]
     text_id: NotRequired[Annotated[str, Field(pattern="^[0-7]?[0-9a-f]{1,15}$")]]
     group: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{1,16}$")]]
-    jpg: _Place
-    jpeg: _Place
-    png: _Place
-    webp: _Place
-    txt: _Place
-    json: _Place
+    jpg: NotRequired[_Place]
+    jpeg: NotRequired[_Place]
+    png: NotRequired[_Place]
+    webp: NotRequired[_Place]
+    txt: NotRequired[_Place]
+    json: NotRequired[_Place]
 
 
 class _Shard(TypedDict):

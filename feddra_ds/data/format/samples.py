@@ -32,7 +32,7 @@ def text_id(text: str) -> int:
 def texts_of_json(data: bytes, field_name: str) -> list[str]:
     """The text, or the texts, in a field of a sample's json member; none where it has no such field."""
     try:
-        found = parse_json(data)
+        found: Any = parse_json(data)
     except ValueError:
         return []
     value = found.get(field_name) if isinstance(found, dict) else None
