@@ -35,7 +35,7 @@ quickstart: $(VENV)/.installed   ## make data, train FedDRA over five sites, eva
 SOURCES := pyproject.toml $(shell find feddra_ds tests configs launch benchmarks -name '*.py' -o -name '*.yaml')
 # Each worker keeps a pool of four ranks (3 GB), which wait more than they compute.
 TEST_WORKERS ?= 2
-PYTEST := $(BIN)/pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
 FAST := $(PYTEST) -m "not slow and not exhaustive and not gpu"
 
 test test-all test-exhaustive: export OMP_NUM_THREADS ?= 1   # many ranks share the cores

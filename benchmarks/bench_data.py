@@ -1,6 +1,7 @@
 """Pairs per second of the loader against plain webdataset over the same shards, texts and augmentation.
 
     python benchmarks/bench_data.py [--pairs 1200] [--stored 512] [--size 224] [--workers 0,1,2] [--repeats 5] [--quick]
+                                    [--http] [--read]
 
 Radiograph-like JPEGs of `stored` pixels with reports, one client. Cases per number of worker processes, interleaved:
     webdataset   WebDataset → shuffle → decode("pil") → random resized crop with Pillow, /255, normalise, tokenize with
@@ -8,7 +9,8 @@ Radiograph-like JPEGs of `stored` pixels with reports, one client. Cases per num
     exact        ClientData, order by offset; 0 workers: a background thread
     streaming    StreamingData over the same shards
 With --http the shards come from a server of their own on this machine, through a cache that keeps nothing; no case exact.
-Each case makes the batches of one pass as normalised fp32 tensors, as training takes them. Prints a table of ratios
+With --read nothing is decoded: a pass of raw samples, webdataset's and streaming's, through the same shuffle in this process.
+Else each case makes the batches of one pass as normalised fp32 tensors, as training takes them. Prints a table of ratios
 (above 1 is faster than webdataset) and appends a row a case to results/data.csv.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import socket
 import subprocess
 import sys
@@ -38,6 +41,7 @@ from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.writer import DatasetWriter
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.stream import Stream
 from feddra_ds.data.loading.streaming import build_data
 from feddra_ds.data.loading.tokens import load_tokenizer
 from feddra_ds.data.synthetic.image import render
@@ -132,6 +136,22 @@ def own_pass(dataset: Dataset, order: str, size: int, batch: int, pool: DecodePo
     return run
 
 
+def read_cases(dataset: Dataset) -> dict[str, Callable[[], int]]:
+    """A pass of raw samples through a shuffle of 1000."""
+    import webdataset as wds
+
+    shards, passes = dataset.stream("client", "train"), itertools.count()
+
+    def theirs() -> int:
+        source = wds.WebDataset(shards.places, shardshuffle=len(shards.places), empty_check=False)
+        return sum(1 for _ in source.shuffle(1000))
+
+    def own() -> int:
+        return len(Stream([shards], next(passes), buffer=1000).sample(None))
+
+    return {"webdataset": theirs, "streaming": own}
+
+
 @contextlib.contextmanager
 def served(root: Path) -> Iterator[str]:
     """The address of a server of the folder, in a process of its own."""
@@ -155,8 +175,11 @@ def measure(args: argparse.Namespace, dataset: Dataset, workers: int) -> list[di
     orders = ("streaming",) if args.http else ("exact", "streaming")
     steps = args.pairs // args.batch
     with DecodePool(workers, 2) as pool:
-        cases = {"webdataset": webdataset_pass(paths, args.size, args.batch, workers)}
-        cases |= {name: own_pass(dataset, name, args.size, args.batch, pool, steps) for name in orders}
+        if args.read:
+            cases = read_cases(dataset)
+        else:
+            cases = {"webdataset": webdataset_pass(paths, args.size, args.batch, workers)}
+            cases |= {name: own_pass(dataset, name, args.size, args.batch, pool, steps) for name in orders}
         counted: dict[str, int] = {}
         runs = {
             name: partial(lambda name, case: counted.__setitem__(name, case()), name, case)
@@ -170,7 +193,8 @@ def measure(args: argparse.Namespace, dataset: Dataset, workers: int) -> list[di
         reference = [counted["webdataset"] / t for t in seconds["webdataset"]]
         sizes = {"stored": args.stored, "size": args.size, "batch": args.batch}
         speed = {"pairs_per_s": round(quantiles(rate)["p50"], 1), "ratio": round(median_ratio(rate, reference), 3)}
-        rows.append({"workers": workers, "case": f"{name} http" if args.http else name, **sizes, **speed})
+        case = f"{name}{' read' if args.read else ''}{' http' if args.http else ''}"
+        rows.append({"workers": workers, "case": case, **sizes, **speed})
     return rows
 
 
@@ -183,10 +207,13 @@ def main() -> None:
     parser.add_argument("--workers", default="0,1,2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--http", action="store_true", help="over HTTP instead of from the disk")
+    parser.add_argument("--read", action="store_true", help="reading alone; nothing is decoded")
     parser.add_argument("--quick", action="store_true", help="a small run that only shows that the script works")
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.stored, args.size, args.batch, args.workers, args.repeats = 64, 64, 32, 8, "0,1", 1
+    if args.read:
+        args.workers = "0"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         root = Path(folder) / "data"

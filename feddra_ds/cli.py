@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from feddra_ds import __version__
+from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.common.text import printable
 from feddra_ds.config.overrides import parse_overrides
 
-# command: (its module, what it does). A module has add_arguments(parser) and run(args) -> exit code, and is imported
+# command: (its module, what it does). A module has add_arguments(parser), EXAMPLES and run(args) -> exit code, and is imported
 # only when its command is asked for. A command of two words belongs to a group.
 COMMANDS = {
     "train": ("feddra_ds.commands.train", "train from a config"),
@@ -33,12 +34,19 @@ COMMANDS = {
         "measure retrieval and zero-shot classification of a run or an exported model",
     ),
     "probe": ("feddra_ds.commands.probe", "train a linear classifier on a model's frozen image features"),
+    "finetune": (
+        "feddra_ds.commands.finetune",
+        "measure transfer: fine-tune the image encoder on shares of the labels, frozen or whole",
+    ),
+    "embed": ("feddra_ds.commands.embed", "write the embeddings of a dataset's pictures and texts to a file"),
+    "search": ("feddra_ds.commands.search", "find the pictures that a text describes best, and write them as a page"),
     "export": (
         "feddra_ds.commands.export",
         "write the model of a run or of one of its checkpoints as a folder of its own",
     ),
     "report": ("feddra_ds.commands.report", "write a run's report.html, one self-contained page"),
     "status": ("feddra_ds.commands.status", "show where a run in the background stands"),
+    "completion": ("feddra_ds.commands.completion", "print a script that completes these commands in a shell"),
     "doctor": ("feddra_ds.commands.doctor", "check this machine, and with --config whether a run can start on it"),
 }
 GROUPS = {
@@ -54,13 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     # the deepspeed launcher adds --local_rank=N; LOCAL_RANK in the environment says the same
     words = [word for word in words if not word.startswith("--local_rank")]
-    parser = _parser(words)
-    args, rest = parser.parse_known_args(words)
-    args.rest = rest
-    if rest and not args.takes_config_keys:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parser, command = build_parser(words)
+    keys: list[str] = []
+    if command is not None and command.get_default("takes_config_keys"):
+        words, keys = _without_config_keys(words, command)
+    args = parser.parse_args(words)
+    args.rest, args.parser_of_all = keys, lambda: build_parser(None)[0]
     try:
-        args.overrides = parse_overrides(rest)
+        args.overrides = parse_overrides(keys)
         return int(args.run(args))
     except KeyboardInterrupt:
         return 130
@@ -76,33 +85,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of all commands, with the arguments of the command that `words` ask for."""
+class _Help(argparse.HelpFormatter):
+    """Wraps a text of one line, and keeps one of several, such as examples, as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def build_parser(words: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
+    """(the parser of all commands, that of the one that `words` ask for), whose arguments alone it has; None: those of all."""
     parser = argparse.ArgumentParser(
         prog="feddra-ds", description="Federated distributionally robust vision-language pre-training."
     )
     parser.add_argument("--version", action="version", version=__version__)
     top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     groups = {}
+    asked = None
     for name, (module_name, about) in COMMANDS.items():
         group, _, own_name = name.rpartition(" ")
         if group and group not in groups:
             groups[group] = top.add_parser(group, help=GROUPS[group]).add_subparsers(required=True, metavar="COMMAND")
         command = groups.get(group, top).add_parser(
-            own_name, help=about, description=f"{about[0].upper()}{about[1:]}.", conflict_handler="resolve"
+            own_name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            conflict_handler="resolve",
+            formatter_class=_Help,
         )
-        if name.split() == list(words[: len(name.split())]):
-            module = import_module(module_name)
+        if words is None or name.split() == list(words[: len(name.split())]):
+            module, asked = import_module(module_name), command
             command.set_defaults(run=module.run, takes_config_keys=name in TAKE_CONFIG_KEYS)
             module.add_arguments(command)
-    return parser
+            examples = "\n".join(["examples:", *(f"  {line}" for line in module.EXAMPLES)])
+            command.epilog = "\n\n".join(part for part in (command.epilog, examples) if part)
+    return parser, asked
+
+
+def _without_config_keys(words: Sequence[str], command: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """(what is for argparse, config keys with their values): every option that is not one of the command's own is a config key,
+    so that its value is not taken for the command's file."""
+    own = {option for action in command._actions for option in action.option_strings}
+    kept: list[str] = []
+    keys: list[str] = []
+    items = list(words)
+    while items:
+        word = items.pop(0)
+        if not word.startswith("--") or word.partition("=")[0] in own:
+            kept.append(word)
+            continue
+        keys.append(word)
+        if "=" not in word and items and not items[0].startswith("--"):
+            keys.append(items.pop(0))
+    return kept, keys
 
 
 def _problems(error: Exception) -> list[str]:
     """What a user can mend, a line each; empty for any other error."""
     if hasattr(error, "problems"):
         return list(error.problems)
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, WaitTimeout)):
         return [str(error)]
     if isinstance(error, OSError) and error.filename is not None:
         return [f"{error.filename}: {error.strerror}"]

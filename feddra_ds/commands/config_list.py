@@ -7,6 +7,8 @@ import argparse
 from feddra_ds.common.console import next_step
 from feddra_ds.config.shipped import about, names
 
+EXAMPLES = ("feddra-ds config list",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`config list` has no arguments."""

@@ -7,6 +7,11 @@ import argparse
 from feddra_ds.config.load import class_of
 from feddra_ds.config.reference import reference
 
+EXAMPLES = (
+    "feddra-ds config reference | less",
+    "feddra-ds config reference --config my.yaml",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `config reference`."""

@@ -6,11 +6,12 @@ import argparse
 
 from feddra_ds.config.shipped import names, read
 
+EXAMPLES = ("feddra-ds config show quickstart > my.yaml",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `config show`."""
     parser.add_argument("name", metavar="NAME", choices=names(), help=f"one of {', '.join(names())}")
-    parser.epilog = "feddra-ds config show quickstart > my.yaml"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,11 @@ from feddra_ds.data.sources.base import Columns, Source
 from feddra_ds.data.sources.ingest import SKIPPED_NAME, Ingested, IngestOptions, ingest, skipped_lines
 from feddra_ds.data.sources.reports import SECTIONS
 from feddra_ds.data.sources.table import CsvTable
+
+EXAMPLES = (
+    "feddra-ds data convert --csv metadata.csv --image-column image --text-column report --client-column site --out data/mine",
+    "feddra-ds data convert --from mimic_cxr --path /archive/mimic-cxr-jpg --out data/mimic --dry-run",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N", help="bytes per shard (default 256 MiB)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; it appears once everything is written")
     add("--overwrite", action="store_true", help="replace DIR where it is a dataset already")
+    add(
+        "--restart",
+        action="store_true",
+        help="begin anew where a conversion into DIR was cut off (default: go on with it)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,9 +128,17 @@ def run(args: argparse.Namespace) -> int:
         max_no_report=args.max_no_report,
         dry_run=args.dry_run,
         frame=args.frame,
+        restart=args.restart,
     )
     source = _source(args, columns)
-    _report(args, ingest(source, args.out, options, track), source.unit)
+    try:
+        done = ingest(source, args.out, options, track)
+    except KeyboardInterrupt:
+        print("feddra-ds: cut off; the same command goes on behind the shards that are finished", file=sys.stderr)
+        raise
+    if done.num_kept:
+        print(f"{done.num_kept} shards were finished when a conversion into {args.out} was cut off, and were kept")
+    _report(args, done, source.unit)
     return 0
 
 

@@ -9,6 +9,8 @@ from feddra_ds.common.logs import log_to_stderr
 from feddra_ds.config.load import load
 from feddra_ds.data.format.dataset import open_dataset
 
+EXAMPLES = ("feddra-ds data index --config my.yaml",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data index`."""

@@ -35,6 +35,11 @@ _KEYS = {
 _LABELS_SHOWN = 12
 _CLIENTS_SHOWN = 8
 
+EXAMPLES = (
+    "feddra-ds data inspect data/mine --verify",
+    "feddra-ds data inspect --config my.yaml",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data inspect`."""

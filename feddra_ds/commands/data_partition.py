@@ -12,6 +12,11 @@ from feddra_ds.data.sources.shift import Shift
 
 _SHOWN = 15  # labels
 
+EXAMPLES = (
+    "feddra-ds data partition data/mine --out data/dealt --num-clients 3 --label finding --alpha 0.5",
+    "feddra-ds data partition data/mine --out data/control --keep-clients --shuffle-texts",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data partition`."""

@@ -12,6 +12,11 @@ from feddra_ds.data.synthetic.hospitals import SynthOptions, synthesize
 from feddra_ds.data.synthetic.scene import HELD_OUT, RARE_KIND, SITES
 from feddra_ds.data.synthetic.sites import Heterogeneity
 
+EXAMPLES = (
+    "feddra-ds data synth --out data/synthetic --num-pairs 200 --image-size 64",
+    "feddra-ds data synth --out data/shifted --label-shift 0.3 --scanner-shift 0.5 --sizes even",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data synth`."""

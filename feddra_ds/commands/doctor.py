@@ -32,6 +32,12 @@ if TYPE_CHECKING:  # these import torch and transformers, which --help can do wi
 
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
+EXAMPLES = (
+    "feddra-ds doctor",
+    "feddra-ds doctor --config my.yaml --num-ranks 4",
+    "feddra-ds doctor --config my.yaml --plan --gpu 24   # would it fit into 24 GiB?",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `doctor`."""

@@ -10,6 +10,8 @@ from feddra_ds.commands._rows_arguments import add_rows_arguments, comparison
 from feddra_ds.common.files import write_atomic
 from feddra_ds.experiments.plot import draw
 
+EXAMPLES = ("feddra-ds experiment plot heterogeneity --to pictures",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `experiment plot`."""

@@ -15,6 +15,11 @@ from feddra_ds.experiments.rows import ROWS_NAME, Row, RowsFile
 from feddra_ds.experiments.runner import DEEPSPEED, Options, Progress, pending, run_experiment
 from feddra_ds.experiments.spec import Spec, load, names
 
+EXAMPLES = (
+    "feddra-ds experiment run heterogeneity --dry-run",
+    "feddra-ds experiment run my_spec.yaml --workers 2",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `experiment run`."""

@@ -9,6 +9,11 @@ from feddra_ds.commands._rows_arguments import add_rows_arguments, comparison
 from feddra_ds.common.files import write_atomic
 from feddra_ds.experiments.compare import as_csv, markdown
 
+EXAMPLES = (
+    "feddra-ds experiment table heterogeneity",
+    "feddra-ds experiment table runs/experiments/mine --baseline fedavg --csv arms.csv",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `experiment table`."""

@@ -9,6 +9,12 @@ from feddra_ds.checkpoint.format import SHARED
 from feddra_ds.common.console import next_step
 from feddra_ds.evaluation import finite
 
+EXAMPLES = (
+    "feddra-ds export runs/mine --out exports/mine",
+    "feddra-ds export runs/mine --out exports/first --checkpoint 0",
+    "feddra-ds export runs/mine --out exports/hf --format transformers",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `feddra-ds export`."""

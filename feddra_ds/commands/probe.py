@@ -7,10 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from feddra_ds.commands._model_arguments import add_model_arguments, positive, split_ids
+from feddra_ds.commands._model_arguments import add_model_arguments, parse_fractions, positive, split_ids
 from feddra_ds.common.console import next_step, print_table
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.verdict import POOLED
+
+EXAMPLES = (
+    "feddra-ds probe runs/mine",
+    "feddra-ds probe exports/mine --data data/mine --label-key finding --fractions 0.01,0.1,1",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,20 +93,6 @@ def run(args: argparse.Namespace) -> int:
         show(result, path)
     parts = result["non_finite"].items()
     return finite.complain(f"{part}: {line}" for part, found in parts for line in finite.in_words(found))
-
-
-def parse_fractions(text: str) -> list[float]:
-    """`0.01,0.1,1.0` as floats. Raises ValueError for what is no share."""
-    out = []
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            raise ValueError(f"--fractions: {part.strip()!r} is no number; give shares such as 0.01,0.1,1.0") from None
-        if not 0 < value <= 1:
-            raise ValueError(f"--fractions: {value:g} is no share; each must be above 0 and at most 1")
-        out.append(value)
-    return sorted(set(out))
 
 
 def show(result: dict[str, Any], model: Path) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from feddra_ds.common.console import next_step
 from feddra_ds.common.files import write_atomic
 from feddra_ds.evaluation import finite
-from feddra_ds.report.page import examples_of, render
-from feddra_ds.run.files import open_run
+
+EXAMPLES = (
+    "feddra-ds report runs/mine",
+    "feddra-ds report runs/mine --examples 0 --out report.html   # without pictures and texts",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("examples", "max_pairs"):
         if getattr(args, name) < (0 if name == "examples" else 2):
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small")
+    from feddra_ds.report.page import examples_of, render  # late: --help can do without
+    from feddra_ds.run.files import open_run
+
     files = open_run(args.run_dir)
     out = args.out or files.path / "report.html"
     if not out.parent.is_dir():
@@ -57,4 +63,6 @@ def run(args: argparse.Namespace) -> int:
         follow.append(f"feddra-ds evaluate {files.path}   # for the report too: held-out clients, intervals, zero-shot")
     next_step(*follow)
     kept = finite.in_words(files.evaluation.get("non_finite") or {})
+    for split, found in (files.transfer.get("non_finite") or {}).items():
+        kept += [f"{split}: {line}" for line in finite.in_words(found)]
     return finite.complain(dict.fromkeys([*examples["non_finite"], *kept]))

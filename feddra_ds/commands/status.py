@@ -17,6 +17,11 @@ from feddra_ds.run.files import RunFiles, open_run
 
 GOOD_STATES = ("running", "starting", "finished")
 
+EXAMPLES = (
+    "feddra-ds status runs/mine",
+    "feddra-ds status runs/mine --watch 5",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `status`."""

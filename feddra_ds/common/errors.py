@@ -19,6 +19,10 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or of another model; the message names the file."""
 
 
+class CheckpointNotWritten(RuntimeError):
+    """A checkpoint that the run cannot do without could not be written; the message says by which rank and why."""
+
+
 class WaitTimeout(RuntimeError):
     """A bounded wait ended; the message says for whom and how long."""
 

@@ -22,6 +22,7 @@ from feddra_ds.common.text import printable, shown
 from feddra_ds.common.tree import get_path, merge
 from feddra_ds.config.checks import contradictions
 from feddra_ds.config.deepspeed_file import read_deepspeed_file
+from feddra_ds.config.deepspeed_keys import known_deepspeed_keys, unknown_deepspeed_keys
 from feddra_ds.config.schema import Config
 from feddra_ds.config.shipped import find, names
 from feddra_ds.objectives import Objective, ObjectiveOptions
@@ -81,6 +82,7 @@ def from_dict(user: dict[str, Any]) -> Config:
         except ValidationError:  # a key that is no text cannot be left out by its name
             raise ConfigError(problems) from None
     problems += contradictions(config) + strategy(config.strategy, config.dro).problems(config)
+    problems += _unknown_to_deepspeed(config)
     if problems:
         raise ConfigError(problems)
     return config
@@ -152,6 +154,18 @@ def _message(kind: str, text: str, key: str, value: Any, config: type[Config]) -
         first = next(name for name in keys if name.startswith(f"{key}."))
         return f"is a section, whose keys are set one by one, such as {first} (got {shown(value)})"
     return f"{text.replace('Input should be', 'must be', 1)} (got {shown(value)})"
+
+
+def _unknown_to_deepspeed(config: Config) -> list[str]:
+    """A line per key of the section deepspeed that DeepSpeed would ignore, with what it may mean."""
+    unknown = list(unknown_deepspeed_keys(config.deepspeed))
+    if not unknown:
+        return []
+    known, lines = sorted(known_deepspeed_keys()), []
+    for key in unknown:
+        near = [f"deepspeed.{name}" for name in _nearest(key, known)]
+        lines.append(f"deepspeed.{key}: DeepSpeed has no such key{_or(near) if near else '; remove it'}")
+    return lines
 
 
 def _nearest(key: str, keys: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the config classes say about every key: docs/configuration.md, and a JSON schema for editors."""
+"""What the config classes say about every key: docs/configuration.md, `train --help`, and a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -64,11 +64,20 @@ def reference(config: type[Config]) -> str:
     return "\n".join(out) + "\n"
 
 
-def _cells(key: str, info: Any) -> tuple[str, str, str, str]:
+def kind_of(info: Any) -> str:
+    """The type of a key, from its FieldInfo, with its bounds, for reading: `float, ≥ 0`; `adamw | sgd | muon`."""
+    return _type(info.annotation) + _bounds(info)
+
+
+def default_of(info: Any) -> str:
+    """Its default as YAML has it."""
     default = info.get_default(call_default_factory=True)
-    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _cells(key: str, info: Any) -> tuple[str, str, str, str]:
     meaning = " ".join((info.description or "").split())
-    return f"`{key}`", _type(info.annotation) + _bounds(info), f"`{shown}`", meaning
+    return f"`{key}`", kind_of(info), f"`{default_of(info)}`", meaning
 
 
 def _row(*cells: str) -> str:

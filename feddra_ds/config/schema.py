@@ -24,8 +24,13 @@ class RunConfig(Section):
     """auto (continue from the newest whole checkpoint in output_dir), never, or the path of a checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=MAY_CHANGE)
     """Where to train; auto takes CUDA where there is one."""
-    monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(["tensorboard"], json_schema_extra=MAY_CHANGE)
-    """Where DeepSpeed's monitor writes the round's scalars (from the coordinator only), under output_dir/events."""
+    trackers: list[str] = Field(["tensorboard"], json_schema_extra=MAY_CHANGE)
+    """Who hears each round's numbers beside metrics.jsonl, from rank 0: tensorboard (under output_dir/events), wandb, mlflow,
+    trackio, comet_ml, aim, clearml, dvclive, swanlab, or package.module:Class of your own (docs/own_classes.md)."""
+    project: str = Field("feddra", min_length=1, json_schema_extra=MAY_CHANGE)
+    """The project, or experiment, that trackers file the run under."""
+    name: str | None = Field(None, min_length=1, json_schema_extra=MAY_CHANGE)
+    """The run's name for trackers; null: the last part of output_dir."""
 
 
 class EncoderConfig(Section):
@@ -228,6 +233,9 @@ class AggregateConfig(Section):
     ema: float | None = Field(None, gt=0, lt=1)
     """β of an average of the global models of all rounds so far, that of t rounds ago weighted ∝ β^t, kept beside the global
     model: `evaluate --ema` measures it, `export --ema` writes it. Training does not see it. null: none."""
+    max_norm_ratio: float | None = Field(100.0, gt=1)
+    """An update whose norm is more than this many times the clients' median of the last round is left out of the average, by
+    name. Where a first round has such an update, its average is not used. null: any finite update is averaged."""
     after_stage1: bool = True
     """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
 
@@ -237,6 +245,9 @@ class CheckpointConfig(Section):
     """Rounds between checkpoints (the last round always has one)."""
     keep: int = Field(3, ge=0, json_schema_extra=MAY_CHANGE)
     """Newest checkpoints kept; 0 keeps all."""
+    on_error: Literal["continue", "stop"] = Field("continue", json_schema_extra=MAY_CHANGE)
+    """Where a checkpoint cannot be written (a full disk): warn, keep the older ones and try again when the next is due, or end
+    the run. After the last round it always ends, with what to do."""
 
 
 class EvaluationConfig(Section):

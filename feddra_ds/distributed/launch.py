@@ -92,20 +92,26 @@ class Launch:
     is_launched: bool = True
 
     @staticmethod
-    def from_environment() -> Launch:
+    def from_environment(*, may_be_alone: bool = False) -> Launch:
         """This process's place, as the first of LAUNCHERS says that is there, or a world of one where none is.
+
+        may_be_alone: so too in a job of several processes of which no launcher has started this one, as in a batch script
+        after its srun; that is a mistake in training.
 
         Raises ConfigError, a line that names the variables, where they contradict each other or some are missing.
         """
         env = os.environ
         names = next((names for names in LAUNCHERS if names.rank in env), None)
         if names is None:
-            _check_alone(env)
+            if not may_be_alone:
+                _check_alone(env)
             return Launch(0, 1, 0, "127.0.0.1", 0, is_launched=False)  # the store takes a port that is free
         rank, world_size = _number(env, (names.rank,), names), _number(env, names.world_size, names)
         if not 0 <= rank < world_size:
             raise ConfigError([f"{names.rank}={rank}: there is no such rank among {world_size} ({names.launcher})"])
         if names.launcher == "SLURM" and world_size > 1 and not any(name in env for name in _SRUN_STEP):
+            if may_be_alone:
+                return Launch(0, 1, 0, "127.0.0.1", 0, is_launched=False)
             raise ConfigError(
                 [
                     f"SLURM_NTASKS={world_size}, but srun did not start this process (no SLURM_STEP_ID), so it would train "

@@ -1,4 +1,4 @@
-"""Importing deepspeed without its side effects on other slots, its monitor, and leaving no trace of it after a run."""
+"""Importing deepspeed without its side effects on other slots, and leaving no trace of it after a run."""
 
 from __future__ import annotations
 
@@ -10,35 +10,15 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from feddra_ds.common.environment import environment
 from feddra_ds.common.errors import ConfigError
-
-
-def build_monitor(kinds: Sequence[str], output_dir: str, name: str) -> Any:
-    """DeepSpeed's MonitorMaster writing scalars under output_dir; for the coordinator only (it writes once per world)."""
-    from deepspeed.monitor.config import get_monitor_config
-    from deepspeed.monitor.monitor import MonitorMaster
-
-    keys = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
-    where: dict[str, Any] = {"enabled": True, "output_path": output_dir, "job_name": name}
-    ds_config = {keys[k]: {"enabled": True, "project": name} if k == "wandb" else where for k in kinds}
-    return MonitorMaster(get_monitor_config(ds_config))
-
-
-def close_monitor(monitor: Any) -> None:
-    """End what build_monitor began: TensorBoard's file and thread, and the run at W&B, which the next would go on with."""
-    if monitor.tb_monitor is not None:
-        monitor.tb_monitor.summary_writer.close()
-    if monitor.wandb_monitor is not None:
-        import wandb
-
-        wandb.finish()
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -72,17 +52,8 @@ def import_deepspeed(device: torch.device) -> Any:
 @contextmanager
 def launched_as(slot_rank: int, ranks_per_slot: int) -> Iterator[None]:
     """Show DeepSpeed the slot as the launch: zero.Init refuses a group of one rank where WORLD_SIZE says more."""
-    place = {"RANK": str(slot_rank), "WORLD_SIZE": str(ranks_per_slot)}
-    before = {key: os.environ.get(key) for key in place}
-    os.environ.update(place)
-    try:
+    with environment({"RANK": str(slot_rank), "WORLD_SIZE": str(ranks_per_slot)}):
         yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""Embeddings as a file: safetensors or Parquet.
+"""Embeddings as a file, safetensors or Parquet: what `feddra-ds embed` and `evaluate --save-embeddings` write.
 
 Legend: n rows, D embedding size.
 """
@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.distributed.shares import ALONE, World
+from feddra_ds.evaluation import finite
+from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
+from feddra_ds.evaluation.models import open_models
 
 SUFFIXES = (".safetensors", ".parquet")
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """names: column → n texts (client, split, key; path; text). tensors: column → (n, D) fp32, or (n,) int64."""
+    """names: column → n texts (client, split, key). tensors: column → (n, D) fp32, or (n,) int64."""
 
     names: dict[str, list[str]]
     tensors: dict[str, NDArray[np.float32] | NDArray[np.int64]]
@@ -37,6 +41,57 @@ class Embeddings:
         }
         columns = {"image": "image", "text": "text", "text_id": "text_ids"}
         return cls(names, {name: np.concatenate([getattr(g, of) for g in parts]) for name, of in columns.items()})
+
+
+def embed(
+    path: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    split: str = "val",
+    clients: Sequence[str] | None = None,
+    device: str = "auto",
+    max_pairs: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+    ema: bool = False,
+    world: World = ALONE,
+) -> dict[str, Any]:
+    """Write the embeddings of a split's pictures and texts to `out`, a .safetensors or .parquet file.
+
+    The options are those of evaluate.evaluate. Returns a dict that json.dumps takes; docs/json_output.md says what is in it.
+    Raises ValueError, whose message names the option and what to do, and DataError for data that cannot be read.
+    """
+    where = check_path(out, "--out")
+    models = open_models(path, device, ema=ema, local_rank=world.local_rank)
+    root = models.data_root(None if data is None else str(data))
+    dataset = open_split(models, root, split, clients)
+    galleries = embed_clients(
+        models,
+        dataset,
+        dataset.client_ids,
+        split,
+        max_pairs=max_pairs,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        world=world,
+    )
+    if not world.is_first:
+        return {}
+    return {
+        "model": str(models.source),
+        "round": models.round,
+        "data": root,
+        "split": split,
+        "ema": ema,
+        "embeddings": str(save(Embeddings.of(galleries), where, str(models.source))),
+        "size": next(iter(galleries.values())).image.shape[1],
+        "clients": {c: {"pairs": len(g), "split": g.split, "skipped": g.skipped} for c, g in galleries.items()},
+        "without_split": [client for client in dataset.client_ids if client not in galleries],
+        "non_finite": finite.of_evaluation(models, galleries),
+    }
 
 
 def check_path(path: str | Path, option: str) -> Path:

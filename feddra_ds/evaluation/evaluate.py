@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.distributed.shares import ALONE, World
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.compare import compare_retrieval, compare_zero_shot
 from feddra_ds.evaluation.embeddings import Embeddings, check_path, save
@@ -41,6 +42,7 @@ def evaluate(
     prompts: str | Path | None = None,
     compare: str | Path | None = None,
     save_embeddings: str | Path | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Retrieval of each client and of all in one gallery, with chance and intervals, the clients' worst mixture, and
     zero-shot classification.
@@ -54,7 +56,8 @@ def evaluate(
     run's average over rounds (aggregate.ema) in place of its global model. match_by: the field of the samples' json whose
     equal values make pairs of a client matches of each other, such as a study. subgroups: fields of the json, such as age
     or sex, by whose values pairs are measured apart. prompts: a file of zero-shot prompts (labels.read_prompts). compare:
-    a second run or model, measured on the same pairs. save_embeddings: a .safetensors or .parquet file to write.
+    a second run or model, measured on the same pairs. save_embeddings: a .safetensors or .parquet file to write. world: the
+    ranks of a launch (shares.launched_world), each of which embeds a share of the batches; the first measures, others return {}.
 
     Returns a dict that json.dumps takes; docs/json_output.md says what is in it. Its `non_finite` names the weights and
     pairs that are not finite, {} for none: such pairs are found last, find their match last and count as wrongly
@@ -70,8 +73,8 @@ def evaluate(
         raise ValueError("--prompts: is of zero-shot classification, which --no-zero-shot leaves out")
     out = None if save_embeddings is None else check_path(save_embeddings, "--save-embeddings")
     given = None if prompts is None else read_prompts(prompts)
-    models = open_models(path, device, ema=ema)
-    other = None if compare is None else _open_second(compare, device)
+    models = open_models(path, device, ema=ema, local_rank=world.local_rank)
+    other = None if compare is None else _open_second(compare, device, world.local_rank)
     root = models.data_root(None if data is None else str(data))
     dataset = open_split(models, root, split, clients)
 
@@ -85,10 +88,14 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
             num_workers=num_workers,
+            world=world,
         )
         return {client: replace(gallery, match_by=match_by) for client, gallery in found.items()}
 
     galleries, how = embedded(models), {"draws": bootstrap, "seed": seed}
+    second = None if other is None else embedded(other)
+    if not world.is_first:
+        return {}
     masks = find_subgroups([info for gallery in galleries.values() for info in gallery.infos], subgroups)
     result: dict[str, Any] = {
         "model": str(models.source),
@@ -104,8 +111,7 @@ def evaluate(
         result["zero_shot"], more = classify(scored, galleries, masks, **how)
         result["labels_left_out"] = refused | more
     result["non_finite"] = finite.of_evaluation(models, galleries)
-    if other is not None:
-        second = embedded(other)
+    if other is not None and second is not None:
         again = score(other, second, given)[0] if scored else []
         result["compared"] = _comparison(models, other, dataset, galleries, second, scored, again, how)
     if out is not None:
@@ -113,9 +119,9 @@ def evaluate(
     return result
 
 
-def _open_second(path: str | Path, device: str) -> Models:
+def _open_second(path: str | Path, device: str, local_rank: int) -> Models:
     try:
-        return open_models(path, device)
+        return open_models(path, device, local_rank=local_rank)
     except ValueError as error:
         raise ValueError(f"--compare: {error}") from error
 

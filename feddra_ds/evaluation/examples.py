@@ -56,13 +56,15 @@ class _Shelf:
 
 
 @dataclass
-class _Reader:
-    """Texts and pictures of the pairs, from the shards."""
+class PairReader:
+    """Texts and pictures of the pairs, from the shards. side: pixels of a picture's longer side."""
 
     dataset: Dataset
+    side: int = THUMBNAIL
     _open: dict[str, tuple[Samples, dict[str, int]]] = field(default_factory=dict)
 
     def read(self, gallery: Gallery, index: int, *, picture: bool) -> tuple[str, str | None]:
+        """(text, picture as a data: URL) of a gallery's pair; None where no picture is asked for or it cannot be read."""
         if gallery.client not in self._open:
             samples = self.dataset.samples(gallery.client, gallery.split)
             self._open[gallery.client] = samples, {key: i for i, key in enumerate(samples.keys)}
@@ -70,7 +72,7 @@ class _Reader:
         number = where[gallery.keys[index]]
         text = " ".join((samples.read_text(number) or b"").decode("utf-8", errors="replace").split())
         data = samples.read_image(number) if picture else None
-        return text[:_MAX_TEXT] + ("…" if len(text) > _MAX_TEXT else ""), thumbnail(data) if data else None
+        return text[:_MAX_TEXT] + ("…" if len(text) > _MAX_TEXT else ""), thumbnail(data, self.side) if data else None
 
 
 def retrieval_examples(
@@ -95,7 +97,7 @@ def retrieval_examples(
         start = 0
         for client, part in zip(group, parts, strict=True):
             shelves[client], start = (shelf, start), start + len(part)
-    reader = _Reader(dataset)
+    reader = PairReader(dataset)
     by_image, by_text = [], []
     for number, (client, index) in enumerate(_draw(galleries, 2 * num_each, np.random.default_rng(seed))):
         shelf, start = shelves[client]
@@ -116,7 +118,7 @@ def _draw(galleries: dict[str, Gallery], wanted: int, rng: np.random.Generator) 
     return out[:wanted]
 
 
-def _example(shelf: _Shelf, place: int, reader: _Reader, *, by_image: bool) -> Example:
+def _example(shelf: _Shelf, place: int, reader: PairReader, *, by_image: bool) -> Example:
     gallery = shelf.gallery
     queries, others = (gallery.image, gallery.text) if by_image else (gallery.text, gallery.image)
     scores = others.astype(np.float64) @ queries[place].astype(np.float64)
@@ -137,13 +139,13 @@ def _example(shelf: _Shelf, place: int, reader: _Reader, *, by_image: bool) -> E
     return Example(owner.client, image, text, int(side.better[place]) + 1, side.gallery, found)
 
 
-def thumbnail(data: bytes) -> str | None:
-    """A small JPEG as a data: URL; None for a picture that cannot be read."""
+def thumbnail(data: bytes, side: int = THUMBNAIL) -> str | None:
+    """A small JPEG as a data: URL, `side` pixels at its longer side; None for a picture that cannot be read."""
     try:
         image = to_rgb(open_image(data))
     except BadSample:
         return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((side, side))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=78)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.samples import Samples
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.distributed.shares import ALONE, World
 from feddra_ds.evaluation.models import Models
 from feddra_ds.metrics.ranking import Ranks, ranks
 from feddra_ds.model.dual_encoder import DualEncoder
@@ -123,20 +124,24 @@ def embed_clients(
     seed: int,
     num_workers: int = 0,
     features: bool = False,
+    world: World = ALONE,
 ) -> dict[str, Gallery]:
     """Embed the split (see split_of) of every client that has it; a bar on a terminal.
+
+    world: each of its ranks embeds a share of every client's batches; the first has the galleries, the others {}.
 
     Raises DataError where more samples are unreadable than data.max_bad_fraction of the run (0.05 for an export).
     """
     max_bad = models.run.get("data.max_bad_fraction") if models.run is not None else None
     present = {c: name for c in clients if (name := split_of(dataset, c, split)) is not None}
+    shown = track(present.items(), len(present), f"embedding {split}") if world.is_first else present.items()
     out = {}
     with DecodePool(num_workers) as pool:
-        for client, part in track(present.items(), len(present), f"embedding {split}"):
+        for client, part in shown:
             model, processor = models.of(client)
             settings = DataConfig(
                 root=str(dataset.root),
-                batch_size=1,
+                batch_size=world.size,
                 image_size=processor.image_size,
                 text_length=processor.text_length,
                 num_workers=num_workers,
@@ -152,63 +157,77 @@ def embed_clients(
                 tokenizer=processor.tokenizer,
                 image_mean=processor.image_mean,
                 image_std=processor.image_std,
+                slot_rank=world.rank,
+                ranks_per_slot=world.size,
                 pool=pool,
             )
-            out[client] = _embed(model, data, dataset, client, part, max_pairs, batch_size, features)
+            shares = world.gather(lambda: _embed(model, data, max_pairs, batch_size, features))  # noqa: B023
+            if shares is not None:
+                for share in shares[1:]:
+                    data.add_bad(share.bad)
+                out[client] = _gallery(shares, dataset.samples(client, part), client, part, data.take_skipped())
     return out
 
 
+@dataclass
+class _Share:
+    """What a rank makes of its share of a client's pairs, batch by batch. bad: samples that it could not read, and why."""
+
+    image: list[NDArray[np.float32]] = field(default_factory=list)
+    text: list[NDArray[np.float32]] = field(default_factory=list)
+    features: list[NDArray[np.float32]] = field(default_factory=list)
+    text_ids: list[NDArray[np.int64]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    bad: dict[int | str, str] = field(default_factory=dict)
+    temperature: float | None = None  # of no pairs
+
+
 @torch.no_grad()
-def _embed(
-    model: DualEncoder,
-    data: ClientData,
-    dataset: Dataset,
-    client: str,
-    split: str,
-    max_pairs: int | None,
-    batch_size: int,
-    features: bool,
-) -> Gallery:
+def _embed(model: DualEncoder, data: ClientData, max_pairs: int | None, batch_size: int, features: bool) -> _Share:
     device = next(model.parameters()).device
-    images, texts, pooled, ids = [], [], [], []
-    keys: list[str] = []
-    temperature = 0.0
+    share = _Share()
     with head_inputs(model) as seen:
-        for batch in data.evaluation_batches(max_pairs, batch_size):
-            keys += batch.keys
-            ids.append(batch.text_ids.numpy())
+        for batch in data.evaluation_batches(max_pairs, batch_size, whole_batches=True):
+            share.keys += batch.keys
+            share.text_ids.append(batch.text_ids.numpy())
             moved = batch.to(device)
             out = model(pixel_values=moved.pixel_values, input_ids=moved.input_ids, attention_mask=moved.attention_mask)
-            images.append(out.image_embeds.cpu().numpy())
-            texts.append(out.text_embeds.cpu().numpy())
-            temperature = float(out.temperature)
-            if features:
-                pooled.append(seen.pop().float().cpu().numpy())
+            share.image.append(out.image_embeds.cpu().numpy())
+            share.text.append(out.text_embeds.cpu().numpy())
+            share.temperature = float(out.temperature)
+            pooled = seen.pop().float().cpu().numpy()
+            share.features.append(pooled if features else np.zeros((len(pooled), 0), dtype=np.float32))
             seen.clear()
+    share.bad = data.bad
+    return share
+
+
+def _gallery(shares: Sequence[_Share], samples: Samples, client: str, split: str, skipped: dict[str, int]) -> Gallery:
+    """One of the ranks' shares, in their order."""
+    keys = [key for share in shares for key in share.keys]
     # An unreadable pair is replaced by another, which may be in the gallery already: count each pair once.
     first = np.unique(np.array(keys), return_index=True)[1]
     first.sort()
-    samples = dataset.samples(client, split)
     where = {key: index for index, key in enumerate(samples.keys)}
     kept = [keys[i] for i in first]
-    infos = [_info(samples, where[key]) for key in kept]
+    infos = [info_of(samples, where[key]) for key in kept]
     samples.close()
-    image = np.concatenate(images)[first]
+    joined = lambda name: np.concatenate([x for share in shares for x in getattr(share, name)])[first]
     return Gallery(
         client=client,
         split=split,
-        image=image,
-        text=np.concatenate(texts)[first],
-        text_ids=np.concatenate(ids)[first],
-        features=np.concatenate(pooled)[first] if features else np.zeros((len(image), 0), dtype=np.float32),
+        image=joined("image"),
+        text=joined("text"),
+        text_ids=joined("text_ids"),
+        features=joined("features"),
         keys=kept,
         infos=infos,
-        skipped=data.take_skipped(),
-        temperature=temperature,
+        skipped=skipped,
+        temperature=next(share.temperature for share in shares if share.temperature is not None),
     )
 
 
-def _info(samples: Samples, index: int) -> dict[str, Any]:
+def info_of(samples: Samples, index: int) -> dict[str, Any]:
     """The pair's json member; {} where it is broken: the pair is measured all the same."""
     try:
         info = samples.read_info(index)

@@ -116,6 +116,24 @@ def find_tasks(infos: Sequence[dict[str, Any]], keys: Sequence[str] | None = Non
     return tasks, refused
 
 
+def draw_labels(targets: NDArray[np.int64], fraction: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Sorted indices of a share of n pairs with targets (n, K), at least one of each class of each of the K labels.
+
+    Stratified: pairs are put in the order of their targets, equal ones at random, and every 1/fraction-th is taken.
+    """
+    n = len(targets)
+    if n == 0:
+        return np.zeros(0, dtype=np.int64)
+    mixed = rng.permutation(n)
+    order = mixed[np.lexsort(targets[mixed].T[::-1])]
+    num = max(1, round(fraction * n))
+    chosen = set(order[((np.arange(num) + rng.random()) * n / num).astype(np.int64)].tolist())
+    for column in targets.T:
+        for c in np.setdiff1d(column[column >= 0], column[list(chosen)]):
+            chosen.add(int(next(i for i in mixed if column[i] == c)))
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
 def _value_task(key: str, values: list[str | None], known: Counter[str]) -> tuple[list[Task], str | None]:
     if len(known) < 2:
         return [], "all known values are the same" if known else "no value is known"

@@ -127,14 +127,14 @@ def run_of(path: str | Path) -> RunFiles | None:
     return open_run(above) if is_run(above) else None
 
 
-def open_models(path: str | Path, device: str = "auto", *, ema: bool = False) -> Models:
+def open_models(path: str | Path, device: str = "auto", *, ema: bool = False, local_rank: int = 0) -> Models:
     """The model(s) of a run directory, its model/, or an export; of a run that goes on, those of its newest checkpoint.
 
-    ema: the average over rounds of a run's global model (aggregate.ema) instead, from its newest checkpoint. Raises
-    ValueError, one line, where there is none.
+    ema: the average over rounds of a run's global model (aggregate.ema) instead, from its newest checkpoint. local_rank:
+    which GPU, of several. Raises ValueError, one line, where there is none.
     """
     root = Path(path).expanduser()
-    where = choose_device(device, 0)
+    where = choose_device(device, local_rank)
     run = run_of(root)
     if ema:
         if run is None or not is_run(root):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from feddra_ds.common.console import track
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
-from feddra_ds.evaluation.labels import Task, find_tasks
+from feddra_ds.evaluation.labels import Task, draw_labels, find_tasks
 from feddra_ds.evaluation.models import open_models
 from feddra_ds.evaluation.verdict import POOLED
 from feddra_ds.metrics.classification import measure
@@ -195,12 +195,7 @@ def _probe(
 def _subset(
     features: NDArray[np.float32], targets: NDArray[np.int64], fraction: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """A stratified share of the pairs, at least one of each class that occurs."""
-    chosen = []
-    for c in np.unique(targets):
-        members = np.flatnonzero(targets == c)
-        chosen.append(rng.permutation(members)[: max(1, round(fraction * len(members)))])
-    index = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
+    index = draw_labels(targets[:, None], fraction, rng)
     return features[index], targets[index]
 
 

@@ -188,6 +188,7 @@ def _convert(asked: ConvertData, table: Path, out: Path, seed: int, track: Track
         repeated_texts=asked.repeated_texts,
         seed=seed,
         overwrite=True,
+        restart=True,
     )
     ingest(Table(table, columns), out, options, track)
 

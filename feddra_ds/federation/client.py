@@ -21,6 +21,7 @@ from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, ModelState, PartState
 from feddra_ds.federation.aggregation.admission import validate_update
+from feddra_ds.federation.aggregation.norms import too_large
 from feddra_ds.federation.anchors import Fresh, NoAnchors, Replay, Resident, SharedBackbone
 from feddra_ds.federation.pairs import Pairs
 from feddra_ds.federation.protocol import ClientReport, Loss
@@ -59,7 +60,8 @@ class LocalResult:
     mean_loss: of its steps; num_pairs: pairs trained on; problem: why not to average it, or None; anchor_loss: L_i of
     the model that the stage started from, where dro.evaluate_on = anchors reads it off; anchor_gradient_ratio: of its
     last step (step.anchor_gradient_ratio), or None where there are no anchors; num_skipped: steps that changed nothing;
-    squared_drift: ‖w_i − w_global‖² of what trained, where Strategy.fold_drifts asks for it; snapshot: what the stage
+    squared_drift: ‖w_i − w_global‖² of what trained, where Strategy.fold_drifts or aggregate.max_norm_ratio asks for it;
+    snapshot: what the stage
     averages, on the host, as it was after Stage.snapshot steps.
     """
 
@@ -127,6 +129,9 @@ class LocalTrainer:
         self.frozen_aligner = frozen_aligner  # holds θ_g in stage 1, beside the live θ_i on the same backbone pass
         self.frozen_model = frozen_model  # holds (φ_g, θ_g) in stage 2 where objective.anchors is resident
         self.group = topology.slot_group if topology.plan.ranks_per_slot > 1 else None
+        self.measures_drift = strategy.folds_drifts or (
+            strategy.averages and config.aggregate.max_norm_ratio is not None
+        )
         self.observer = observer or StepObserver()
         self.step = LocalStep(engine, objective, self.group, config.data.micro_batch_size, self.observer, words)
 
@@ -138,11 +143,13 @@ class LocalTrainer:
         loss_weight: float,
         on_step: Callable[[int, float], None] | None = None,
         outer: Mapping[str, SliceState] | None = None,
+        norm_limit: float | None = None,
     ) -> LocalResult:
         """Train one client for one stage; the engine holds its weights afterwards.
 
         global_state: this rank's slices of (φ_g, θ_g); loss_weight: factor of the whole loss (N p_i where dro.apply
-        says so, else 1); outer: Server.outer. Collective over the slot.
+        says so, else 1); outer: Server.outer; norm_limit: the largest ‖w_i − w_global‖ that is averaged. Collective over the
+        slot.
         """
         engine = self.engine
         readable = Readable(client.data)
@@ -178,6 +185,9 @@ class LocalTrainer:
         client.position = client.data.advance(client.position, stage.num_steps)
         fault = first_text(readable.fault, self.group, self.topology.device)
         problem = self._problem(client, stage, tally) if fault is None else fault
+        drift = self._squared_drift(stage, global_state) if self.measures_drift and problem is None else None
+        if drift is not None and norm_limit is not None and drift > norm_limit**2:
+            problem = too_large(math.sqrt(drift), norm_limit)
         if correction is not None:
             correction.keep(len(tally.good) if problem is None else None)
         if stage.keeps_aligner and problem is None:
@@ -189,7 +199,6 @@ class LocalTrainer:
         anchor_loss = Loss.of(torch.cat(anchor_losses)) if anchor_losses else None
         num_pairs = len(tally.good) * self.config.data.batch_size
         ratio = self._anchor_gradient_ratio()
-        drift = self._squared_drift(stage, global_state) if self.strategy.folds_drifts and problem is None else None
         return LocalResult(tally.mean, num_pairs, problem, anchor_loss, ratio, len(tally.skipped), drift, snapshot)
 
     @torch.no_grad()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from feddra_ds.checkpoint.format import partial_of
 from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.common.logs import logger
 from feddra_ds.common.text import by_reason, listed
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
-from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol, RankReport
+from feddra_ds.federation.aggregation.norms import UpdateNorms
+from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Next, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.base import Draws
@@ -44,6 +48,8 @@ class Coordinator:
     clipped: list[dict[str, Any]] = field(default_factory=list)  # losses that were not believed, of the round that runs
     smoothed: Vector | None = None  # what p follows, averaged over the rounds (dro.loss_smoothing); NaN: never heard of
     followed: Vector | None = None  # what p followed when it last moved; NaN where p_i was kept
+    not_saved: str | None = None  # why the newest checkpoint that was due could not be written
+    norms: UpdateNorms = field(default_factory=lambda: UpdateNorms(None))
     heard: dict[str, ClientReport] = field(default_factory=dict)  # what each client's slot told of the last stage
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
@@ -60,7 +66,10 @@ class Coordinator:
         """Hear every slot (a bounded time, all together), decide who is averaged, and tell all."""
         reports, live, lost = self._hear(round_index, stage)
         self.heard = {self.client_ids[index]: reports[index] for index in sorted(reports)}
-        excluded = self._excluded(reports, lost)
+        norms = {index: math.sqrt(told.squared_drift) for index, told in reports.items()
+                 if told.squared_drift is not None and told.problem is None}  # fmt: skip
+        far_off = self.norms.far_off(stage, norms)
+        excluded = self._excluded(reports, lost, far_off)
         for reason, clients in by_reason(excluded).items():
             logger.warning("round %d, %s: excluded, because %s: %s", round_index, stage, reason, listed(clients))
         told = {str(index): report.loss for index, report in reports.items()}
@@ -80,12 +89,22 @@ class Coordinator:
             generation=self.topology.plan.num_slots - len(live),
             stop=self._reason_to_stop(included, excluded),
             drift=self._drift(reports, weights, included),
+            norm_limit=self._learn_norms(stage, {i: norm for i, norm in norms.items() if i in included}),
+            is_used=not far_off,
         )
+        if far_off:
+            logger.warning("round %d, %s: the average is not used, as it holds these updates; the clients go on from the global "
+                           "model as it was, and later such an update is left out", round_index, stage)  # fmt: skip
         if included and not self.mixture[included].any():
             logger.warning("round %d, %s: the clients that gave a valid update have weight 0 in p; they are averaged with the "
                            "centre's weights", round_index, stage)  # fmt: skip
         self.protocol.tell_decision(round_index, stage, decision)
         return decision
+
+    def _learn_norms(self, stage: str, norms: dict[int, float]) -> float | None:
+        """What is told of the norms of the clients that are averaged: the limit of the next average."""
+        self.norms.learn(stage, norms)
+        return self.norms.limit(stage)
 
     def _drift(self, reports: dict[int, ClientReport], weights: Vector, included: list[int]) -> float:
         """Strategy.fold_drifts of the clients that are averaged; 0 where it is not asked for, or before the first L_i."""
@@ -110,7 +129,9 @@ class Coordinator:
                 lost.append(slot)
         return reports, live, lost
 
-    def _excluded(self, reports: dict[int, ClientReport], lost: Sequence[int]) -> list[dict[str, str]]:
+    def _excluded(
+        self, reports: dict[int, ClientReport], lost: Sequence[int], far_off: dict[int, str]
+    ) -> list[dict[str, str]]:
         """{id, reason} of every client that is not averaged; also kept for the round's record, each slot's loss once."""
         told = {item["id"] for item in self.excluded}  # why, at an earlier stage of this round
         excluded = []
@@ -118,7 +139,7 @@ class Coordinator:
             client = self.client_ids[index]
             slot = index % self.topology.plan.num_slots
             if index in reports:
-                reason = reports[index].problem
+                reason = far_off.get(index, reports[index].problem)
             elif slot in lost:
                 reason = f"slot {slot} did not report within clients.timeout_s = {self.config.clients.timeout_s:g} s"
             else:
@@ -130,7 +151,19 @@ class Coordinator:
                     self.excluded.append(excluded[-1])
         return excluded
 
+    def note_checkpoint(self, folder: Path, problems: Mapping[str, Sequence[str]]) -> None:
+        """A checkpoint was written, or these ranks, by the reason, could not; then what there is of it goes, which makes room."""
+        self.not_saved = None
+        if not problems:
+            return
+        told = "; ".join(f"{listed(ranks)}: {reason}" for reason, ranks in problems.items())
+        self.not_saved = f"no checkpoint could be written to {folder} ({told})"
+        logger.warning("%s; those before it are kept", self.not_saved)
+        shutil.rmtree(partial_of(folder), ignore_errors=True)
+
     def _reason_to_stop(self, included: list[int], excluded: list[dict[str, str]]) -> str | None:
+        if self.not_saved is not None and self.config.checkpoint.on_error == "stop":
+            return f"{self.not_saved}, and checkpoint.on_error is stop"
         if len(included) >= self.config.clients.minimum:
             return None
         stop = f"{len(included)} clients gave a valid update, clients.minimum is {self.config.clients.minimum}"
@@ -188,7 +221,8 @@ class Coordinator:
         used, self.excluded, excluded = self.mixture, [], self.excluded
         if moves_mixture:
             self.mixture = self.next_mixture(_means(moving), references)
-        self.protocol.tell_mixture(round_index, self.mixture.tolist())
+        stops = any(report.asks_to_stop for report in reports)
+        self.protocol.tell_next(round_index, Next(self.mixture.tolist(), stops))
         clipped, self.clipped = self.clipped, []
         believed = self._believed(_means(losses), references)
         finite = _finite(_means(losses))
@@ -209,6 +243,7 @@ class Coordinator:
             "clipped_losses": clipped,
             "robust_gain": robust_weights.robust_gain(self.mixture, believed, self.strategy.mixture_set(self.center)),
             "excluded_clients": excluded,
+            "update_norms": {client: _norm(told.squared_drift) for client, told in self.heard.items()},
             "anchor_gradient_ratio": {client: told.anchor_gradient_ratio for client, told in self.heard.items()},
             "skipped_samples": self._skipped(reports),
             "skipped_steps": {client: steps for report in reports for client, steps in report.skipped_steps.items()},
@@ -240,6 +275,7 @@ class Coordinator:
             "next_client_weights": self.mixture.tolist(),
             "smoothed_losses": None if self.smoothed is None else _finite(self.smoothed.tolist()),
             "positions": self.positions,
+            "median_norms": self.norms.medians,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -255,6 +291,10 @@ def _means(losses: Sequence[Loss | None]) -> list[float | None]:
 
 def _errors(losses: Sequence[Loss | None]) -> list[float | None]:
     return [None if loss is None else loss.error for loss in losses]
+
+
+def _norm(square: float | None) -> float | None:
+    return None if square is None or not math.isfinite(square) else math.sqrt(square)
 
 
 def _finite(values: Sequence[float | None]) -> list[float | None]:

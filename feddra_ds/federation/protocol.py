@@ -7,8 +7,8 @@ Each is a small JSON value under a key of the run's store; no model data travels
     round/R/STAGE/decision   coordinator → all     a Decision
     round/R/STAGE/stop/K     all → coordinator     "I know why the run ends"
     round/R/rank/K           all → coordinator     a RankReport
-    round/R/next             coordinator → all     p of the next round
-    saved/R/K                writers → coordinator what the rank wrote of the checkpoint
+    round/R/next             coordinator → all     a Next
+    saved/R/K                writers → coordinator what the rank wrote of the checkpoint, or why it could not
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ClientReport:
     train_loss: float | None  # mean of its steps; None: not finite
     pairs: int  # pairs trained on
     anchor_gradient_ratio: float | None = None  # of its last step; None without anchors
-    squared_drift: float | None = None  # ‖w_i − w_global‖² of what trained; None where the strategy does not ask
+    squared_drift: float | None = None  # ‖w_i − w_global‖² of what trained; None where nobody asks
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,17 @@ class Decision:
     generation: int  # grows whenever slots are dropped
     stop: str | None = None  # why the run must end
     drift: float = 0.0  # Strategy.fold_drifts of the clients that are averaged
+    norm_limit: float | None = None  # the largest ‖w_i − w_global‖ that the next average of this stage takes
+    is_used: bool = (
+        True  # whether the average becomes the global model; not where it holds an update that is far too large
+    )
+
+
+class Next(NamedTuple):
+    """How the run goes on after a round."""
+
+    weights: list[float]  # p of the next round
+    stops: bool  # after this round's checkpoint, as a rank was asked to (run/stop_request.py)
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,7 @@ class RankReport:
     samples: int = 0  # pairs trained on; at the leader
     bytes: int = 0  # handed to collectives over the peers
     memory: int = 0  # peak bytes
+    asks_to_stop: bool = False  # after this round
 
 
 class Protocol:
@@ -119,11 +131,11 @@ class Protocol:
             for rank in self.topology.live_ranks
         ]
 
-    def tell_mixture(self, round_index: int, mixture: Sequence[float]) -> None:
-        self.topology.post(_next(round_index), list(mixture))
+    def tell_next(self, round_index: int, following: Next) -> None:
+        self.topology.post(_next(round_index), list(following))
 
-    def hear_mixture(self, round_index: int) -> list[float]:
-        return [float(p) for p in self._patiently(_next(round_index))]
+    def hear_next(self, round_index: int) -> Next:
+        return Next(*self._patiently(_next(round_index)))
 
     def keys_of_round(self, round_index: int) -> list[str]:
         """The keys of a round that everybody has read once the next round has ended."""
@@ -135,16 +147,20 @@ class Protocol:
         return keys
 
     # ---- a checkpoint
-    def tell_saved(self, round_index: int, files: Mapping[str, Any]) -> None:
-        self.topology.post(_saved(round_index, self.topology.rank), files)
+    def tell_saved(self, round_index: int, files: Mapping[str, Any], problem: str | None) -> None:
+        self.topology.post(_saved(round_index, self.topology.rank), [files, problem])
 
-    def hear_saved(self, round_index: int, ranks: Iterable[int]) -> dict[str, Any]:
-        """What these ranks wrote, together."""
+    def hear_saved(self, round_index: int, ranks: Iterable[int]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """(what these ranks wrote, together; which ranks could not write, by the reason)."""
         files: dict[str, Any] = {}
+        problems: dict[str, list[str]] = {}
         for rank in ranks:
-            files |= self.topology.fetch(_saved(round_index, rank), sender=f"rank {rank}")
+            written, problem = self.topology.fetch(_saved(round_index, rank), sender=f"rank {rank}")
             self.topology.forget(_saved(round_index, rank))
-        return files
+            files |= written
+            if problem is not None:
+                problems.setdefault(problem, []).append(f"rank {rank}")
+        return files, problems
 
     def _patiently(self, key: str) -> Any:
         return self.topology.fetch(key, sender=COORDINATOR, timeout_s=PATIENCE * self.topology.timeout_s)

@@ -36,6 +36,9 @@ class RoundRecord(TypedDict, total=False):
     strategy.name = drfa it is that of a snapshot, not of the new global model."""
     mean_loss: Required[float | None]
     worst_loss: Required[float | None]
+    update_norms: dict[str, float | None]
+    """‖w_i − w_global‖ of what trained in the round's last stage; null where the client has no update, or nobody asks
+    (aggregate.max_norm_ratio)."""
     anchor_gradient_ratio: dict[str, float | None]
     """How hard the anchors pull: ‖∂ λ₂ ANC‖ / ‖∂ λ₁ ITA‖ by the embeddings, at the last step of the round's last stage, where
     the client is furthest from the global model; null without anchors."""

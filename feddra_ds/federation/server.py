@@ -129,6 +129,11 @@ class Server:
             mean |= {part: self._outer_step(part, mean[part], about(part)) for part in mean if part != BUFFERS}
         self.states[SHARED].update(mean)
 
+    def discard(self) -> None:
+        """Forget what was added: the global model stays as it was."""
+        del self._sum
+        self._snapshot_sum = None
+
     def end_round(self, round_index: int) -> None:
         """Where aggregate.ema is β, the average over the rounds k ≤ t, with weights ∝ β^(t − k), takes in the new global model.
 
@@ -185,6 +190,9 @@ class OwnModels(Server):
         )
 
     def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
+        pass
+
+    def discard(self) -> None:
         pass
 
     def end_round(self, round_index: int) -> None:

@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 def measure(targets: Ints, scores: Floats) -> dict[str, float] | None:
-    """auroc, auprc, f1 and balanced_accuracy of scores (n, C) for targets (n,), -1 left out; None where only one class occurs.
+    """auroc, auprc, f1, accuracy and balanced_accuracy of scores (n, C) for targets (n,), -1 left out; None for one class alone.
 
     Binary: AUROC and average precision of the margin scores[:, 1] − scores[:, 0], and F1 of class 1; else the mean over the
     classes that occur, of one against the rest. A row that is not finite counts as wrong: its own class comes last.
@@ -43,6 +43,7 @@ def measure(targets: Ints, scores: Floats) -> dict[str, float] | None:
         "auroc": float(np.mean([roc_auc_score(is_class, column) for is_class, column in columns])),
         "auprc": float(np.mean([average_precision_score(is_class, column) for is_class, column in columns])),
         "f1": float(f1_score(targets, scores.argmax(1), **how)),
+        "accuracy": float((targets == scores.argmax(1)).mean()),
         "balanced_accuracy": float(recall_score(targets, scores.argmax(1), **(how | {"labels": present}))),
         **counts,
     }

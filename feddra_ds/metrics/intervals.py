@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 _BATCH = 64  # resamplings that scipy holds at a time
 
@@ -54,6 +53,8 @@ def _percentile(
     values: NDArray[np.float64], groups: Sequence[object], draws: int, seed: int, level: float
 ) -> tuple[float, float] | None:
     """None where the resamplings have no spread, as of one group."""
+    from scipy import stats  # late: its import takes most of a second
+
     _, member = np.unique(np.array([str(g) for g in groups]), return_inverse=True)
     sums, sizes = np.bincount(member, values), np.bincount(member)
     if len(sums) > 1 and draws > 1:  # one group or one resampling has no spread
@@ -75,6 +76,8 @@ def _percentile(
 
 def binomial(share: float, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Exact (Clopper-Pearson) interval of a share of `trials`; one between two counts takes the wider end of each."""
+    from scipy import stats  # late: its import takes most of a second
+
     hits = round(share * trials, 9)
     few, many = (
         stats.binomtest(count, trials).proportion_ci(level, method="exact")
@@ -100,6 +103,8 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Mean:
     Values without spread have an interval of width 0 and a p-value of 0 (1 where they are all 0). Raises ValueError for
     no values.
     """
+    from scipy import stats  # late: its import takes most of a second
+
     n = len(values)
     if n == 0:
         raise ValueError("t_interval: there are no values")

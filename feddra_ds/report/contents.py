@@ -26,6 +26,7 @@ from feddra_ds.report.tables import (
     skipped_rows,
     skipped_step_rows,
     styles,
+    transfer,
 )
 from feddra_ds.run.files import RunFiles
 from feddra_ds.strategies import robust_weights
@@ -84,6 +85,7 @@ def context(files: RunFiles) -> dict[str, Any]:
         "mean": mean_gallery([val[client] for client in ids if client in val]),
         "pooled": val.get("all"),
         "evaluation": evaluation(files),
+        "transfer": transfer(files),
         "val_round": val_round(lines),
         "split": files.get("evaluation.split"),
         "excluded": [{"round": x["round"], **item} for x in lines for item in x["excluded_clients"]],

@@ -1,17 +1,18 @@
-"""The report as one HTML page, and the retrieval examples in it."""
+"""The report as one HTML page, the retrieval examples in it, and the page of a search: no scripts, no network."""
 
 from __future__ import annotations
 
-from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
-
+from feddra_ds import __version__
 from feddra_ds.common.text import duration, listed, number, percent, size
 from feddra_ds.evaluation import finite
 from feddra_ds.report.charts import NUM_COLOURS, NUM_SHADES
 from feddra_ds.report.contents import context
 from feddra_ds.run.files import RunFiles
+
+if TYPE_CHECKING:
+    from feddra_ds.evaluation.search import Search
 
 
 def examples_of(files: RunFiles, data: str | None, num: int, max_pairs: int, seed: int) -> dict[str, Any]:
@@ -49,9 +50,25 @@ def _spoilt_weights(files: RunFiles) -> list[str]:
 
 
 def render(files: RunFiles, examples: dict[str, Any]) -> str:
-    """The page."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """The page of a run."""
+    return _filled("report.html.j2", context(files) | {"examples": examples})
+
+
+def render_search(found: Search) -> str:
+    """The page of a search: its pictures, best first."""
+    spoilt = finite.in_words(found.non_finite)
+    return _filled("search.html.j2", {"found": found, "non_finite": spoilt, "version": __version__})
+
+
+def _filled(template: str, values: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # late: `report --help` can do without
+
+    environment = Environment(
+        loader=PackageLoader("feddra_ds", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"percent": percent, "number": number, "duration": duration, "size": size, "listed": listed}
-    template = resources.files("feddra_ds").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
-    values = context(files) | {"examples": examples, "colours": NUM_COLOURS, "shades": NUM_SHADES}
-    return environment.from_string(template).render(values)
+    return environment.get_template(template).render(values | {"colours": NUM_COLOURS, "shades": NUM_SHADES})

@@ -14,6 +14,7 @@ from feddra_ds.evaluation.labels import weakest
 from feddra_ds.evaluation.mixture import RECALL, mixture_rows, set_in_words
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import NUM_COLOURS
+from feddra_ds.report.evaluation_charts import calibration_diagrams, subgroup_bars
 from feddra_ds.run.files import RunFiles
 
 _MAX_BARS = 12
@@ -188,6 +189,41 @@ def evaluation(files: RunFiles) -> dict[str, Any] | None:
             {"name": label, **about["pooled"], "classes": about["classes"], "weakest": weakest(about["clients"])}
             for label, about in told.get("zero_shot", {}).items()
         ],
+        "subgroups": subgroup_bars(told.get("subgroups")),
+        "calibration": calibration_diagrams(told.get("zero_shot", {})),
+    }
+
+
+def transfer(files: RunFiles) -> dict[str, Any] | None:
+    """What the last `feddra-ds finetune RUN` measured, as the page shows it; None where there was none.
+
+    columns: (mode, share in %) of the cells of each row. newer: rounds that ended after the one that was measured.
+    """
+    told = files.transfer
+    if not told:
+        return None
+    cells = [about for fraction in told["fractions"] for mode in told["modes"]
+             if (about := told["transfer"].get(mode, {}).get(f"{fraction:g}"))]  # fmt: skip
+    names = [(f"{mode} {100 * fraction:g} %") for fraction in told["fractions"] for mode in told["modes"]]
+    rows = [{"name": "all labels, the mean", "cells": [about["mean"] for about in cells], "is_sum": True}]
+    rows += [{"name": label, "cells": [about["by_label"][label] for about in cells]} for label in told["labels"]]
+    rows += [
+        {
+            "name": client,
+            "held_out": client in told["held_out"],
+            "cells": [about["by_client"].get(client) for about in cells],
+        }
+        for client in (cells[0]["by_client"] if cells else {})
+    ]
+    return {
+        "newer": 0 if told["round"] is None else files.rounds_done - 1 - told["round"],
+        "columns": names,
+        "rows": rows if cells else [],
+        "non_finite": [
+            f"{split}: {line}" for split, found in told["non_finite"].items() for line in finite.in_words(found)
+        ],
+        **{key: told[key] for key in ("round", "split", "val_split", "data", "labels_left_out")},
+        "num_seeds": len(told["seeds"]),
     }
 
 

@@ -31,8 +31,8 @@ from feddra_ds.data.loading.words import Words
 from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan
 from feddra_ds.distributed.topology import Topology
-from feddra_ds.engine.bootstrap import build_monitor
 from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.aggregation.norms import UpdateNorms
 from feddra_ds.federation.anchors import frozen_twin
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
@@ -233,6 +233,8 @@ def _resume(run: Run, folder: Path) -> dict[str, Any]:
             ]
         )
     run.mixture, run.next_round = np.asarray(state["next_client_weights"]), state["round"] + 1
+    norms = UpdateNorms(run.config.aggregate.max_norm_ratio, state.get("median_norms", {}))
+    run.norm_limits = {stage: norms.limit(stage) for stage in norms.medians}
     for owner in run.server.states:
         saved = SavedModel(folder, owner)
         run.server.states[owner] = saved.read_state(run.engine)
@@ -267,11 +269,13 @@ def _lead(run: Run, resumed: dict[str, Any] | None) -> None:
         chance=run.objective.chance(config.dro.evaluation_batch_size),
         positions={} if resumed is None else resumed["positions"],
         smoothed=None if resumed is None else _losses_of(resumed.get("smoothed_losses")),
+        norms=UpdateNorms(
+            config.aggregate.max_norm_ratio if run.strategy.averages else None,
+            {} if resumed is None else resumed.get("median_norms", {}),
+        ),
     )
     if run.strategy.averages and len(center) > 1 and config.dro.fixed_weights is None:
         _say_where_p_moves(run.strategy.mixture_set(center), run.client_ids)
-    if config.run.monitor:
-        run.monitor = build_monitor(config.run.monitor, str(run.run_dir), "events")
 
 
 def _losses_of(saved: list[float | None] | None) -> Vector | None:

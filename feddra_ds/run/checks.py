@@ -20,6 +20,7 @@ from feddra_ds.distributed.launch import Launch, choose_device, missing_hostfile
 from feddra_ds.distributed.plan import Plan, plan
 from feddra_ds.model import lora_options
 from feddra_ds.model.lora_options import LoraOptions
+from feddra_ds.run.trackers import tracker_problems
 
 
 def _cannot_be_made(folder: Path) -> list[str]:
@@ -119,6 +120,7 @@ def check(config: Config, launch: Launch) -> Checked:
     except DataError as error:
         problems += error.problems
     problems += _cannot_be_made(Path(config.run.output_dir).absolute())
+    problems += tracker_problems(config.run) if launch.rank == 0 else []
     if problems or dataset is None:
         raise ConfigError(problems)
     dataset.choose(config.clients.ids)

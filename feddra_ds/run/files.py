@@ -20,6 +20,7 @@ from feddra_ds.run.metrics_file import read_metrics
 from feddra_ds.run.progress import FILE_NAME as PROGRESS_NAME
 
 EVALUATION_NAME = "evaluation.json"
+TRANSFER_NAME = "finetune.json"
 State = Literal["running", "finished", "stopped", "failed", "died", "silent", "starting", "unfinished"]
 _SILENCE_S = 120.0  # a run on another host that says nothing for longer than this, and than three rounds, is silent
 
@@ -91,7 +92,7 @@ class RunFiles:
     """What a run directory says.
 
     config: config.yaml as nested dicts. lines: metrics.jsonl, a dict a round. progress: progress.json, or {}.
-    evaluation: what `feddra-ds evaluate RUN` last kept, or {}.
+    evaluation, transfer: what `feddra-ds evaluate RUN` and `feddra-ds finetune RUN` last kept, or {}.
     """
 
     path: Path
@@ -99,6 +100,7 @@ class RunFiles:
     lines: list[dict[str, Any]]
     progress: dict[str, Any]
     evaluation: dict[str, Any]
+    transfer: dict[str, Any]
 
     def get(self, key: str) -> Any:
         """The config's value at `section.key`, or None."""
@@ -219,7 +221,9 @@ def open_run(path: str | Path) -> RunFiles:
     except ValueError as error:
         raise ValueError(f"{root / 'config.yaml'}: {error}") from error
     lines = read_metrics(root / "metrics.jsonl")
-    return RunFiles(root, config, lines, _read(root / PROGRESS_NAME, _PROGRESS), _read(root / EVALUATION_NAME, OBJECT))
+    progress = _read(root / PROGRESS_NAME, _PROGRESS)
+    evaluation, transfer = (_read(root / name, OBJECT) for name in (EVALUATION_NAME, TRANSFER_NAME))
+    return RunFiles(root, config, lines, progress, evaluation, transfer)
 
 
 def _read(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class Progress:
         self.batch_size, self.num_slots = batch_size, num_slots
         self.enabled, self.clock = enabled, clock
         self.console = console or Console(stderr=True)
+        self.stopped: str | None = None  # why the run ends before its last round, where it ends well
         self.now = Standing(stage_began=clock(), round_began=clock())
         self._began = clock()
         self._written = float("-inf")
@@ -103,7 +104,9 @@ class Progress:
         if not self.enabled:
             return
         self.display.stop()
-        if error is None:
+        if error is None and self.stopped:
+            self._write("stopped", reason=self.stopped, force=True)
+        elif error is None:
             self._write("finished", force=True)
         elif isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._write("stopped", reason="stopped by a signal", force=True)

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from feddra_ds.checkpoint.format import SHARED, folder_of, partial_of
 from feddra_ds.checkpoint.restore import export_checkpoint
 from feddra_ds.checkpoint.write import commit
-from feddra_ds.common.errors import DataError, TooFewClients
+from feddra_ds.common.errors import CheckpointNotWritten, DataError, TooFewClients
 from feddra_ds.common.logs import logger
+from feddra_ds.common.text import first_line
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.topology import Topology
@@ -34,9 +36,11 @@ from feddra_ds.federation.schedule import Stage, draws_of_round, stages_of_round
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, embed, measure_loss, retrieval
 from feddra_ds.objectives import Objective
+from feddra_ds.run import stop_request
 from feddra_ds.run.debug import deterministic
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
+from feddra_ds.run.trackers import Trackers
 from feddra_ds.strategies import Strategy, robust_weights
 from feddra_ds.strategies.base import Draws
 from feddra_ds.strategies.mixture_set import Vector
@@ -68,10 +72,12 @@ class Run:
     # the federation's state, equal on all ranks: p of the round that runs, and the next round
     mixture: Vector
     next_round: int = 0
+    stops: bool = False  # whether the round that ended is the last one of this start
+    norm_limits: dict[str, float | None] = field(default_factory=dict)  # by stage: the largest update that is averaged
     # rank 0 only
     coordinator: Coordinator | None = None
     metrics: MetricsFile | None = None
-    monitor: Any = None
+    trackers: Trackers | None = None
     # of the round that runs: seconds by stage, and L_i by client index where dro.evaluate_on = anchors reads them off
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     anchor_losses: dict[str, Loss | None] = field(default_factory=dict)
@@ -96,7 +102,7 @@ class Run:
         )
 
     def rounds(self) -> None:
-        """All rounds that are left, then the final model."""
+        """All rounds that are left, then the final model; fewer, and none, where a rank is asked to stop (`stops`)."""
         with self.progress, deterministic(self.config.debug.deterministic):
             for round_index in range(self.next_round, self.config.schedule.rounds):
                 self.progress.begin_round(round_index)
@@ -112,12 +118,16 @@ class Run:
                     samples=samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
                     bytes=self.server.num_bytes - bytes_before,
                     memory=peak_memory(self.engine),
+                    asks_to_stop=stop_request.is_asked(),
                 )
                 record = self.end_round(round_index, report)
                 with self.timed("checkpoint"):
                     self.save(round_index, record)
                 if record is not None:
                     self.record(record, time.monotonic() - began)
+                if self.stops:
+                    self.progress.stopped = "asked to by SIGUSR1, after a checkpoint"
+                    return
             with self.timed("model"):
                 self.save_final_model()
 
@@ -148,6 +158,7 @@ class Run:
                     self.strategy.loss_weight(self.mixture, client.index),
                     on_step=self.progress.begin_client(client.id),
                     outer=self.server.outer,
+                    norm_limit=self.norm_limits.get(stage.name),
                 )
                 self.prefetch_after(client)
                 reports[client.index] = result.report()
@@ -173,6 +184,10 @@ class Run:
                     self.server.add(client, self.average_weight(client), client.aligner)
                 if not stage.hands_on_aligner:
                     client.aligner = None
+        self.norm_limits[stage.name] = decision.norm_limit
+        if not decision.is_used:
+            self.server.discard()
+            return
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
             self.server.finish(self.topology, decision.total_weight, decision.drift)
 
@@ -296,38 +311,54 @@ class Run:
                 record = self.coordinator.end_round(round_index, moves_mixture=self.measures_losses(round_index))
                 if self.config.clients.per_round is not None or self.strategy.draws_by_weight:
                     record["present_clients"] = np.repeat(self.client_ids, self.draws).tolist()
-            self.mixture = np.asarray(self.protocol.hear_mixture(round_index), dtype=np.float64)
+            following = self.protocol.hear_next(round_index)
+            self.mixture = np.asarray(following.weights, dtype=np.float64)
+            self.stops = following.stops and round_index + 1 < self.config.schedule.rounds
         return record
 
     def save(self, round_index: int, record: RoundRecord | None) -> None:
-        """An atomic checkpoint where one is due (checkpoint.every, and after the last round)."""
-        if (round_index + 1) % self.config.checkpoint.every and round_index + 1 < self.config.schedule.rounds:
+        """An atomic checkpoint where one is due (checkpoint.every, and after the last round, or where the run stops)."""
+        is_last = round_index + 1 == self.config.schedule.rounds or self.stops
+        if (round_index + 1) % self.config.checkpoint.every and not is_last:
             return
         topology = self.topology
         folder = folder_of(self.run_dir, round_index)
-        written = write_server(partial_of(folder), self.server, self.clients, topology)
-        self.protocol.tell_saved(round_index, written)
-        if self.coordinator is not None:
-            files = self.protocol.hear_saved(round_index, topology.live_ranks)
+        written, problem = {}, None
+        try:
+            written = write_server(partial_of(folder), self.server, self.clients, topology)
+        except (OSError, SafetensorError) as error:
+            problem = first_line(error)
+        self.protocol.tell_saved(round_index, written, problem)
+        if self.coordinator is None:
+            return
+        files, problems = self.protocol.hear_saved(round_index, topology.live_ranks)
+        if not problems:
             # with the record, lest a kill before `record` lose the line
             state = self.coordinator.state(round_index) | {"metrics": record}
-            commit(folder, state, files, self.config.checkpoint.keep)
+            try:
+                commit(folder, state, files, self.config.checkpoint.keep)
+            except OSError as error:
+                problems = {first_line(error): ["rank 0"]}
+        self.coordinator.note_checkpoint(folder, problems)
 
     def record(self, record: RoundRecord, seconds: float) -> None:
-        """Write the round's line of metrics.jsonl and its scalars, with the coordinator's own clock."""
+        """Write the round's line of metrics.jsonl, and tell the trackers, with the coordinator's own clock."""
         record["seconds"] = seconds
         record["stage_seconds"] = {name: self.seconds[name] for name in STAGE_NAMES}
         assert self.metrics is not None
         self.metrics.append(record)
         self.progress.end_round(record)
-        if self.monitor is not None:
-            self.monitor.write_events(scalars_of(record))
+        if self.trackers is not None:
+            self.trackers.log(record)
 
     def save_final_model(self) -> None:
         """model/ from the last checkpoint, by the coordinator alone, tensor by tensor: no rank gathers anything for it."""
         if self.coordinator is None:
             return
         newest = folder_of(self.run_dir, self.config.schedule.rounds - 1)
+        if self.coordinator.not_saved is not None:
+            raise CheckpointNotWritten(f"{self.coordinator.not_saved}; without it there is no final model: make room, and the "
+                                       "same command does the rounds again since the last checkpoint")  # fmt: skip
         for owner in [SHARED] if self.strategy.averages else self.client_ids:
             export_checkpoint(newest, owner, self.run_dir / "model" / ("" if owner == SHARED else owner))
 
@@ -353,19 +384,3 @@ def peak_memory(engine: Engine) -> int:
     if engine.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(engine.device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def scalars_of(record: RoundRecord) -> list[tuple[str, Any, int]]:
-    """A round's numbers as events of DeepSpeed's monitor: (name, value, round)."""
-    step = record["round"]
-    events: list[tuple[str, Any, int]] = [
-        ("loss/mean", record["mean_loss"], step),
-        ("loss/worst", record["worst_loss"], step),
-    ]
-    for client, p, loss in zip(record["client_ids"], record["client_weights"], record["client_losses"], strict=True):
-        events.append((f"weights/{client}", p, step))
-        if loss is not None:
-            events.append((f"loss/{client}", loss, step))
-    for name, values in record["val"].items():
-        events += [(f"val/{name}/{key}", value, step) for key, value in values.items()]
-    return events

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feddra_ds.common.errors import ConfigError, DataError, Interrupted, TooFewClients, WaitTimeout
+from feddra_ds.common.environment import environment
+from feddra_ds.common.errors import (
+    CheckpointNotWritten,
+    ConfigError,
+    DataError,
+    Interrupted,
+    TooFewClients,
+    WaitTimeout,
+)
 from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.common.text import printable
 from feddra_ds.common.tree import merge
@@ -26,6 +34,7 @@ from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.distributed.launcher_watch import end_with_launcher
+from feddra_ds.run import stop_request
 from feddra_ds.run.checks import Checked, check
 from feddra_ds.run.lock import locked
 
@@ -42,11 +51,13 @@ class TrainResult:
     run_dir: the run directory (run.output_dir). rounds: the lines of its metrics.jsonl, a dict a round from the first
     round on, those before a resume included; empty on a rank that cannot see the file, where the disk is not shared.
     model_dir: the final model, for `feddra_ds.load_pretrained`; with strategy.name=local, a folder per client in it.
+    is_complete: whether all rounds are done; not where SIGUSR1 asked for an early end, and then there is no model yet.
     """
 
     run_dir: Path
     rounds: list[dict[str, Any]]
     model_dir: Path
+    is_complete: bool = True
 
 
 def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None = None) -> TrainResult:
@@ -58,39 +69,48 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     checkpoint.
 
     Raises ConfigError (what is wrong in the config, all of it), DataError, TooFewClients (a round had fewer than
-    clients.minimum), WaitTimeout (another rank was not heard in time), CheckpointError.
+    clients.minimum), WaitTimeout (another rank was not heard in time), CheckpointError, CheckpointNotWritten (after the last
+    round).
     """
     checked = _config(config, overrides)
     run_dir = Path(checked.run.output_dir)
     launch = Launch.from_environment()
-    with log_to_stderr(launch.rank), _environment_kept():
+    with log_to_stderr(launch.rank), environment({name: os.environ.get(name) for name in _VARIABLES}):
         os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asks for it, whatever the launcher
         found = check(checked, launch)
         with locked(run_dir) if launch.rank == 0 else nullcontext(), _generators_kept():
-            _train(checked, found)
+            is_complete = _train(checked, found)
     from feddra_ds.run.metrics_file import read_metrics
 
-    return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model")
+    return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model", is_complete)
 
 
 def run(path: str | None, overrides: dict[str, Any]) -> int:
-    """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal."""
-    with _signals_end_the_run():
-        try:
-            launch = Launch.from_environment()
-            with log_to_stderr(launch.rank):
-                if launch.is_launched:
-                    end_with_launcher()
-                return _exit_code(load(path, overrides), launch.rank)
-        except ConfigError as error:
-            for problem in error.problems:
-                print("feddra-ds:", printable(problem, keep="\n"), file=sys.stderr)
-            if path is None:
-                print(
-                    "feddra-ds: --config: none was given, so each key has its default; `feddra-ds config list` shows examples",
-                    file=sys.stderr,
-                )
-            return 2
+    """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal;
+    75 where SIGUSR1 ended it after a checkpoint."""
+    with _signals_end_the_run(), stop_request.heard_by_signal():
+        code = _heard_run(path, overrides)
+    if code == stop_request.EXIT_CODE:
+        stop_request.keep_exit_code()
+    return code
+
+
+def _heard_run(path: str | None, overrides: dict[str, Any]) -> int:
+    try:
+        launch = Launch.from_environment()
+        with log_to_stderr(launch.rank):
+            if launch.is_launched:
+                end_with_launcher()
+            return _exit_code(load(path, overrides), launch.rank)
+    except ConfigError as error:
+        for problem in error.problems:
+            print("feddra-ds:", printable(problem, keep="\n"), file=sys.stderr)
+        if path is None:
+            print(
+                "feddra-ds: --config: none was given, so each key has its default; `feddra-ds config list` shows examples",
+                file=sys.stderr,
+            )
+        return 2
 
 
 def _exit_code(config: Config, rank: int) -> int:
@@ -102,9 +122,16 @@ def _exit_code(config: Config, rank: int) -> int:
             config.run.output_dir,
         )
         return int(stopped.code or 1)
-    except (TooFewClients, WaitTimeout, DataError) as error:
+    except (TooFewClients, WaitTimeout, DataError, CheckpointNotWritten) as error:
         logger.error("%s", error)
         return 1
+    if not result.is_complete:
+        if rank == 0:
+            logger.warning(
+                "stopped after round %d, with a checkpoint, as SIGUSR1 asked; the same command goes on (exit code %d)",
+                len(result.rounds) - 1, stop_request.EXIT_CODE,
+            )  # fmt: skip
+        return stop_request.EXIT_CODE
     if rank == 0:
         logger.info("done. Next: feddra-ds report %s", result.run_dir)
     return 0
@@ -118,31 +145,32 @@ def _config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[
     return from_dict(merge(tree, dict(overrides or {})))
 
 
-def _train(config: Config, found: Checked) -> None:
-    """All rounds, and then, however they ended, this process is free of the run."""
+def _train(config: Config, found: Checked) -> bool:
+    """All rounds, and then, however they ended, this process is free of the run. Returns whether all are done."""
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
-        _rounds(config, found)
+        is_complete = _rounds(config, found)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
         leave_groups(failed=True)
         raise
     leave_groups()
+    return is_complete
 
 
-def _rounds(config: Config, found: Checked) -> None:
-    from feddra_ds.engine.bootstrap import close_monitor
+def _rounds(config: Config, found: Checked) -> bool:
     from feddra_ds.run.build import build
+    from feddra_ds.run.trackers import tracking
 
-    run = build(config, found)
-    try:
+    is_coordinator = Launch.from_environment().rank == 0
+    with tracking(config) if is_coordinator else nullcontext() as trackers:  # who cannot start says so before the build
+        run = build(config, found)
+        run.trackers = trackers
         run.rounds()
-    finally:
-        if run.monitor is not None:
-            close_monitor(run.monitor)
     run.engine.close()
     run.topology.close()
+    return not run.stops
 
 
 @contextmanager
@@ -163,20 +191,6 @@ def _signals_end_the_run() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Put back the variables that a run sets."""
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

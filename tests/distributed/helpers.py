@@ -81,7 +81,7 @@ def tree(root: Path, out: Path, **changes: Any) -> dict[str, Any]:
     from feddra_ds.common.tree import set_path
 
     config: dict[str, Any] = {
-        "run": {"output_dir": str(out), "device": "cpu", "monitor": [], "seed": 3},
+        "run": {"output_dir": str(out), "device": "cpu", "trackers": [], "seed": 3},
         "model": {
             "vision": {"config": {"model_type": "vit", "patch_size": 8, **BODY}},
             "text": {"config": {"model_type": "bert", **BODY}},
@@ -250,7 +250,7 @@ def watched(config_tree: dict[str, Any], faults: Sequence[Fault] = ()) -> dict[s
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong for one client in one stage: `weights` or `buffers` get a NaN at its end, `batch` or `gradient` at
-    `steps`.
+    `steps`; with `far` it ends with weights 1,000 times as large.
 
     Only the rank of index `slot_rank` in the client's slot meets it.
     """
@@ -277,6 +277,10 @@ def inject(faults: Sequence[Fault], run: Any, client: Any) -> Iterator[None]:
         for fault in mine:
             if fault.kind == "weights":
                 next(iter(engine.views("aligner")))[1][0] = float("nan")
+            elif fault.kind == "far":
+                for part in ("aligner", "backbone"):
+                    for _, view in engine.views(part):
+                        view.mul_(1000)
             elif fault.kind == "buffers":
                 next(b for b in engine.buffers().values() if b.is_floating_point())[0] = float("inf")
         return validate(engine, *args)

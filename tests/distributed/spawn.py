@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import math
 import multiprocessing
 import os
@@ -188,6 +189,7 @@ _pools: dict[int, RankPool] = {}
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, init_group: bool, log: str) -> None:
     """A rank: initialise the group, then run what the pipe brings until it closes."""
+    gc.freeze()  # else each run's collection goes through all that the server has imported
     file = open(log, "w", buffering=1)  # noqa: SIM115 (lives as long as the process)
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)

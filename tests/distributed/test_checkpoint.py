@@ -381,7 +381,7 @@ def test_kill_9_in_round_3_and_the_same_command_again(dataset: Path, tmp_path: P
     assert same_bits(weights_of(tmp_path / "whole", 5), weights_of(tmp_path / "killed", 5))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kill_9_in_round_3_of_four_ranks(dataset: Path, tmp_path: Path) -> None:
     more = {"schedule__rounds": 6, "deepspeed": zero(2), "topology__ranks_per_slot": 2, **MORE}
     on_ranks(run_all, 4, tree(dataset, tmp_path / "whole", **more), True)

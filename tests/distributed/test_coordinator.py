@@ -259,7 +259,7 @@ def _start(dataset: Path, out: Path, rank: int, port: int, world_size: int, **ch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_killed_rank(dataset: Path, tmp_path: Path, victim: int) -> None:
     """Of a client's slot, in stage 1: the others finish. Of the coordinator: the others end, with its name, in a bounded time."""
     port, out = free_port(), tmp_path / "run"

@@ -24,7 +24,7 @@ def _lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "debug" / "steps-slot0.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_line_per_step_knows_no_layout(dataset: Path, tmp_path: Path) -> None:
     folders = []
     for number, (ranks, stage, more) in enumerate(LAYOUTS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gzip
 import http.server
 import io
 import json
@@ -20,8 +22,13 @@ from PIL import Image
 from feddra_ds.common.errors import DataError
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import open_dataset
+from feddra_ds.data.loading.stream import Stream
+from feddra_ds.data.loading.streaming import build_data
+from feddra_ds.data.loading.tokens import load_tokenizer
 
 PAIRS, SHARDS = 36, 3  # of each client, over all its shards
+NUMBERS = np.arange(PAIRS).reshape(SHARDS, -1).tolist()  # of the pairs of each shard
+TOKENIZER = functools.cache(lambda: load_tokenizer(None))
 Members = Callable[[int], dict[str, bytes]]
 
 
@@ -58,25 +65,33 @@ MEMBERS: dict[str, Members] = {
 }  # fmt: skip
 
 
-def write(folder: Path, members: Members, first: int = 0) -> Path:
-    """Three shards of 12 pairs each."""
+def write(folder: Path, members: Members) -> Path:
+    """Three shards of 12 pairs each, by `tar`."""
     folder.mkdir(parents=True)
-    per_shard = PAIRS // SHARDS
-    for shard in range(SHARDS):
+    for shard, numbers in enumerate(NUMBERS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as out:
-            for n in range(first + shard * per_shard, first + (shard + 1) * per_shard):
-                for name, data in members(n).items():
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    out.addfile(member, io.BytesIO(data))
+            for name, data in (pair for n in numbers for pair in members(n).items()):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def write_with_shard_writer(folder: Path) -> Path:
+    """The same, by webdataset itself, whose encoder writes the text and the json."""
+    folder.mkdir(parents=True)
+    with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=PAIRS // SHARDS, verbose=0) as out:
+        for n in range(PAIRS):
+            out.write({"__key__": f"{n:06d}", "jpg": picture(n), "txt": text(n).decode(), "json": {"patient": f"p{n}"}})
     return folder
 
 
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """data.clients of all layouts."""
+    """data.clients of all layouts that have a client in each place."""
     root = tmp_path_factory.mktemp("layouts")
     out: dict[str, Any] = {name: str(write(root / name, members)) for name, members in MEMBERS.items()}
+    out["shard_writer"] = str(write_with_shard_writer(root / "shard_writer"))
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: Any) -> None:
@@ -97,32 +112,108 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
 
 
 def streaming(cache: Path) -> dict[str, Any]:
-    return {"cache_dir": str(cache), "allow_pipe": True, "timeout_s": 30.0}
+    return {"cache_dir": str(cache), "allow_pipe": True, "timeout_s": 30.0, "shuffle_buffer": 10}
 
 
-@pytest.mark.parametrize("layout", MEMBERS)
+def of_webdataset(place: str | list[str]) -> list[dict[str, Any]]:
+    """The samples that webdataset reads of a folder's tars, of braces, or of a list."""
+    folder = Path(place) if isinstance(place, str) else None
+    urls = sorted(map(str, folder.glob("*.tar"))) if folder is not None and folder.is_dir() else place
+    return list(webdataset.WebDataset(urls, shardshuffle=False))
+
+
+def image_of(sample: dict[str, Any]) -> bytes:
+    return next(sample[end] for end in ("jpg", "jpeg", "png", "webp") if end in sample)
+
+
+def assert_the_same(data: dict[str, Any], client: str, theirs: list[dict[str, Any]], cache: Path) -> None:
+    """The client has these samples: by offset, in a pass of streaming, and decoded, on one rank and on two."""
+    samples = open_dataset(data.get("root"), data=DataConfig(**data)).samples(client, "train")
+    keys = [one["__key__"] for one in theirs]
+    assert samples.keys == keys
+    assert [samples.read_image(i) for i in range(len(samples))] == [image_of(one) for one in theirs]
+    for order in ("exact", "streaming"):
+        config = DataConfig(order=order, batch_size=6, image_size=8, text_length=8, **data)
+        config.streaming.cache_dir = str(cache / order)  # so that streaming finds no index
+        dataset = open_dataset(config.root, data=config)
+        for num_ranks in (1, 2):
+            own = [
+                build_data(
+                    dataset, [client], "train", config=config, seed=0, tokenizer=TOKENIZER(), slot_rank=rank,
+                    image_mean=(0.5,) * 3, image_std=(0.5,) * 3, ranks_per_slot=num_ranks,
+                )
+                for rank in range(num_ranks)
+            ]  # fmt: skip
+            decoded = [key for part in own for batch in part.evaluation_batches(None, 6) for key in batch.keys]
+            assert sorted(decoded) == sorted(keys), (order, num_ranks)
+            assert not any(part.take_skipped() for part in own), "each sample can be decoded"
+            if order == "streaming":
+                parts = [dataset.stream(client, "train")]
+                ranks = [
+                    Stream(parts, 0, client, buffer=10, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)
+                ]
+                read = [item.raw.key for rank in ranks for item in rank.sample(None)]
+                assert sorted(read) == sorted(keys), "the ranks' passes are disjoint, and together the client"
+
+
+@pytest.mark.parametrize("layout", [*MEMBERS, "shard_writer"])
 def test_the_samples_are_webdataset_s_own(layout: str, clients: dict[str, Any], tmp_path: Path) -> None:
-    data = DataConfig(clients={layout: clients[layout]}, text_field="report", streaming=streaming(tmp_path))
-    samples = open_dataset(None, data=data).samples(layout, "train")
-    urls = clients[layout] if isinstance(clients[layout], list) else webdataset.shardlists.expand_urls(clients[layout])
-    if urls == [clients[layout]]:
-        urls = sorted(str(path) for path in Path(clients[layout]).glob("*.tar"))
-    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert samples.keys == [one["__key__"] for one in theirs]
-    assert len(samples) == PAIRS
-    assert [samples.read_image(i) for i in range(PAIRS)] == [
-        next(one[end] for end in ("jpg", "jpeg", "png", "webp") if end in one) for one in theirs
-    ]
+    data = {"clients": {layout: clients[layout]}, "text_field": "report", "streaming": streaming(tmp_path / "cache")}
+    theirs = of_webdataset(clients[layout])
+    assert len(theirs) == PAIRS
+    assert_the_same(data, layout, theirs, tmp_path)
 
 
-def test_a_member_named_by_uid_is_refused_by_name(tmp_path: Path) -> None:
-    write(tmp_path / "n", lambda n: {f"1.2.840.{n}.jpg": picture(n), f"1.2.840.{n}.txt": text(n)})
-    with pytest.raises(
-        DataError, match=r"00000.tar: has no sample .*24 members with dots in their names .*1.2.840.0.jpg"
-    ):
-        open_dataset(None, data=DataConfig(clients={"n": str(tmp_path / "n")}, streaming=streaming(tmp_path))).index(
-            "n"
-        )
+def hospital(n: int) -> dict[str, bytes]:
+    return {**img2dataset(n), f"{n:09d}.json": told(hospital="ab"[n % 3 == 0])}
+
+
+def test_one_set_split_by_a_field_has_webdataset_s_samples(tmp_path: Path) -> None:
+    root = str(write(tmp_path / "set", hospital))
+    data = {"root": root, "client_field": "hospital", "streaming": streaming(tmp_path / "cache")}
+    for client in "ab":
+        theirs = [one for one in of_webdataset(root) if json.loads(one["json"])["hospital"] == client]
+        assert len(theirs) == {"a": 24, "b": 12}[client]
+        assert_the_same(data, client, theirs, tmp_path)
+
+
+def by_uid(folder: Path) -> None:
+    write(folder, lambda n: {f"1.2.840.{n}.jpg": picture(n), f"1.2.840.{n}.txt": text(n)})
+
+
+def compressed(folder: Path) -> None:
+    for shard in write(folder, img2dataset).glob("*.tar"):
+        Path(f"{shard}.gz").write_bytes(gzip.compress(shard.read_bytes()))
+        shard.unlink()
+
+
+def compressed_by_another_name(folder: Path) -> None:
+    for shard in write(folder, img2dataset).glob("*.tar"):
+        shard.write_bytes(gzip.compress(shard.read_bytes()))
+
+
+@pytest.mark.parametrize("order", ["exact", "streaming"])
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (
+            by_uid,
+            r"00000.tar: has no sample (among its 24 members|of client n: webdataset reads).* e.g. .{,60}2.840.0.jpg",
+        ),
+        (compressed, r"data.clients.n: .* has no .tar shards; 00000.tar.gz is compressed: unpack it"),
+        (
+            compressed_by_another_name,
+            r"00000.tar: is compressed by gzip, so that no sample .*; unpack it to a plain .tar",
+        ),
+    ],
+)
+def test_what_no_sample_can_be_read_of_is_refused_in_a_line(tmp_path: Path, order: str, make: Any, line: str) -> None:
+    make(tmp_path / "n")
+    data = DataConfig(clients={"n": str(tmp_path / "n")}, order=order, streaming=streaming(tmp_path))
+    with pytest.raises(DataError, match=line) as error:
+        open_dataset(None, data=data).num_samples("n", "train")
+    (problem,) = error.value.problems
+    assert len(problem) < 450
 
 
 def trained(data: dict[str, Any], out: Path, num_ranks: int) -> dict[str, Any]:
@@ -159,7 +250,6 @@ def test_all_layouts_train(num_ranks: int, order: str, clients: dict[str, Any], 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "order"), [(1, "exact"), (2, "streaming")])
 def test_one_set_split_by_a_field_trains(num_ranks: int, order: str, tmp_path: Path) -> None:
-    hospital = lambda n: {**img2dataset(n), f"{n:09d}.json": told(hospital="ab"[n % 2])}
     write(tmp_path / "set", hospital)
     line = trained({"root": str(tmp_path / "set"), "client_field": "hospital", "order": order}, tmp_path, num_ranks)
     assert line["client_ids"] == ["a", "b"]

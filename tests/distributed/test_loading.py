@@ -129,7 +129,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["random", "folders", "lora"])
+@pytest.mark.parametrize("source", [pytest.param("random", marks=pytest.mark.exhaustive), "folders", "lora"])
 def test_every_layout_begins_with_the_same_bits(dataset: Path, folders: Path, source: str) -> None:
     changes: dict[str, Any] = {}
     if source != "random":

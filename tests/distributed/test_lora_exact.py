@@ -43,17 +43,12 @@ R, ALPHA, RANKS = 3, 6.0, {"north": 1, "west": 5}
 SLOW = pytest.mark.slow
 CASES = [  # a rule; ranks, ranks of a slot, ZeRO stage
     ("stack", (2, 1, 0)),
-    *(
-        pytest.param(rule, layout, marks=SLOW)
-        for rule, layout in [
-            ("residual", (4, 2, 3)),
-            ("residual", (4, 2, 0)),
-            ("residual", (2, 1, 2)),
-            ("alternate", (4, 2, 2)),
-            ("alternate", (2, 1, 3)),
-            ("stack", (4, 2, 3)),
-        ]
-    ),
+    pytest.param("residual", (4, 2, 3), marks=SLOW),
+    pytest.param("residual", (4, 2, 0), marks=pytest.mark.exhaustive),
+    pytest.param("residual", (2, 1, 2), marks=pytest.mark.exhaustive),
+    pytest.param("alternate", (4, 2, 2), marks=SLOW),
+    pytest.param("alternate", (2, 1, 3), marks=pytest.mark.exhaustive),
+    pytest.param("stack", (4, 2, 3), marks=pytest.mark.exhaustive),
 ]
 
 

@@ -35,7 +35,7 @@ def resident_by_round(rank: int, world_size: int, config_tree: dict[str, Any]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in (2, 3))])
 def test_memory_does_not_grow_with_the_rounds(dataset: Path, tmp_path: Path, stage: int) -> None:
     config = tree(
         dataset, tmp_path, deepspeed=zero(stage), schedule__rounds=12, optimizer__name="adamw", evaluation__every=3

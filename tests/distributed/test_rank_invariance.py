@@ -97,7 +97,7 @@ def test_sgd_gives_the_same_weights_on_any_ranks(dataset: Path, tmp_path: Path) 
     _compare_weights(dataset, tmp_path, SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sgd_gives_the_same_weights_on_more_layouts(dataset: Path, tmp_path: Path) -> None:
     _compare_weights(dataset, tmp_path, MORE)
 

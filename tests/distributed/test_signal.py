@@ -69,6 +69,7 @@ def test_a_client_without_a_val_split_keeps_a_slice_of_its_training_pairs(withou
     assert None not in line["client_losses"] + line["client_losses_se"] + line["client_train_losses"]
 
 
+@pytest.mark.slow
 def test_val_train_and_anchors_agree_where_they_are_of_the_same_pairs(dataset: Path, tmp_path: Path) -> None:
     """One epoch is one batch: the anchors of a round's first stage are of all training pairs, as is the train sample."""
     same = write_dataset(tmp_path / "same", dict.fromkeys(["north", "south"], 8), num_val=0)

@@ -120,7 +120,7 @@ def test_a_clients_result_does_not_depend_on_who_trained_before(dataset: Path, t
 
 
 # ---- anchors
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_replayed_and_resident_anchors_agree(dataset: Path, tmp_path: Path, world_size: int) -> None:
     variants = {
         "replay": {},
@@ -143,7 +143,7 @@ def test_replayed_and_resident_anchors_agree(dataset: Path, tmp_path: Path, worl
 
 
 # ---- where p acts
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_anchors_in_train_mode_take_a_batchnorms_statistics_from_the_batch(
     dataset: Path, tmp_path: Path, world_size: int
 ) -> None:
@@ -164,7 +164,7 @@ def test_anchors_in_train_mode_take_a_batchnorms_statistics_from_the_batch(
         np.testing.assert_allclose(value.numpy(), resident[name].numpy(), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_round_says_how_hard_the_anchors_pull(dataset: Path, tmp_path: Path, world_size: int) -> None:
     variants = {
         "mean": {},

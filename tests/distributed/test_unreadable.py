@@ -29,14 +29,21 @@ def lose_a_shard(config: dict[str, Any], shard: str) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "ranks_per_slot"),
-    [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)],
+    ("num_ranks", "ranks_per_slot", "order"),
+    [
+        (1, 1, "exact"),
+        pytest.param(2, 2, "streaming", marks=pytest.mark.slow),
+        pytest.param(3, 1, "exact", marks=pytest.mark.slow),
+        pytest.param(2, 2, "exact", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_lost_shard_excludes_its_client_alone(num_ranks: int, ranks_per_slot: int, tmp_path: Path) -> None:
+def test_a_lost_shard_excludes_its_client_alone(
+    num_ranks: int, ranks_per_slot: int, order: str, tmp_path: Path
+) -> None:
     """As one slot, as one slot of two ranks that meet in collectives, and as a slot that has no client left."""
     root = write_dataset(tmp_path / "data")
     shard = root / "south" / "train-000000.tar"
-    more = {"dro__evaluation_pairs": 6, "dro__evaluate_on": "train"}
+    more = {"dro__evaluation_pairs": 6, "dro__evaluate_on": "train", "data__order": order}
     config = tree(root, tmp_path / "run", topology__ranks_per_slot=ranks_per_slot, **more)
     assert on_ranks(lose_a_shard, num_ranks, config, str(shard)) == [None] * num_ranks
     lines = metrics_of(tmp_path / "run")

@@ -242,6 +242,7 @@ def _check_messages(by_rank: list[dict[str, Any]], world_size: int, per_slot: in
         assert decision["live_slots"] == list(range(world_size // per_slot))
         assert decision["generation"] == 0
         assert decision["stop"] is None
+        assert decision["is_used"]
     for rank, seen in enumerate(by_rank):
         for key, told in seen["posted"]:
             if "/slot/" in key:

@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
+LONG = ("bench_clients", "bench_loading", "bench_memory", "bench_plan", "bench_released_pattern")
 
 
-@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("bench_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(path, marks=pytest.mark.exhaustive if path.stem in LONG else pytest.mark.slow, id=path.stem)
+        for path in sorted(BENCHMARKS.glob("bench_*.py"))
+    ],
+)
 def test_it_runs(script: Path) -> None:
     results = {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*")}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -112,12 +112,14 @@ def test_the_average_over_rounds_is_measured_and_exported(
     assert kept == now, "the report shows the global model"
 
 
-def test_status_and_report_of_the_trained_run(trained: Path) -> None:
-    status = feddra("status", trained).stdout
+def test_status_and_report_of_the_trained_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(trained)]) == 0
+    status = capsys.readouterr().out
     assert "feddra, finished (all rounds are done)" in status
     assert "last checkpoint: " in status
     assert f"Next:\n  feddra-ds report {trained}" in status
-    report = feddra("report", trained, "--examples", 2).stdout
+    assert main(["report", str(trained), "--examples", "2"]) == 0
+    report = capsys.readouterr().out
     assert f"wrote {trained}/report.html" in report
     page = (trained / "report.html").read_text()
     assert page.count("its report is found at place") == 2
@@ -250,6 +252,8 @@ MISTAKES = [
     (["probe", "RUN", "--fractions", "2"], "--fractions: 2 is no share"),
     (["probe", "RUN", "--strength", "0"], "--strength: must be above 0"),
     (["probe", "RUN", "--train-split", "test"], "has a test split to train on"),
+    (["finetune", "RUN", "--fractions", "0"], "--fractions: 0 is no share"),
+    (["finetune", "RUN", "--modes", "linear,whole"], "--modes: whole is none; there are linear and full"),
     (["evaluate", "RUN", "--ema"], "has no whole checkpoint, and the average over rounds"),
     (["evaluate", "RUN/model", "--ema"], "export the average with `feddra-ds export RUN --ema`"),
     (["export", "RUN", "--ema", "--client", "north", "--out", "x"], "leave out --client"),

@@ -45,9 +45,9 @@ def convert(table: Path, out: Path) -> None:
     feddra("data", "convert", "--csv", table, *columns, "--val-fraction", 0.25, "--image-size", 128, "--out", out)
 
 
-def train(data: Path, out: Path, rounds: int) -> list[dict]:
+def train(data: Path, out: Path, rounds: int, *more: object) -> list[dict]:
     settings = ("--data.root", data, "--run.output_dir", out, "--schedule.rounds", rounds, "--evaluation.every", rounds)
-    feddra("train", "--config", "configs/cxr_regions.yaml", *settings)
+    feddra("train", "--config", "configs/cxr_regions.yaml", *settings, *more)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -57,6 +57,16 @@ def pooled(run: Path, data: Path, split: str) -> dict:
 
 
 @pytest.mark.slow
+def test_a_round_of_it(tmp_path: Path) -> None:
+    convert(CXR / "metadata.csv", tmp_path / "data")
+    steps = ("--schedule.stage1_steps", 1, "--schedule.stage2_steps", 1)
+    (told,) = train(tmp_path / "data", tmp_path / "run", 1, *steps)
+    assert len(told["client_train_losses"]) == 5
+    assert not told["excluded_clients"]
+    assert pooled(tmp_path / "run", tmp_path / "data", "val")["pairs"] >= 60
+
+
+@pytest.mark.exhaustive
 def test_it_learns_the_training_pairs(tmp_path: Path) -> None:
     convert(CXR / "metadata.csv", tmp_path / "data")
     told = train(tmp_path / "data", tmp_path / "run", 10)

@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
         "data": {"image_size": 16, "text_length": 16, "batch_size": 4},
         "dro": {"evaluation_pairs": 4, "evaluation_batch_size": 4},
         "schedule": {"rounds": 1, "stage1_steps": 0, "stage2_steps": 1},
-        "run.monitor": [],
+        "run.trackers": [],
     },
     "arms": {"fedavg": {"strategy.name": "fedavg"}, "broken": {"optimizer": {"name": "sgd", "lr": 1e30}}},
     "seeds": {"dev": [3], "test": [4, 5, 6]},
@@ -48,6 +48,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_rows_crashes_and_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     command = ["experiment", "run", str(write(tmp_path)), "--out", str(out), "--workers", "1"]

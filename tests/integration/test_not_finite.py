@@ -79,6 +79,20 @@ def test_probe(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> 
     assert "north: 12 image embeddings are not finite" in error
 
 
+def test_finetune(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The features before the head are finite here, so that the table is there, and the weight is named all the same."""
+    run, name = spoilt
+    words = ("--epochs", 1, "--fractions", 1, "--repeats", 1, "--modes", "linear", "--device", "cpu", "--json")
+    out, error = told(capsys, "finetune", run, *words)
+    result = json.loads(out, parse_constant=refuse)
+    assert result["non_finite"]["train"] == {"weights": {name: 1}, "pairs": {}}
+    assert set(result["transfer"]["linear"]["1"]["by_label"]) == {"odd", "view"}
+    assert f"feddra-ds: val: the model has 1 weights that are not finite: {name} (1)" in error
+    _, error = told(capsys, "report", run, "--examples", 0)
+    assert error.count(name) == 3
+    (run / "finetune.json").unlink()
+
+
 def test_report(spoilt: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     for examples in (2, 0):
         _, error = told(capsys, "report", spoilt[0], "--examples", examples)

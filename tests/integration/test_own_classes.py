@@ -1,4 +1,4 @@
-"""A user's own objective and strategy, in a package of theirs: trained on 2 slots x 2 ranks, resumed, exported, shown.
+"""A user's own objective, strategy and tracker, in a package of theirs: trained on 2 slots x 2 ranks, resumed, exported, shown.
 
 Nothing of feddra_ds is edited. Both keep state that the result depends on, so that a resume that lost it would differ.
 """
@@ -85,9 +85,40 @@ class Momentum(Strategy):
             d.add_(x - a, alpha=0.1)
             x.sub_(self.options.pull * learning_rate * d)
 '''
+TRACKER = '''
+"""A line for each round in a file."""
+
+from accelerate.tracking import GeneralTracker
+
+
+class Diary(GeneralTracker):
+    name = "diary"
+    requires_logging_directory = True
+
+    def __init__(self, project, folder):
+        super().__init__()
+        self.project, self.path = project, f"{folder}/diary.txt"
+
+    @property
+    def tracker(self):
+        return self.file
+
+    def start(self):
+        self.file = open(self.path, "a")
+
+    def store_init_configuration(self, values):
+        print(self.project, values["optimizer.lr"], file=self.file)
+
+    def log(self, values, step=None, **kwargs):
+        print(step, values["loss/worst"], file=self.file, flush=True)
+
+    def finish(self):
+        self.file.close()
+'''
 OWN = {
     "objective": {"name": "hospital.margin:Margin", "margin": 0.3},
     "strategy": {"name": "hospital.momentum:Momentum", "momentum": 0.7},
+    "run": {"trackers": ["hospital.diary:Diary"], "project": "chest"},
 }
 
 
@@ -95,7 +126,7 @@ OWN = {
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("theirs")
     (folder / "hospital").mkdir()
-    for name, text in (("__init__", ""), ("margin", OBJECTIVE), ("momentum", STRATEGY)):
+    for name, text in (("__init__", ""), ("margin", OBJECTIVE), ("momentum", STRATEGY), ("diary", TRACKER)):
         (folder / "hospital" / f"{name}.py").write_text(text)
     return folder
 
@@ -145,6 +176,8 @@ def test_trained_resumed_and_exported(package: Path, root: Path, tmp_path: Path)
     assert "resuming from" in done.stderr + done.stdout
     assert same_bits(weights_of(whole, 2), weights_of(cut, 2)), "what the hooks keep was lost on the way"
     assert [line["client_losses"] for line in lines(whole)] == [line["client_losses"] for line in lines(cut)]
+    told = [f"{line['round']} {line['worst_loss']}" for line in lines(cut)]
+    assert (cut / "diary.txt").read_text().splitlines() == ["chest 0.01", *told[:2], "chest 0.01", told[2]]
     saved = {p.relative_to(cut / "checkpoints/round-000002").parts[1:-1] for p in cut.rglob("round-000002/kept/**/*.*")}
     assert saved == {("server", "velocity"), *(("client", c, "drift") for c in ("north", "south", "west"))}
 

@@ -117,13 +117,13 @@ print(json.dumps({
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_trainings_in_one_process_equal_those_of_fresh_processes(root: Path, tmp_path: Path) -> None:
     """ZeRO 0, then ZeRO 3, then the first goes on: nothing is left of the one before."""
 
     def config(name: str, stage: int, rounds: int) -> dict[str, Any]:
         out = tmp_path / name
-        return tree(root, out, deepspeed=zero(stage), schedule__rounds=rounds, run__monitor=["tensorboard"], **MORE)
+        return tree(root, out, deepspeed=zero(stage), schedule__rounds=rounds, run__trackers=["tensorboard"], **MORE)
 
     arguments = [config("zero0", 0, 2), config("zero3", 3, 2), {"schedule": {"rounds": 3}}]
     told = python(REPEATED, *map(json.dumps, arguments), tmp_path / "second.yaml")

@@ -110,7 +110,7 @@ def test_print_config_shows_the_resolved_tree(root: Path, tmp_path: Path) -> Non
 def test_run_directory_and_a_model_that_needs_no_deepspeed(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = write_config(
-        tmp_path / "c.yaml", root, out, run__monitor=["tensorboard"], schedule__rounds=3, checkpoint__keep=2
+        tmp_path / "c.yaml", root, out, run__trackers=["tensorboard"], schedule__rounds=3, checkpoint__keep=2
     )
     done = train("--config", config)
     assert done.returncode == 0, done.stderr
@@ -219,15 +219,36 @@ def start_two_ranks(root: Path, tmp_path: Path) -> tuple[Path, subprocess.Popen[
     return out, start_and_wait_for(launched(config, 2), out, 1)
 
 
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_job_and_is_named(root: Path, tmp_path: Path) -> None:
-    out, process = start_two_ranks(root, tmp_path)
-    ranks = [
+def second_rank_of(out: Path) -> int:
+    """Its process."""
+    return max(
         int(pid.name)
         for pid in Path("/proc").iterdir()
         if pid.name.isdigit() and b"--local_rank=1" in _command_of(pid) and str(out.parent).encode() in _command_of(pid)
-    ]
-    victim = max(ranks)
+    )
+
+
+@pytest.mark.slow
+def test_sigusr1_to_one_rank_ends_all_after_a_checkpoint(root: Path, tmp_path: Path) -> None:
+    out, shape = tmp_path / "run", {"schedule__rounds": 500, "checkpoint__every": 1000}
+    process = start_and_wait_for(launched(write_config(tmp_path / "c.yaml", root, out, **shape), 2), out, 1)
+    os.kill(second_rank_of(out), signal.SIGUSR1)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    done = len(lines(out))
+    assert f"stopped after round {done - 1}, with a checkpoint, as SIGUSR1 asked" in output
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"round-{done - 1:06d}"]
+    assert not (out / "model").exists()
+    assert json.loads((out / "progress.json").read_text())["state"] == "stopped"
+    again = train("--config", tmp_path / "c.yaml", "--schedule.rounds", done + 1)
+    assert again.returncode == 0, again.stderr
+    assert len(lines(out)) == done + 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_is_named(root: Path, tmp_path: Path) -> None:
+    out, process = start_two_ranks(root, tmp_path)
+    victim = second_rank_of(out)
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
     output = process.communicate(timeout=90)[0]

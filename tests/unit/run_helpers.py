@@ -45,7 +45,7 @@ def _write(writer: DatasetWriter, client: str, split: str, count: int) -> None:
 def make_config(run: Path, data: Path, rounds: int = 3, **sections: Any) -> Config:
     """The config of a tiny run."""
     tree: dict[str, Any] = {
-        "run": {"output_dir": str(run), "monitor": [], "device": "cpu"},
+        "run": {"output_dir": str(run), "trackers": [], "device": "cpu"},
         "data": {"root": str(data), "batch_size": 4, "image_size": 16, "text_length": 16},
         "model": {
             "vision": {"config": {"model_type": "vit", "patch_size": 8, **BODY}},

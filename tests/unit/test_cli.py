@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from feddra_ds import cli
-from feddra_ds.cli import COMMANDS, GROUPS, main
+from feddra_ds.cli import COMMANDS, GROUPS, build_parser, main
 from feddra_ds.common.errors import DataError
 from feddra_ds.config.load import known_keys
 
@@ -37,6 +39,72 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert text.startswith(f"usage: feddra-ds {command} ")
     for name in COMMANDS:
         assert not name.startswith(f"{command} ") or name.split()[1] in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_commands_and_options_say_what_they_take(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module(COMMANDS[command][0])
+    ran = []
+    monkeypatch.setattr(module, "run", lambda args: ran.append(args) or 0)
+    assert module.EXAMPLES
+    for example in module.EXAMPLES:
+        words = shlex.split(example.replace(">", "#").replace(" | ", " # "), comments=True)
+        assert words[0] == "feddra-ds"
+        assert words[1:][: len(command.split())] == command.split()
+        assert main(words[1:]) == 0, example
+    assert len(ran) == len(module.EXAMPLES)
+    assert code_of([*command.split(), "--help"]) == 0
+    if command != "train":  # whose help is its own run's
+        assert all(f"  {example}\n" in capsys.readouterr().out for example in module.EXAMPLES[:1])
+    parser = build_parser(command.split())[1]
+    assert parser is not None
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        takes = action.nargs != 0
+        assert not takes or action.metavar or action.choices, f"{action.option_strings} does not say what it takes"
+
+
+def test_train_takes_its_config_as_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["quickstart"], ["--data.batch_size", "7", "quickstart"], ["quickstart", "--data.batch_size=7"]):
+        assert main(["train", *words, "--print_config"]) == 0
+        out = capsys.readouterr().out
+        assert "output_dir: quickstart/run" in out
+        assert (" batch_size: 7\n" in out) == (len(words) > 1)
+    assert main(["train", "--print_config", "quickstart"]) == 0
+    capsys.readouterr()
+    assert main(["train", "quickstart", "--config", "my.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "feddra-ds: --config: my.yaml is given beside quickstart; a training has one config"
+
+
+def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """bash itself completes commands, options, choices and config keys with the script."""
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    asked = {
+        "feddra-ds eval": ["evaluate"],
+        "feddra-ds data conv": ["convert"],
+        "feddra-ds probe --features e": ["embedding"],
+        "feddra-ds train --data.batch_s": ["--data.batch_size"],
+        "feddra-ds train --optimizer.name a": ["adamw"],
+    }
+    code = "source ./script; complete=$(complete -p feddra-ds | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+    for line in asked:
+        *_, before, word = line.split()
+        code += f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}; COMPREPLY=()\n"
+        code += f"$complete feddra-ds {word} {before}; echo ${{COMPREPLY[*]}}\n"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert [line.split() for line in done.stdout.splitlines()] == list(asked.values()), done.stderr
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("#compdef feddra-ds")
+
+
+def test_completion_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err == "feddra-ds: completion: needs shtab: pip install 'feddra-ds[completion]'\n"
 
 
 def test_only_the_command_that_is_asked_for_is_imported() -> None:
@@ -80,7 +148,9 @@ def test_errors_become_lines_and_exit_codes(
     def fail(args: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=fail, add_arguments=lambda parser: None))
+    monkeypatch.setattr(
+        cli, "import_module", lambda _: SimpleNamespace(run=fail, add_arguments=lambda parser: None, EXAMPLES=())
+    )
     assert main(["status"]) == code
     assert capsys.readouterr().err.splitlines() == [f"feddra-ds: {line}" for line in lines]
 
@@ -90,7 +160,9 @@ def test_errors_that_no_user_can_mend_keep_their_traceback(error: Exception, mon
     def fail(args: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=fail, add_arguments=lambda parser: None))
+    monkeypatch.setattr(
+        cli, "import_module", lambda _: SimpleNamespace(run=fail, add_arguments=lambda parser: None, EXAMPLES=())
+    )
     with pytest.raises(type(error)):
         main(["status"])
 

@@ -20,9 +20,8 @@ FILES = [path for folder in ("feddra_ds", "launch") for path in sorted((REPOSITO
 
 # Declared, and imported by a dependency instead of by us.
 USED_BY_OTHERS = {
-    "accelerate": "peft imports it when it is itself imported; transformers places weights over devices with it",
     "ninja": "DeepSpeed compiles its CPU kernels with it",
-    "tensorboard": "DeepSpeed's monitor writes events with it, through torch.utils.tensorboard",
+    "tensorboard": "accelerate's tracker writes events with it, through torch.utils.tensorboard",
 }
 
 

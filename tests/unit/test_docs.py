@@ -176,10 +176,10 @@ def test_own_classes_are_those_that_are_tested() -> None:
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        if node.targets[0].id in ("OBJECTIVE", "STRATEGY")
+        if node.targets[0].id in ("OBJECTIVE", "STRATEGY", "TRACKER")
     }
     blocks = re.findall(r"^```python\n(.*?)^```", OWN_CLASSES.read_text(encoding="utf-8"), re.M | re.S)
-    tested = [texts["OBJECTIVE"], texts["STRATEGY"]]
+    tested = [texts[name] for name in ("OBJECTIVE", "STRATEGY", "TRACKER")]
     assert [ast.dump(ast.parse(code)) for code in blocks] == [ast.dump(ast.parse(code)) for code in tested]
 
 

@@ -97,29 +97,28 @@ def test_only_engine_imports_deepspeed() -> None:
                 assert path.parent.name == "engine", f"{path} imports deepspeed"
 
 
-def run_imports(names: list[str], forbidden: tuple[str, ...]) -> None:
+def run_imports(*steps: tuple[list[str], tuple[str, ...]]) -> None:
+    """In one fresh process: import the modules of each step, after which none of its forbidden packages may be there."""
     code = (
         "import sys, importlib\n"
-        f"for name in {names!r}: importlib.import_module(name)\n"
-        f"bad = [m for m in sys.modules if m.split('.')[0] in {forbidden!r}]\n"
-        "print(bad[:3]); sys.exit(bool(bad))"
+        f"for names, forbidden in {steps!r}:\n"
+        "    for name in names: importlib.import_module(name)\n"
+        "    bad = [m for m in sys.modules if m.split('.')[0] in forbidden]\n"
+        "    if bad: sys.exit(f'{bad[:3]} came with one of {names}')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_importing_imports_neither_deepspeed_nor_triton() -> None:
+def test_what_importing_imports() -> None:
+    first = ["feddra_ds.run.train", "feddra_ds.run.checks"]  # what checks a run imports nothing slow
     light = [
         "cli", "config.load", "strategies.robust_weights", "distributed.topology", "engine.engine", "losses",
         "data.loading.client_data",
     ]  # fmt: skip
-    run_imports(["feddra_ds", *(f"feddra_ds.{name}" for name in light)], ("deepspeed", "triton"))
-
-
-def test_no_module_imports_deepspeed_by_itself() -> None:
-    # transformers' own modules import triton where it is installed, so only deepspeed is looked for here
-    run_imports(sorted(set(MODULES) - {"feddra_ds.__main__"}), ("deepspeed",))
-
-
-def test_what_checks_a_run_imports_nothing_slow() -> None:
-    run_imports(["feddra_ds.run.train", "feddra_ds.run.checks"], ("torch", "transformers", "deepspeed", "scipy"))
+    run_imports(
+        (first, ("torch", "transformers", "deepspeed", "scipy")),
+        (["feddra_ds", *(f"feddra_ds.{name}" for name in light)], ("deepspeed", "triton")),
+        # transformers' own modules import triton where it is installed, so only deepspeed is looked for here
+        (sorted(set(MODULES) - {"feddra_ds.__main__"}), ("deepspeed",)),
+    )

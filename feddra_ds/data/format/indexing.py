@@ -6,7 +6,7 @@ import re
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
@@ -17,6 +17,7 @@ from feddra_ds.data.format.split_by_hash import group_hash
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 KNOWN = (*IMAGE_SUFFIXES, "txt", "json")
+_PACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
@@ -29,6 +30,17 @@ def split_of(name: str) -> str:
         if words:
             return _SPLITS[words[-1]]
     return "train"
+
+
+def compressed(name: str, file: BinaryIO) -> str | None:
+    """What is wrong with a shard that is compressed, whatever its name; None for one that is not. The file is at its start
+    afterwards."""
+    start = file.read(6)
+    file.seek(0)
+    packer = next((packer for mark, packer in _PACKERS.items() if start.startswith(mark)), None)
+    if packer is None:
+        return None
+    return f"{name}: is compressed by {packer}, so that no sample can be read without all before it; unpack it to a plain .tar"
 
 
 @dataclass
@@ -60,6 +72,10 @@ class Indexer:
         split = split_of(name)
         part = self.splits.setdefault(split, {"shards": [], "samples": []})
         try:
+            with path.open("rb") as file:
+                problem = compressed(name if "://" in name else str(path), file)
+            if problem is not None:
+                raise DataError(problem)
             rows, members = self._read(path, len(part["shards"]), self._used.setdefault(split, set()))
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # sizes below 0, names that are no text
             place = name if "://" in name else path

@@ -283,32 +283,59 @@ def _reason(error: BaseException) -> str:
     return said if said.startswith(type(error).__name__) else f"{type(error).__name__}: {said}"
 
 
-class FetchAhead:
-    """Fetches shards before they are needed, one after the other, in a background thread."""
+class OpenAhead:
+    """Opens shards before they are needed, one after the other, in a background thread.
 
-    def __init__(self, fetch: Callable[[str], object]):
-        self._fetch = fetch
-        self._wanted: list[str] = []
-        self._known: set[str] = set()
-        self._lock = threading.Lock()
+    An open file can be read whatever the cache drops meanwhile, so that nothing is fetched twice.
+    """
+
+    def __init__(self, open_shard: Callable[[str], BinaryIO]):
+        self._open = open_shard
+        self._wanted: list[str] = []  # those to open, in order, and the one that is being opened
+        self._done: dict[str, BinaryIO | BaseException] = {}
+        self._changed = threading.Condition()
         self._running = False
 
-    def want(self, addresses: list[str]) -> None:
-        """Fetch these next, unless they were asked for lately. Failures are left to the reader, which tries again."""
-        with self._lock:
-            fresh = [address for address in addresses if address not in self._known]
-            self._known = set(addresses)
-            self._wanted = (self._wanted + fresh)[-64:]
+    def want(self, places: list[str]) -> None:
+        """Open these, in order, and no others any more."""
+        with self._changed:
+            for place in [place for place in self._done if place not in places]:
+                _close(self._done.pop(place))
+            self._wanted = [place for place in places if place not in self._done]
             if self._wanted and not self._running:
                 self._running = True
                 threading.Thread(target=self._work, name="feddra-ahead", daemon=True).start()
 
+    def take(self, place: str) -> BinaryIO | None:
+        """The open shard, waited for, which the caller closes; None where it was not wanted. Raises what opening it raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: place not in self._wanted)  # as long as opening it takes, which has a bound
+            found = self._done.pop(place, None)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
     def _work(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
                 if not self._wanted:
                     self._running = False
                     return
-                address = self._wanted.pop(0)
-            with contextlib.suppress(DataError, OSError):
-                self._fetch(address)
+                place = self._wanted[0]
+            found: BinaryIO | BaseException
+            try:
+                found = self._open(place)
+            except BaseException as error:
+                found = error
+            with self._changed:
+                if place in self._wanted:
+                    self._wanted.remove(place)
+                    self._done[place] = found
+                    self._changed.notify_all()
+                else:
+                    _close(found)
+
+
+def _close(found: BinaryIO | BaseException) -> None:
+    if not isinstance(found, BaseException):
+        found.close()

@@ -9,12 +9,13 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import write_atomic
-from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, KNOWN
-from feddra_ds.data.format.remote import Store
+from feddra_ds.common.text import listed
+from feddra_ds.data.format.indexing import IMAGE_SUFFIXES, KNOWN, compressed
+from feddra_ds.data.format.remote import OpenAhead, Store
 from feddra_ds.data.format.samples import texts_of_json
 
 
@@ -71,18 +72,17 @@ class Shards:
         """Samples of all shards; None where some have not been counted."""
         return None if None in self.counts else sum(count for count in self.counts if count is not None)
 
-    def read(self, shard: int) -> Iterator[Raw]:
-        """The shard's samples that are of this split, in order; then its count is known.
+    def read(self, shard: int, ahead: OpenAhead | None = None) -> Iterator[Raw]:
+        """The shard's samples that are of this split, in order; then its count is known. ahead: what may have opened it.
 
         Raises DataError where it cannot be read to its end.
         """
         number, read, names = 0, 0, "no members"
-        for sample in self._samples(self.places[shard]):
+        for sample in self._samples(self.places[shard], ahead):
             members = {suffix: sample[suffix] for suffix in KNOWN if suffix in sample}
             if not members:
-                names = (
-                    f"e.g. {sample['__key__']} with {', '.join(name for name in sample if not name.startswith('__'))}"
-                )
+                others = [name for name in sample if not name.startswith("__")]
+                names = f"e.g. {sample['__key__']} with {listed(others, 2)}"
                 continue
             if self.keep is None or self.keep(shard, read, sample["__key__"], members.get("json")):
                 number += 1
@@ -98,12 +98,14 @@ class Shards:
             if self.known is not None:
                 self.known.put(self.places[shard], self.split, number)
 
-    def _samples(self, place: str) -> Iterator[dict[str, Any]]:
+    def _samples(self, place: str, ahead: OpenAhead | None) -> Iterator[dict[str, Any]]:
         """webdataset's own samples of one shard."""
         from webdataset.tariterators import group_by_keys, tar_file_expander  # on demand: it imports torch
 
         try:
-            with open(place, "rb") if self.store is None else self.store.opened(place) as stream:
+            with self._opened(place, ahead) as stream:
+                if (problem := compressed(place, stream)) is not None:
+                    raise DataError(problem)
                 yield from group_by_keys(tar_file_expander([{"url": place, "stream": stream}]))
                 stream.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
                 if stream.read().strip(b"\0"):  # a tar ends in blocks of zeros; webdataset takes any end for one
@@ -115,6 +117,11 @@ class Shards:
         except (tarfile.TarError, EOFError, ValueError) as error:
             why = str(error.args[0]) if error.args else type(error).__name__
             raise DataError(f"{place}: cannot be read to its end for client {self.client}: {why}") from error
+
+    def _opened(self, place: str, ahead: OpenAhead | None) -> BinaryIO:
+        if self.store is None:
+            return open(place, "rb")
+        return (ahead and ahead.take(place)) or self.store.opened(place)
 
     def up_to(self, wanted: int) -> int:
         """How many samples there are, or `wanted` where there are more: the same whatever was counted before."""

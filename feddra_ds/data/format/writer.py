@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import DATASET_NAME, FORMAT, INDEX_NAME, VERSION, safe_name
@@ -21,12 +21,28 @@ MAX_SHARD_BYTES = 256 * 1024 * 1024
 _HEADER_BYTES = tarfile.BLOCKSIZE  # of a member's header; the data behind it are padded to a multiple of this
 
 
+class Log(Protocol):
+    """Remembers what was written, so that another writer of the same samples goes on behind it."""
+
+    @property
+    def num_shards(self) -> dict[tuple[str, str], int]:
+        """How many shards are finished, by client and split."""
+
+    def finish(self, client: str, split: str, path: Path) -> None:
+        """Hear of a shard that is whole and on the disk."""
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether what is there stays after an error."""
+
+
 class DatasetWriter:
     """Context manager: `add` samples, and at a clean exit the dataset appears under `out` in one rename.
 
     A shard has at most `max_shard_bytes` bytes (a larger sample: a shard of its own) and tar's padding at the end.
+    The same samples in the same order give the same bytes.
 
-    Nothing is left behind when the body raises. The same samples in the same order give the same bytes.
+    Without a `log` nothing is left behind when the body raises. With one, finished shards stay in `aside`, and `add` is
+    called for the samples behind them.
 
     Raises DataError when `out` exists and is not an empty folder, unless `overwrite`.
     """
@@ -34,6 +50,7 @@ class DatasetWriter:
     def __init__(self, out: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, overwrite: bool = False):
         self.out = Path(out)
         self.max_shard_bytes = max_shard_bytes
+        self.log: Log | None = None
         occupied = self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
         if occupied and not overwrite:
             raise DataError(f"--out: {self.out} exists already; choose another folder, or replace it with --overwrite")
@@ -48,10 +65,17 @@ class DatasetWriter:
 
     def __enter__(self) -> DatasetWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        if self.aside.exists():
+        if self.aside.exists() and self.log is None:
             shutil.rmtree(self.aside)  # left by an earlier run that was killed
-        self.aside.mkdir()
+        self.aside.mkdir(exist_ok=True)
+        for client, _ in [] if self.log is None else self.log.num_shards:
+            self._client(client)
         return self
+
+    def _client(self, client: str) -> _ClientWriter:
+        if client not in self._clients:
+            self._clients[client] = _ClientWriter(self.aside / client, self.max_shard_bytes, self.log)
+        return self._clients[client]
 
     def add(
         self,
@@ -67,24 +91,25 @@ class DatasetWriter:
         """Append one sample. A member that is None is left out, which training counts as a bad sample."""
         assert suffix in IMAGE_SUFFIXES, suffix
         assert client == safe_name(client), client
-        if client not in self._clients:
-            self._clients[client] = _ClientWriter(self.aside / client, self.max_shard_bytes)
         members = {
             suffix: image,
             "txt": None if text is None else text.encode(),
             "json": None if info is None else json.dumps(info, ensure_ascii=False).encode(),
         }
-        self._clients[client].add(split, key, {name: data for name, data in members.items() if data is not None})
+        self._client(client).add(split, key, {name: data for name, data in members.items() if data is not None})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            for client in self._clients.values():
-                client.abort()
-            shutil.rmtree(self.aside, ignore_errors=True)
+            for writer in self._clients.values():
+                writer.abort()
+            if self.log is None or error is None or not self.log.keeps(error):
+                shutil.rmtree(self.aside, ignore_errors=True)
             return
-        splits = {name: writer.finish() for name, writer in sorted(self._clients.items())}
+        for writer in self._clients.values():
+            writer.close()
+        splits = {name: index_folder(writer.folder) for name, writer in sorted(self._clients.items())}
         info = {"format": FORMAT, "version": VERSION, "clients": sorted(set(splits) - set(self.held_out)),
                 "held_out": sorted(self.held_out), "splits": splits, **self.info}  # fmt: skip
         _write_text(self.aside / DATASET_NAME, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
@@ -98,11 +123,12 @@ class DatasetWriter:
 
 
 class _ClientWriter:
-    """A client's shards, written by webdataset; then its index, read off them."""
+    """A client's shards, written by webdataset."""
 
-    def __init__(self, folder: Path, max_shard_bytes: int):
-        folder.mkdir()
-        self.folder, self.max_shard_bytes = folder, max_shard_bytes
+    def __init__(self, folder: Path, max_shard_bytes: int, log: Log | None):
+        folder.mkdir(exist_ok=log is not None)
+        self.folder, self.max_shard_bytes, self.log = folder, max_shard_bytes, log
+        self._num_shards = {} if log is None else log.num_shards
         self.keys: set[str] = set()
         self._writers: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}  # of each split's open shard
@@ -128,25 +154,30 @@ class _ClientWriter:
         # Webdataset counts bytes without the tar headers, so `add` decides when a shard is full.
         never = {"maxsize": sys.maxsize, "maxcount": sys.maxsize}
         pattern = f"{split}-%06d.tar"
-        return ShardWriter(pattern, **never, **fixed, encoder=False, verbose=0, opener=self._open, post=self._close)
+        first = self._num_shards.get((self.folder.name, split), 0)
+        more = {"start_shard": first, "opener": self._open, "post": lambda name: self._close(name, split)}
+        return ShardWriter(pattern, **never, **fixed, **more, encoder=False, verbose=0)
 
     def _open(self, name: str) -> BinaryIO:
         self._files[name] = (self.folder / name).open("wb")
         return self._files[name]
 
-    def _close(self, name: str) -> None:
+    def _close(self, name: str, split: str) -> None:
         with self._files.pop(name) as file:
             file.flush()
             os.fsync(file.fileno())
+        if self.log is not None:
+            self.log.finish(self.folder.name, split, self.folder / name)
 
-    def finish(self) -> dict[str, int]:
+    def close(self) -> None:
+        """Finish the open shards."""
         for writer in self._writers.values():
             writer.close()
-        return index_folder(self.folder)
 
     def abort(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        """Close the open shards, which are not finished."""
+        self.log = None
+        self.close()
 
 
 def write_index(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from feddra_ds.common.errors import DataError
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset
+from feddra_ds.data.format.samples import Samples
 from feddra_ds.data.loading.batch import Batch
 from feddra_ds.data.loading.decode import Decoded, Source, Task
 from feddra_ds.data.loading.order import Order, Position
@@ -27,7 +28,8 @@ class ClientData:
     """One split of one data owner (or of several pooled), as one rank of its slot sees it.
 
     slot_rank, ranks_per_slot: this rank's index and the ranks of its slot; the caller checks that they divide the batch.
-    pool: the decoder to share; without one, this object makes its own.
+    pool: the decoder to share; without one, this object makes its own. samples: what to take of the split, for each client a
+    part of its samples, in place of all (data.order exact).
 
     Raises DataError for a client without this split, and ValueError for one with fewer training pairs than a batch.
     """
@@ -46,13 +48,16 @@ class ClientData:
         slot_rank: int = 0,
         ranks_per_slot: int = 1,
         pool: DecodePool | None = None,
+        samples: Sequence[Samples] | None = None,
     ):
         assert config.batch_size % ranks_per_slot == 0, (config.batch_size, ranks_per_slot)
-        name, total = "+".join(client_ids), sum(dataset.num_samples(client, split) for client in client_ids)
+        name = "+".join(client_ids)
+        sizes = [dataset.num_samples(c, split) for c in client_ids] if samples is None else list(map(len, samples))
+        total = sum(sizes)
         tokenizer_json, pad_id = freeze(tokenizer, config.text_length)
         self.source = Source(
             name=name,
-            parts=[],
+            parts=list(samples or []),
             seed=seed,
             order=None,
             image_size=config.image_size,
@@ -80,7 +85,7 @@ class ClientData:
 
     def _prepare(self, dataset: Dataset, client_ids: Sequence[str], split: str, batch_size: int) -> None:
         """Set up what reads the samples."""
-        self.source.parts = [dataset.samples(client, split) for client in client_ids]
+        self.source.parts = self.source.parts or [dataset.samples(client, split) for client in client_ids]
         if split == "train":
             self.source.order = Order(self.source.seed, self.source.name, self.num_samples, batch_size)
 
@@ -121,21 +126,31 @@ class ClientData:
         return self.num_samples if num_pairs is None else min(num_pairs, self.num_samples)
 
     def evaluation_batches(
-        self, num_pairs: int | None, batch_size: int, seed: int | None = None, draw: int | None = None
+        self,
+        num_pairs: int | None,
+        batch_size: int,
+        seed: int | None = None,
+        draw: int | None = None,
+        *,
+        whole_batches: bool = False,
     ) -> Iterator[Batch]:
         """This rank's contiguous part of a sample of `num_pairs` (None: all), in batches of `batch_size`.
 
         The sample is drawn without repeats by (seed, client, draw), in the same order for any number of ranks; the parts
         have ceil(pairs / ranks) pairs, the last ones fewer, perhaps none. No augmentation. A bad sample is replaced by
         one outside the sample, or, where there is none, by one from another batch, so that sizes never depend on it.
+        whole_batches: parts are cut between batches, so that these are the same for any number of ranks.
         """
         assert seed is None or seed == self.source.seed, "the evaluation sample is drawn by the run's seed"
-        size = self.evaluation_size(num_pairs)
-        per_rank = -(-size // self.ranks_per_slot)
-        first, last = min(self.slot_rank * per_rank, size), min((self.slot_rank + 1) * per_rank, size)
+        first, last = self._evaluation_part(self.evaluation_size(num_pairs), batch_size if whole_batches else 1)
         starts = range(first, last, batch_size)
         tasks = (Task(s, min(s + batch_size, last), evaluate=(num_pairs, batch_size, draw)) for s in starts)
         return self._stream(tasks, lambda task: None)
+
+    def _evaluation_part(self, size: int, unit: int) -> tuple[int, int]:
+        """(first, last + 1) of this rank's pairs of a sample of that size, cut between multiples of `unit`."""
+        per_rank = -(-size // self.ranks_per_slot // unit) * unit
+        return min(self.slot_rank * per_rank, size), min((self.slot_rank + 1) * per_rank, size)
 
     def take_skipped(self) -> dict[str, int]:
         """Bad samples met on this rank since the last call, reason → count; one met twice in a replay counts once."""
@@ -144,6 +159,21 @@ class ClientData:
             self._skipped.clear()
             self._counted.clear()
         return out
+
+    @property
+    def bad(self) -> dict[int | str, str]:
+        """Samples that this rank could not read, by number (in streaming, by key), and why."""
+        with self._lock:
+            return dict(self._bad)
+
+    def add_bad(self, bad: Mapping[int | str, str]) -> None:
+        """Count samples that another rank could not read as this one's. Raises DataError for too many, as `batches` does."""
+        with self._lock:
+            for sample, reason in bad.items():
+                if sample not in self._bad:
+                    self._bad[sample] = reason
+                    self._skipped[reason] += 1
+            self._check_bad()
 
     @property
     def _order(self) -> Order:
@@ -197,16 +227,19 @@ class ClientData:
                     self._counted.add((epoch, sample))
                     self._skipped[reason] += 1
             self._seen += len(decoded.keys)
-            total = self._num_known()
-            found, allowed = len(self._bad), self._max_bad_fraction * total
-            if self._max_bad_fraction > 0:
-                allowed = max(allowed, 1)  # in a small split one bad picture alone may exceed the fraction
-            if found > allowed:
-                reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(self._bad.values()).items()))
-                first = sorted(self._bad, key=str if any(isinstance(s, str) for s in self._bad) else int)[:3]
-                some = ", ".join(s if isinstance(s, str) else self.source.key(s) for s in first)
-                raise DataError(
-                    f"data.max_bad_fraction: client {self.source.name}: {found} of its {total} {self.split} "
-                    f"samples are unreadable ({reasons}), more than {self._max_bad_fraction:.1%}; "
-                    f"e.g. {some} under {self._root}"
-                )
+            self._check_bad()
+
+    def _check_bad(self) -> None:
+        total = self._num_known()
+        found, allowed = len(self._bad), self._max_bad_fraction * total
+        if self._max_bad_fraction > 0:
+            allowed = max(allowed, 1)  # in a small split one bad picture alone may exceed the fraction
+        if found > allowed:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(self._bad.values()).items()))
+            first = sorted(self._bad, key=str if any(isinstance(s, str) for s in self._bad) else int)[:3]
+            some = ", ".join(s if isinstance(s, str) else self.source.key(s) for s in first)
+            raise DataError(
+                f"data.max_bad_fraction: client {self.source.name}: {found} of its {total} {self.split} "
+                f"samples are unreadable ({reasons}), more than {self._max_bad_fraction:.1%}; "
+                f"e.g. {some} under {self._root}"
+            )

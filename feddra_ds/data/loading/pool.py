@@ -208,6 +208,7 @@ def worker_main(descriptor: int) -> None:
     """A worker process: receives sources and tasks over the socket, sends arrays back, ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the parent first finishes its step
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to all processes of a job
     parent = os.getppid()
 
     def watch() -> None:

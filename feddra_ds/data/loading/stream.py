@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 
 from feddra_ds.common.errors import DataError
-from feddra_ds.data.format.remote import FetchAhead, Store, is_remote
+from feddra_ds.data.format.remote import OpenAhead, Store, is_remote
 from feddra_ds.data.format.stream import Raw, Shards
 from feddra_ds.data.loading.order import permutation, seeded
 
@@ -45,7 +45,7 @@ class Stream:
         self.own = list(range(len(shards))) if self.shares_shards else list(range(rank, len(shards), num_ranks))
         self.rank, self.num_ranks = rank, num_ranks
         self._stores: dict[str, Store] = {}
-        self._ahead = FetchAhead(lambda place: self._stores[place].at_hand(place))
+        self._ahead = OpenAhead(lambda place: self._stores[place].opened(place))
         self._skipping = False
         self._unread: dict[int, dict[tuple[int, int], Item]] = {}  # by shard, then by number and pass
 
@@ -123,20 +123,19 @@ class Stream:
     def _items_of(self, epoch: int):  # type: ignore[no-untyped-def]
         def items(shards: Iterator[int]) -> Iterator[Item]:
             order = list(shards)
-            for place, shard in enumerate(order, 1):
+            for place, shard in enumerate(order):
                 if not self._skipping:
-                    self._fetch_ahead(order[place : place + _SHARDS_AHEAD])
+                    self._open_ahead(order[place : place + 1 + _SHARDS_AHEAD])
                 yield from self._items(shard, epoch)
 
         return items
 
-    def _fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Have those that lie at an address copied here, in the background."""
+    def _open_ahead(self, shards: Sequence[int]) -> None:
+        """Have those that lie at an address copied here and opened, in the background, the next one first."""
         places = [(part.store, part.places[i]) for part, i in (self.shards[shard] for shard in shards)]
         stores = {place: store for store, place in places if store is not None and is_remote(place)}
         self._stores |= stores
-        if stores:
-            self._ahead.want(list(stores))
+        self._ahead.want(list(stores))
 
     def _items(self, shard: int, epoch: int) -> Iterator[Item]:
         part, place = self.shards[shard]
@@ -150,7 +149,7 @@ class Stream:
                 first += 1
             if first == known:
                 return
-        for number, raw in enumerate(part.read(place)):
+        for number, raw in enumerate(part.read(place, self._ahead)):
             if number >= first and self._is_mine(shard, number):
                 yield Item(shard, number, epoch, raw)
 
@@ -169,7 +168,7 @@ class Stream:
         waiting: dict[int, list[Item]] = {}
         for (number, _), item in self._unread.pop(shard, {}).items():
             waiting.setdefault(number, []).append(item)
-        for number, raw in enumerate(part.read(place)):
+        for number, raw in enumerate(part.read(place, self._ahead)):
             for item in waiting.pop(number, []):
                 item.raw = raw
             if not waiting:

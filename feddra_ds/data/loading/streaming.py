@@ -68,7 +68,13 @@ class StreamingData(ClientData):
         return Position(0, position.step + num_steps)
 
     def evaluation_batches(
-        self, num_pairs: int | None, batch_size: int, seed: int | None = None, draw: int | None = None
+        self,
+        num_pairs: int | None,
+        batch_size: int,
+        seed: int | None = None,
+        draw: int | None = None,
+        *,
+        whole_batches: bool = False,
     ) -> Iterator[Batch]:
         """This rank's contiguous part of a sample of `num_pairs` (None: all), in batches of `batch_size`.
 
@@ -78,8 +84,8 @@ class StreamingData(ClientData):
         size = self.evaluation_size(num_pairs)
         mixed = min(self._buffer, 4 * size)
         items = Stream(self._shards, self.source.seed, self.source.name, "evaluation", draw, buffer=mixed).sample(size)
-        per_rank = -(-len(items) // self.ranks_per_slot)
-        mine = items[self.slot_rank * per_rank : (self.slot_rank + 1) * per_rank]
+        first, last = self._evaluation_part(len(items), batch_size if whole_batches else 1)
+        mine = items[first:last]
         tasks = (
             self._task(mine[i : i + batch_size], mine[:i] + mine[i + batch_size :], evaluate=True)
             for i in range(0, len(mine), batch_size)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.text import listed
-from feddra_ds.data.sources.base import Skip, needed
+from feddra_ds.data.sources.base import Row, Skip, needed
 from feddra_ds.data.sources.records import RecordFile, RecordOptions, Records, split_name
 
 
@@ -43,14 +44,29 @@ class HuggingFace(Records):
         chosen = parts if wanted is None else {wanted: parts[wanted]}
         for name, part in chosen.items():
             features = part.features or {}
-            for column, feature in features.items():
-                if isinstance(feature, datasets.Image):  # the encoded bytes are kept as they are
+            if isinstance(part, datasets.IterableDataset):
+                part = part.decode(False)  # the encoded bytes are kept as they are
+            for column, feature in part.features.items() if isinstance(part, datasets.Dataset) else ():
+                if isinstance(feature, datasets.Image):
                     part = part.cast_column(column, datasets.Image(decode=False))
             given = {column for _, column in self.columns.given()}
             if features and given <= set(features):
                 part = part.select_columns(sorted(given))
             split = split_name(name) if len(chosen) > 1 else ""
             yield RecordFile(self.path / name, list(features) or None, _records(part, features, datasets), split)
+
+    def read_image(self, row: Row) -> bytes:
+        """The file's bytes, of a dataset at the hub through its cache. Raises OSError and ValueError."""
+        if not row.image.startswith("hf://"):
+            return super().read_image(row)
+        hub = needed("huggingface_hub", "--from huggingface", "huggingface")
+        hub.utils.disable_progress_bars()  # of which there would be one for each picture
+        try:
+            at = hub.HfFileSystem().resolve_path(row.image)
+            file = hub.hf_hub_download(at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision)
+        except Exception as error:  # the hub and httpx raise many types
+            raise OSError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        return Path(file).read_bytes()
 
     def _open(self, datasets: Any) -> dict[str, Any]:
         """{split: dataset}; a dataset without splits is under ""."""
@@ -66,7 +82,10 @@ class HuggingFace(Records):
                 )
         except Exception as error:  # datasets, the hub and pyarrow raise many types for "not there"
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(f"{self.option}: cannot open {path} with datasets: {first}") from error
+            hint = "; is this machine online? A folder that save_to_disk wrote needs no network" * (
+                isinstance(error, ConnectionError)
+            )
+            raise DataError(f"{self.option}: cannot open {path} with datasets: {first}{hint}") from error
         return dict(found) if isinstance(found, dict) else {"": found}
 
 

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import csv
-import io
+import hashlib
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+import PIL
 
+from feddra_ds import __version__
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.samples import text_id
 from feddra_ds.data.format.text import is_lfs_pointer, no_report
 from feddra_ds.data.format.writer import MAX_SHARD_BYTES, DatasetWriter, image_digest, safe_name
-from feddra_ds.data.loading.images import MAX_PIXELS, WIDE_MODES, BadSample, orientation, stretch, to_rgb
+from feddra_ds.data.loading.images import BadSample
 from feddra_ds.data.loading.order import permutation
 from feddra_ds.data.progress import Track, untracked
 from feddra_ds.data.sources.base import Row, Skip, Source
-from feddra_ds.data.sources.dicom import DicomError, Scaled, is_dicom, read_dicom
+from feddra_ds.data.sources.dicom import Scaled
+from feddra_ds.data.sources.encode import Encoded, encode_image
+from feddra_ds.data.sources.journal import Journal
 from feddra_ds.data.sources.reports import choose_sections
 from feddra_ds.data.sources.split import choose_validation, components
 from feddra_ds.data.sources.spool import Spool
 
-_READABLE = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _SHOWN = 20
 _REHEARSED = 200
 _NO_REPORT = ("no report", "git lfs pointer")
+_HARMLESS = ("overwrite", "max_no_report", "dry_run", "restart")  # options that no shard depends on
 SKIPPED_NAME = "skipped.csv"
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -44,7 +47,7 @@ class IngestOptions:
     sides of the split. seed: of the split and of the order in the shards. sections: the parts of a report that are taken; ()
     takes the whole text, None what the source takes. max_no_report: the share of rows whose text may be no report, such as
     `nan`, before all is refused. dry_run: write nothing, and look at some of the pictures only. frame: which to take of
-    a DICOM file with several."""
+    a DICOM file with several. restart: begin anew where a conversion into the same folder was cut off."""
 
     val_fraction: float = 0.1
     test_fraction: float = 0.0
@@ -57,65 +60,96 @@ class IngestOptions:
     max_no_report: float = 0.1
     dry_run: bool = False
     frame: int | None = None
+    restart: bool = False
 
 
 @dataclass(frozen=True)
 class Ingested:
     """counts: {client's folder: {split: pairs}}. skipped: the rows that were left out, in the source's order. own_split:
-    whether rows came with a split of their own. scaled: how grey pictures of more than 8 bits came to 8, with their names."""
+    whether rows came with a split of their own. scaled: how grey pictures of more than 8 bits came to 8, with their names.
+    num_kept: shards that an earlier conversion, which was cut off, had finished."""
 
     counts: dict[str, Counter[str]]
     skipped: list[Skip]
     own_split: bool = False
     scaled: tuple[tuple[Scaled, str], ...] = ()
+    num_kept: int = 0
+
+
+class _Gathered(NamedTuple):
+    """folders: each client's. files: the number of each of the source's files. digest: of the rows."""
+
+    folders: dict[str, str]
+    files: dict[str, int]
+    digest: str
 
 
 def ingest(source: Source, out: Path, options: IngestOptions, track: Track = untracked) -> Ingested:
     """Write the source's rows as a dataset at `out`; rows that were left out are listed there in skipped.csv.
 
-    Raises DataError for a source or a folder that cannot be used; then nothing is written.
+    Where a conversion into `out` was cut off, it goes on behind the shards that are finished, and gives the same bytes.
+    Raises DataError for a source or a folder that cannot be used, and where the source or an option is another than when it
+    was cut off; a first conversion then writes nothing.
     """
     skipped: list[Skip] = []
     place = next(folder for folder in (out.parent, *out.absolute().parents) if folder.is_dir())
     with Spool(place) as rows:
-        clients = _gather(source, rows, options, skipped, track)
-        folders = _client_folders(clients)
+        names = _gather(source, rows, options, skipped, track)
         writer = DatasetWriter(out, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite)
         if options.dry_run:
-            return _rehearse(source, rows, folders, options, skipped, track)
+            return _rehearse(source, rows, names.folders, options, skipped, track)
+        journal = Journal(writer.aside, _facts(source, options, names.digest), options.restart)
+        writer.log = journal
         scaled: list[tuple[Scaled, str]] = []
-        with writer:
-            numbers, splits, own_split = _deal_out(source, rows, options, skipped, track)
-            counts = _write(writer, source, rows, numbers, splits, folders, options, skipped, scaled, track)
+        with journal, writer:
+            order, own_split = _deal_out(journal, source, rows, options, skipped, track)
+            counts = _write(writer, journal, source, rows, order, names, options, skipped, scaled, track)
             if not counts:
                 raise _nothing_usable(source, skipped)
             skipped.sort(key=lambda skip: (skip.file, skip.line))
             writer.info |= {
                 "source": source.path.name,
-                "client_names": {folder: name for name, folder in folders.items()},
+                "client_names": {folder: name for name, folder in names.folders.items()},
                 "label_columns": list(source.columns.labels),
                 "image_size": options.image_size,
                 "skipped_rows": dict(sorted(Counter(skip.reason for skip in skipped).items())),
             }
             _list_skipped(writer.aside / SKIPPED_NAME, skipped)
-    return Ingested(counts, skipped, own_split, tuple(scaled))
+    return Ingested(counts, skipped, own_split, tuple(scaled), len(journal.shards))
+
+
+def _facts(source: Source, options: IngestOptions, digest: str) -> dict[str, Any]:
+    """All that the bytes of the shards depend on, by the option that says it."""
+    option = lambda name: f"--{name.replace('_', '-')}"
+    own = {option(name): value for name, value in asdict(options).items() if name not in _HARMLESS}
+    columns = {option(f"{name}_columns" if name == "labels" else f"{name}_column"): value
+               for name, value in asdict(source.columns).items()}  # fmt: skip
+    asked = {f"--source-option {key}": value for key, value in source.options.model_dump(mode="json").items()}
+    path = source.path.absolute() if source.path.exists() else source.path  # an id is no path
+    kind = f"{type(source).__module__}:{type(source).__qualname__}"
+    facts = {"--from": kind, source.option: str(path), **columns, **asked, **own}
+    return facts | {"feddra-ds": __version__, "Pillow": PIL.__version__, f"rows of {path}": digest}
 
 
 def _nothing_usable(source: Source, skipped: list[Skip]) -> DataError:
     return DataError([f"{source.option}: no row of {source.path} is usable", *skipped_lines(skipped, source.unit)])
 
 
-def _gather(source: Source, rows: Spool, options: IngestOptions, skipped: list[Skip], track: Track) -> set[str]:
-    """Keep the source's usable rows; returns their clients. Raises DataError where too many texts are no reports."""
+def _gather(source: Source, rows: Spool, options: IngestOptions, skipped: list[Skip], track: Track) -> _Gathered:
+    """Keep the source's usable rows. Raises DataError where too many texts are no reports, and two clients share a folder."""
     sections = source.sections if options.sections is None else options.sections
     clients: set[str] = set()
+    files: dict[str, int] = {}
+    digest = hashlib.blake2b(digest_size=16)
     empty: list[Skip] = []
     for item in track(source.rows(), None, "reading rows"):
         if isinstance(item, Row):
             kept = _with_text(item, sections)
             if isinstance(kept, Row):
-                rows.append(kept)
+                digest.update(rows.append(kept))
+                digest.update(kept.picture or b"")
                 clients.add(kept.client)
+                files.setdefault(kept.file, len(files))
                 continue
             empty += [kept] if kept.reason in _NO_REPORT else []
             item = kept
@@ -128,7 +162,7 @@ def _gather(source: Source, rows: Spool, options: IngestOptions, skipped: list[S
             f"{options.max_no_report:.0%}; e.g. {skipped_lines(empty[:1], source.unit)[0]}; "
             "name another text column, or raise --max-no-report"
         )
-    return clients
+    return _Gathered(_client_folders(clients), files, digest.hexdigest())
 
 
 def _with_text(row: Row, sections: Sequence[str]) -> Row | Skip:
@@ -208,16 +242,19 @@ def _ties(row: Row, options: IngestOptions) -> list[object]:
 
 
 def _deal_out(
-    source: Source, rows: Spool, options: IngestOptions, skipped: list[Skip], track: Track
-) -> tuple[list[int], list[str], bool]:
-    """The rows whose image can be read, the split of each, and whether any came with one."""
+    journal: Journal, source: Source, rows: Spool, options: IngestOptions, skipped: list[Skip], track: Track
+) -> tuple[list[tuple[int, str]], bool]:
+    """(row, split) of the rows whose image can be read, in a seeded order, so that a shard is a fair sample; and whether
+    any came with a split."""
 
-    def digest(number: int) -> tuple[Row, str] | Skip:
+    def digest(number: int) -> tuple[Row, str | Skip]:
         row = rows[number]
-        try:
-            found = image_digest(_image_of(source, row))
-        except (OSError, ValueError) as error:
-            return _unreadable(row, error)
+        found = journal.pictures.get(number)
+        if found is None:
+            try:
+                found = image_digest(_image_of(source, row))
+            except (OSError, ValueError) as error:
+                found = _unreadable(row, error)
         row.picture = None
         return row, found
 
@@ -225,16 +262,18 @@ def _deal_out(
     clients: list[str] = []
     given: list[str] = []
     links: list[list[object]] = []
-    for number, found in track(_in_threads(digest, range(len(rows))), len(rows), "reading images"):
+    for number, (row, found) in track(_in_threads(digest, range(len(rows))), len(rows), "reading images"):
+        journal.found(number, found)
         if isinstance(found, Skip):
             skipped.append(found)
             continue
-        row, picture = found
         numbers.append(number)
         clients.append(row.client)
         given.append(row.split)
-        links.append([("picture", picture), *_ties(row, options)])
-    return numbers, _splits(clients, given, components(links), options), any(given)
+        links.append([("picture", found), *_ties(row, options)])
+    splits = _splits(clients, given, components(links), options)
+    order = [(numbers[i], splits[i]) for i in permutation(len(numbers), "shards", options.seed)]
+    return order, any(given)
 
 
 def _image_of(source: Source, row: Row) -> bytes:
@@ -250,9 +289,22 @@ def _unreadable(row: Row, error: Exception) -> Skip:
     return Skip(row.line, "image file cannot be read", f"{row.image}: {detail}", row.file)
 
 
-def _encode(source: Source, row: Row, options: IngestOptions) -> Encoded | Skip:
+def _encode(source: Source, row: Row, options: IngestOptions, before: str | None = None) -> Encoded | Skip:
+    """The row's image as a shard holds it. before: its digest when the conversion was cut off, where it was.
+
+    Raises DataError where the image is another one now.
+    """
     try:
-        return encode_image(_image_of(source, row), options.image_size, options.frame)
+        data = _image_of(source, row)
+    except (OSError, ValueError) as error:
+        if before is None:
+            return _unreadable(row, error)
+        data = b""
+    if before is not None and image_digest(data) != before:
+        raise DataError(f"{source.option}: the picture {row.image} has changed or is gone since the conversion was cut off; "
+                        "bring it back, or begin anew with --restart")  # fmt: skip
+    try:
+        return encode_image(data, options.image_size, options.frame)
     except BadSample as error:
         return Skip(row.line, error.reason.replace("_", " "), row.image, row.file)
     except (OSError, ValueError) as error:
@@ -261,102 +313,61 @@ def _encode(source: Source, row: Row, options: IngestOptions) -> Encoded | Skip:
 
 def _write(
     writer: DatasetWriter,
+    journal: Journal,
     source: Source,
     rows: Spool,
-    numbers: list[int],
-    splits: list[str],
-    folders: dict[str, str],
+    order: list[tuple[int, str]],
+    names: _Gathered,
     options: IngestOptions,
     skipped: list[Skip],
     scaled: list[tuple[Scaled, str]],
     track: Track,
 ) -> dict[str, Counter[str]]:
-    """Write the pairs in a seeded order, so that a shard is a fair sample; {client: {split: pairs}}."""
-    order = [(numbers[i], splits[i]) for i in permutation(len(numbers), "shards", options.seed)]
+    """Write what finished shards do not have yet; {client: {split: pairs}} of all."""
+    counts: dict[str, Counter[str]] = {}
+    for shard in journal.shards:
+        counts.setdefault(shard.client, Counter())[shard.split] += shard.items - len(shard.skipped)
+        skipped += shard.skipped
+        scaled += shard.scaled
+    left = journal.left(order, lambda number: names.folders[rows[number].client])
 
     def work(item: tuple[int, str]) -> tuple[Row, Encoded | Skip]:
         row = rows[item[0]]
-        image = _encode(source, row, options)
+        before = journal.pictures.get(item[0])
+        image = _encode(source, row, options, before if isinstance(before, str) else None)
         row.picture = None
         return row, image
 
-    counts: dict[str, Counter[str]] = {}
-    files: dict[str, int] = {}
-    for (_, split), (row, image) in track(_in_threads(work, order), len(order), "writing shards"):
+    for (_, split), (row, image) in track(_in_threads(work, left), len(left), "writing shards"):
+        client = names.folders[row.client]
         if isinstance(image, Skip):
             skipped.append(image)
+            journal.take(client, split, skip=image)
             continue
-        if image.scaled is not None:
-            scaled.append((image.scaled, row.image))
-        client = folders[row.client]
-        info = {
-            "labels": row.labels,
-            "site": row.site,
-            "patient": row.group or None,
-            "client": row.client,
-            "line": row.line,
-        }
-        file = files.setdefault(row.file, len(files))  # lines of two files may be equal
-        key = f"{safe_name(Path(row.image).stem)[:48]}-{f'{file}_' if file else ''}{row.line}"
-        writer.add(client, split, key, image=image.data, suffix=image.suffix, text=row.text, info=info)
+        how = None if image.scaled is None else (image.scaled, row.image)
+        scaled += [] if how is None else [how]
+        writer.add(client, split, _key(row, names.files), **_members(row, image))
+        journal.take(client, split, scaled=how)
         counts.setdefault(client, Counter())[split] += 1
     return counts
 
 
-class Encoded(NamedTuple):
-    """An image for a shard: its bytes, their suffix, and how grey of more than 8 bits came to 8, where it did."""
-
-    data: bytes
-    suffix: str
-    scaled: Scaled | None = None
+def _key(row: Row, files: dict[str, int]) -> str:
+    """The pair's key: the image's name and the row's line, with its file's number, as lines of two files may be equal."""
+    file = files[row.file]
+    return f"{safe_name(Path(row.image).stem)[:48]}-{f'{file}_' if file else ''}{row.line}"
 
 
-def encode_image(data: bytes, shorter_side: int | None, frame: int | None = None) -> Encoded:
-    """A checked image: the JPEG or PNG itself where nothing has to change, else encoded anew, without any metadata.
-
-    Larger images are shrunk to `shorter_side`, photographs turned upright, other formats become PNG, DICOM among them, of
-    which `frame` chooses one of several. Raises BadSample, and DicomError, a ValueError.
-    """
-    scaled: Scaled | None = None
-    try:
-        if is_dicom(data):
-            picture, scaled = read_dicom(data, frame)
-            plain = io.BytesIO()
-            picture.save(plain, "PNG", compress_level=1)
-            data = plain.getvalue()
-        opened = Image.open(io.BytesIO(data), formats=_READABLE)
-        if opened.width * opened.height > MAX_PIXELS:
-            raise BadSample("oversized_image")
-        suffix = {"JPEG": "jpg", "PNG": "png"}.get(opened.format or "", "")
-        upright = orientation(opened) == 1
-        shrink = shorter_side is not None and min(opened.size) > shorter_side
-        opened.load()
-        if suffix and upright and not shrink:
-            return Encoded(data, suffix, scaled)
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        if image.mode in WIDE_MODES:
-            grey, clipped = stretch(np.asarray(image))
-            image, scaled = Image.fromarray(grey), Scaled("percentiles", clipped)
-    except Image.DecompressionBombError as error:
-        raise BadSample("oversized_image") from error
-    except (BadSample, DicomError, DataError):
-        raise
-    except Exception as error:  # Pillow raises many types for broken files
-        raise BadSample("corrupt_image") from error
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("L") if image.mode == "1" else to_rgb(image)
-    if shrink and shorter_side is not None:
-        scale = shorter_side / min(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    if suffix == "jpg":
-        image.info.clear()
-        image.save(out, "JPEG", quality=92)
-        return Encoded(out.getvalue(), "jpg", scaled)
-    image.info.clear()  # Pillow would write comments and EXIF again
-    image.save(out, "PNG")
-    return Encoded(out.getvalue(), "png", scaled)
+def _members(row: Row, image: Encoded) -> dict[str, Any]:
+    """What DatasetWriter.add takes of a pair."""
+    info = {
+        "labels": row.labels,
+        "site": row.site,
+        "patient": row.group or None,
+        "client": row.client,
+        "line": row.line,
+    }
+    return {"image": image.data, "suffix": image.suffix, "text": row.text, "info": info}
 
 
 def _in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[tuple[_In, _Out]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from documented_json import check_documented
 from run_helpers import make_config, make_line, make_run, robust_columns
 
 from feddra_ds.cli import main
@@ -93,6 +94,13 @@ def test_losses_with_their_errors_and_the_robust_gain(tmp_path: Path, capsys: py
     assert "p attains 40 % of the robust gain." in text
     assert main(["status", str(run), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
+    trouble = {"id": "west", "reason": "its update was not finite"}
+    line = make_line(1, **robust_columns(1), excluded_clients=[trouble])
+    told_too = make_run(tmp_path / "run", make_config(tmp_path / "run", tmp_path / "data"), [line], running())
+    (tmp_path / "run" / "checkpoints" / "round-0").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "round-0" / "manifest.json").write_text("{}")
+    assert main(["status", str(told_too), "--json"]) == 0
+    check_documented("status", json.loads(capsys.readouterr().out), but="@10")
     assert told["robust_gain"]["share"] == 0.4
     assert (told["client_losses_se"], told["skipped_steps"]) == ([0.05, 0.060000000000000005, 0.07], 2)
 

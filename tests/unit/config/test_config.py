@@ -127,7 +127,7 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
             "not finite",
         ),
         ({"deepspeed": {"zero_optimization": {"compute_grad_norm": False}}}, "deepspeed.zero_optim", "not finite"),
-        ({"deepspeed": {"tensorboard": {"enabled": True}}}, "deepspeed.tensorboard", "run.monitor"),
+        ({"deepspeed": {"tensorboard": {"enabled": True}}}, "deepspeed.tensorboard", "run.trackers: [tensorboard]"),
         ({"strategy": {"name": "fedavgg"}}, "strategy.name", "feddra"),
     ],
 )

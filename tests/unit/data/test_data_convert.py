@@ -18,7 +18,7 @@ from PIL import Image
 from feddra_ds.cli import main
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.loading.images import BadSample
-from feddra_ds.data.sources.ingest import encode_image
+from feddra_ds.data.sources.encode import encode_image
 from feddra_ds.data.sources.split import choose_validation, components
 
 

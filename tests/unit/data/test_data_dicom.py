@@ -16,7 +16,7 @@ from feddra_ds.cli import main
 from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.data.loading.images import open_image, stretch, to_rgb, training_pixels
 from feddra_ds.data.sources.dicom import DicomError, is_dicom, read_dicom
-from feddra_ds.data.sources.ingest import encode_image
+from feddra_ds.data.sources.encode import encode_image
 
 
 def file_of(name: str) -> bytes:

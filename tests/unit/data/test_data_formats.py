@@ -320,3 +320,12 @@ def test_open_i_reports_with_their_pictures(tmp_path: Path, capsys) -> None:
     assert {text: image for text, (_, _, image) in pairs(tmp_path / "out").items()} == {
         f"Clear {n}.": encoded(2 * n + 1, form="PNG") for n in range(7)
     }
+
+
+def test_an_id_without_a_network_is_one_line(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert convert("--from", "huggingface", "--path", "acme/cxr", "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("feddra-ds: --path: cannot open acme/cxr with datasets: Couldn't reach ")
+    assert line.endswith("is this machine online? A folder that save_to_disk wrote needs no network")
+    assert not list(tmp_path.iterdir()), "nothing is left"

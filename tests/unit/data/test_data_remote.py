@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import socket
 import sys
 import threading
@@ -15,12 +16,13 @@ from data_helpers import client_data, make_dataset, preflight_lines
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.config.load import from_dict
-from feddra_ds.config.schema import StreamingConfig
+from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format import remote
 from feddra_ds.data.format.dataset import Dataset, open_dataset
-from feddra_ds.data.format.remote import FetchAhead, Store, is_remote
+from feddra_ds.data.format.remote import OpenAhead, Store, is_remote
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.stream import Stream
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.run.checks import check
 
@@ -331,24 +333,53 @@ def test_waiting_for_another_reader_has_a_bound(server: Server, options: Streami
             store.local(part.paths[0])
 
 
-def test_fetching_ahead_runs_in_order_and_survives_failures() -> None:
-    seen: list[str] = []
-
-    def fetch(address: str) -> None:
-        seen.append(address)
-        if address == "bad":
-            raise DataError("no")
-
-    ahead = FetchAhead(fetch)
-    ahead.want(["one", "bad", "two"])
-    ahead.want(["one", "bad", "two"])
+def eventually(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + 5
-    while len(seen) < 3 and time.monotonic() < end:
+    while not holds() and time.monotonic() < end:
         time.sleep(0.01)
-    ahead.want(["two", "three"])
-    while len(seen) < 4 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert seen == ["one", "bad", "two", "three"]
+    assert holds()
+
+
+def test_shards_are_opened_ahead_in_order() -> None:
+    seen: list[str] = []
+    files: dict[str, io.BytesIO] = {}
+    go = threading.Event()
+
+    def open_shard(place: str) -> io.BytesIO:
+        seen.append(place)
+        if place == "bad":
+            raise DataError("no")
+        if place == "late":
+            go.wait(5)
+        return files.setdefault(place, io.BytesIO(place.encode()))
+
+    ahead = OpenAhead(open_shard)
+    ahead.want(["one", "bad", "two"])
+    ahead.want(["one", "bad", "two"])
+    assert ahead.take("two") is files["two"], "it is waited for"
+    with pytest.raises(DataError, match="no"):
+        ahead.take("bad")
+    assert ahead.take("other") is None
+    ahead.want(["three"])
+    assert ahead.take("three") is files["three"]
+    assert seen == ["one", "bad", "two", "three"], "each once, in order"
+    assert [files[name].closed for name in ("one", "two", "three")] == [True, False, False], "not wanted any more"
+    ahead.want(["late"])
+    eventually(lambda: "late" in seen)
+    ahead.want([])
+    go.set()
+    eventually(lambda: "late" in files and files["late"].closed)
+    assert ahead.take("late") is None
+
+
+def test_a_cache_that_keeps_nothing_fetches_each_shard_once(server: Server, options: StreamingConfig) -> None:
+    options = options.model_copy(update=dict(cache_bytes=0))
+    shards = open_dataset(server.address, ["a"], options, DataConfig(order="streaming")).stream("a", "train")
+    assert len(shards.places) >= 4
+    for seed in range(3):
+        server.requests.clear()
+        assert len(Stream([shards], seed, buffer=3).sample(None)) == 24
+        assert len(set(server.requests)) == len(server.requests), "no shard twice in a pass"
 
 
 def test_a_store_can_be_sent_to_workers(server: Server, options: StreamingConfig) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
+import resource
 import tarfile
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,10 @@ from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.indexing import split_of
+from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
+from feddra_ds.data.loading.streaming import StreamingData
 
 
 def write_tar(path: Path, numbers: range, form: str = "JPEG", name: str = "{:05d}", **info: Any) -> None:
@@ -223,16 +229,38 @@ def test_a_pipe_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "n: 8 train pairs in 2 shards" in capsys.readouterr().out
 
 
-def test_open_shards_are_few_for_a_whole_process(tmp_path: Path) -> None:
-    """Whatever the number of clients, splits and shards: 1,024 descriptors is what many machines give."""
-    from data_helpers import make_dataset
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """`ulimit -n 1024`, which is what many machines give; how many are open before the test."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-    dataset = make_dataset(tmp_path / "d", {c: {"train": 50, "val": 20} for c in "abc"}, max_shard_bytes=1000)
-    before = len(os.listdir("/proc/self/fd"))
-    parts = [dataset.samples(client, split) for client in "abc" for split in ("train", "val")]
-    assert sum(len(part.paths) for part in parts) == 210
-    for _ in range(2):
-        assert all(part.read_text(i) for part in parts for i in range(len(part)))
-    assert 100 < len(os.listdir("/proc/self/fd")) - before <= 128
-    del parts, dataset
-    assert len(os.listdir("/proc/self/fd")) <= before
+
+@pytest.mark.parametrize(("kind", "most"), [(ClientData, 128), pytest.param(StreamingData, 16, marks=pytest.mark.slow)])
+def test_16_clients_of_64_shards_take_turns_with_1024_descriptors(
+    tmp_path: Path, cache: dict[str, Any], few_descriptors: int, kind: type[ClientData], most: int
+) -> None:
+    write_tar(tmp_path / "one.tar", range(1))
+    shard = (tmp_path / "one.tar").read_bytes()
+    clients = {f"c{client}": str(tmp_path / f"c{client}") for client in range(16)}
+    for place in clients.values():
+        Path(place).mkdir()
+        for number in range(64):
+            (Path(place) / f"{number:05d}.tar").write_bytes(shard)
+    dataset = opened(clients=clients, order="streaming" if kind is StreamingData else "exact", **cache)
+    dataset.options.shuffle_buffer = 10
+    num = 8 if kind is ClientData else 2  # all shards of a client, or a quarter of them
+    with DecodePool() as pool:
+        every = [client_data(dataset, [client], pool=pool, kind=kind, batch_size=8) for client in clients]
+        for batches in zip(*(data.batches(Position(), num) for data in every), strict=True):
+            assert {len(batch.keys) for batch in batches} == {8}
+            now = len(os.listdir("/proc/self/fd")) - few_descriptors
+            assert now <= most + 4, "and the directory itself, and the like"
+    del every, dataset, batches
+    gc.collect()
+    end = time.monotonic() + 20  # threads that read ahead end soon
+    while (left := len(os.listdir("/proc/self/fd"))) > few_descriptors + 1 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left <= few_descriptors + 1, "none stays open"

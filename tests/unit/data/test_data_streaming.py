@@ -32,7 +32,7 @@ class Told(Shards):
 
     read_shards: list[int]
 
-    def read(self, shard):
+    def read(self, shard, ahead=None):
         self.read_shards.append(shard)
         for number in range(SIZES[shard]):
             yield Raw(f"{shard}-{number}", {})
@@ -96,7 +96,7 @@ def test_going_on_gives_the_same_and_reads_no_shard_that_was_consumed(skip: int,
 def test_going_on_in_the_middle_of_a_shard_larger_than_many_batches(skip: int) -> None:
     def large(counts: list[int | None]) -> Shards:
         part = Shards("a", "train", [f"{n}" for n in range(4)], counts)
-        part.read = lambda shard: iter([Raw(f"{shard}-{n}", {}) for n in range(60)])
+        part.read = lambda shard, ahead: iter([Raw(f"{shard}-{n}", {}) for n in range(60)])
         return part
 
     whole = keys(Stream([large([None] * 4)], 0, "a", buffer=10), 4, skip + 30)
@@ -285,7 +285,7 @@ def test_the_config_chooses_the_order(dataset: Dataset) -> None:
 def test_a_late_place_is_reached_soon() -> None:
     """200,000 pairs were taken of 400 shards."""
     part = Shards("big", "train", [f"{n}" for n in range(400)], [500] * 400)
-    part.read = lambda shard: iter([Raw(f"{shard}-{n}", {}) for n in range(500)])
+    part.read = lambda shard, ahead: iter([Raw(f"{shard}-{n}", {}) for n in range(500)])
     source = Stream([part], 0, "big", buffer=1000)
     for batch, _ in islice(source.batches(72, 2700), 5):
         assert len([item.raw.key for item in batch]) == 72

@@ -90,6 +90,19 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch, words: s
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0 SLURM_JOB_NODELIST=a",  # a batch script, behind its srun
+        "WORLD_SIZE=2 " + MASTER,
+        "ACCELERATE_MIXED_PRECISION=no MASTER_PORT=29500",
+    ],
+)
+def test_who_may_be_alone_is_alone_where_no_launcher_started_it(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    set_environment(monkeypatch, words)
+    assert Launch.from_environment(may_be_alone=True) == Launch(0, 1, 0, "127.0.0.1", 0, is_launched=False)
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         ("RANK=1 " + MASTER, r"RANK=1 is set .*torchrun.*, but not WORLD_SIZE"),
@@ -175,6 +188,16 @@ def test_the_scripts_parse_and_explain_themselves(name: str) -> None:
         assert "--config FILE" in done.stdout
 
 
+def test_a_job_that_was_asked_to_end_is_queued_again(tmp_path: Path) -> None:
+    for name, ends in (("srun", "exit 75"), ("scontrol", f'echo "$@" > {tmp_path}/said')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{ends}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    done = subprocess.run(["bash", SCRIPTS / "slurm.sbatch", "--config", "c.yaml"], timeout=20, env=environment)
+    assert done.returncode == 75
+    assert (tmp_path / "said").read_text() == "requeue 17\n"
+
+
 def test_srun_and_ssh_get_the_arguments_as_they_were(tmp_path: Path) -> None:
     """Both programs are replaced by ones that write down what they get."""
     for name in ("srun", "ssh"):
@@ -190,6 +213,7 @@ def test_srun_and_ssh_get_the_arguments_as_they_were(tmp_path: Path) -> None:
         .read_text()
         .endswith("|python|-m|feddra_ds|train|--config|my config.yaml|--clients.ids|[a, b]|\n")
     )
+    assert not (tmp_path / "scontrol.said").exists()
     subprocess.run(["bash", SCRIPTS / "two_hosts.sh", "one", "two", *words], check=True, timeout=20, env=environment)
     lines = sorted((tmp_path / "ssh.said").read_text().replace("\\\n", "").splitlines())
     assert len(lines) == 2

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented_json import check_documented
 from model_helpers import BODY
 from run_helpers import make_config, make_data
 
@@ -116,29 +117,32 @@ def test_stage_1_holds_less_than_stage_2_and_embedding_least() -> None:
     assert 1.5 * heights[0] < heights[2]
 
 
+LEVERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"data__batch_size": 64, "data__micro_batch_size": 2}, {"data__batch_size": 64}),
+    ({}, {"data__batch_size": 64}),
+    ({"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "ranks": 2},
+     {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
+    ({"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 4},
+     {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
+    ({"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}, "ranks": 2},
+     {"deepspeed": {"zero_optimization": {"stage": 3}}, "ranks": 2}),
+    ({"model__adapter": {"type": "lora", "r": 4}}, {}),
+    ({"model__adapter": {"type": "lora", "r": 4}}, {"model__adapter": {"type": "lora", "r": 4, "aggregation": "stack"}}),
+    ({}, {"objective__anchors": "resident"}),
+    ({}, {"aggregate__precision": "int8"}),
+    ({}, {"clients": 4}),
+    ({"optimizer__name": "sgd"}, {}),
+    ({}, {"clients": 3, "strategy__name": "local"}),
+    ({}, {"aggregate__ema": 0.9}),
+    ({"strategy__name": "afl"}, {"strategy__name": "drfa"}),
+    ({"strategy__name": "fedavg"}, {"strategy__name": "moon"}),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
-    [
-        ({"data__batch_size": 64, "data__micro_batch_size": 2}, {"data__batch_size": 64}),
-        ({}, {"data__batch_size": 64}),
-        ({"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "ranks": 2},
-         {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 4},
-         {"deepspeed": {"zero_optimization": {"stage": 2}}, "ranks": 2}),
-        ({"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}, "ranks": 2},
-         {"deepspeed": {"zero_optimization": {"stage": 3}}, "ranks": 2}),
-        ({"model__adapter": {"type": "lora", "r": 4}}, {}),
-        ({"model__adapter": {"type": "lora", "r": 4}}, {"model__adapter": {"type": "lora", "r": 4, "aggregation": "stack"}}),
-        ({}, {"objective__anchors": "resident"}),
-        ({}, {"aggregate__precision": "int8"}),
-        ({}, {"clients": 4}),
-        ({"optimizer__name": "sgd"}, {}),
-        ({}, {"clients": 3, "strategy__name": "local"}),
-        ({}, {"aggregate__ema": 0.9}),
-        ({"strategy__name": "afl"}, {"strategy__name": "drfa"}),
-        ({"strategy__name": "fedavg"}, {"strategy__name": "moon"}),
-    ],
-)  # fmt: skip
+    [pytest.param(*pair, marks=pytest.mark.slow if n % 2 else []) for n, pair in enumerate(LEVERS)],
+)
 def test_every_lever_moves_the_peak_the_right_way(less: dict[str, Any], more: dict[str, Any]) -> None:
     assert planned(**less).bytes_of("host") < planned(**more).bytes_of("host")
 
@@ -228,6 +232,7 @@ def test_what_does_not_fit_names_keys_and_what_each_saves(data: Path) -> None:
     assert smaller.short is None
 
 
+@pytest.mark.slow
 def test_on_a_gpu_that_is_too_small_offload_is_offered(data: Path) -> None:
     zero = {"stage": 1, "reduce_bucket_size": 1000}
     verdict = judge(on_data(data, deepspeed={"zero_optimization": zero}), 1, Machine(10**12, 1, 10**6))
@@ -235,6 +240,7 @@ def test_on_a_gpu_that_is_too_small_offload_is_offered(data: Path) -> None:
     keys = [change.key for change in verdict.changes]
     assert "deepspeed.zero_optimization.offload_optimizer" in keys
     assert "deepspeed.bf16.enabled" in keys
+    check_documented("doctor --plan", verdict.as_dict(), but="^$")
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +259,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     told = json.loads(capsys.readouterr().out)
     assert told["fits"]
     assert told["peak"]["host"] == sum(told["items"]["host"].values())
+    check_documented("doctor --plan", told, but="device|short|changes")
     assert not (data.parent / "run").exists()
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from documented_json import check_documented
 from run_helpers import add_model, make_config, make_data, make_line, make_run
 
 from feddra_ds.cli import main
+from feddra_ds.evaluation.embeddings import embed
 from feddra_ds.evaluation.evaluate import evaluate
 from feddra_ds.evaluation.export import export
+from feddra_ds.evaluation.finetune import finetune
 from feddra_ds.evaluation.probe import probe
-
-SCHEMA = Path(__file__).parents[3] / "docs" / "json_output.md"
-TYPES = {"text": str, "int": int, "float": (int, float), "bool": bool, "list": list}
 
 
 @pytest.fixture(scope="module")
@@ -38,52 +37,6 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
     """The JSON object that a command prints."""
     assert main([*map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def documented(command: str) -> dict[str, str]:
-    """path → type, braces written out, of a command's table."""
-    (part,) = re.findall(rf"^## {command}\n(.*?)(?=^## |\Z)", SCHEMA.read_text(), re.M | re.S)
-    out = {}
-    for path, kind in re.findall(r"^\| `(.+?)` \| (\w+) \|", part, re.M):
-        pieces = [
-            re.split(r",", piece[1:-1]) if piece[0] == "{" else [piece] for piece in re.findall(r"{.*?}|[^{]+", path)
-        ]
-        out |= {"".join(chosen): kind for chosen in product(*pieces)}
-    return out
-
-
-def is_key(told: str, key: str) -> bool:
-    """Whether a word of a documented path stands for a key."""
-    return told.isupper() or re.fullmatch(re.escape(told).replace("@K", r"@(1|5|10)"), key) is not None
-
-
-def seen_in(value: Any, paths: dict[str, list[str]], kinds: dict[str, str], place: str = "") -> set[str]:
-    """The documented paths that occur in `value`; fails for what is not documented, or is of another type. paths: path → its
-    words below this place."""
-    if value is None or value == {}:
-        return set()
-    ends = [path for path, words in paths.items() if not words]
-    if ends:
-        assert isinstance(value, TYPES[kinds[ends[0]]]), place
-        return set(ends)
-    if isinstance(value, list):
-        return set().union(*(seen_in(one, paths, kinds, place) for one in value))
-    assert isinstance(value, dict), f"{place} is not documented as a value"
-    out: set[str] = set()
-    for key, below in value.items():
-        literal = {path: words[1:] for path, words in paths.items() if not words[0].isupper() and is_key(words[0], key)}
-        inside = literal or {path: words[1:] for path, words in paths.items() if words[0].isupper()}
-        assert inside, f"{place}.{key} is not documented"
-        out |= seen_in(below, inside, kinds, f"{place}.{key}")
-    return out
-
-
-def check_documented(command: str, *results: dict[str, Any], but: str) -> None:
-    """All of the results is documented, and all that is documented occurs in them, but paths that match `but`."""
-    kinds = documented(command)
-    paths = {path: path.replace("[]", "").split(".") for path in kinds}
-    seen = set().union(*(seen_in(json.loads(json.dumps(one, allow_nan=False)), paths, kinds) for one in results))
-    assert sorted(path for path in set(kinds) - seen if not re.search(but, path)) == []
 
 
 def test_evaluating_a_run(places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +77,32 @@ def test_probing(places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[
     assert found == told(capsys, "probe", run, *words, "--strength", 0.1)
 
 
+def test_fine_tuning(places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run, other, data = places
+    found = finetune(run, label_keys=["view"], fractions=[0.5], epochs=1, repeats=2, device="cpu")
+    assert capsys.readouterr().out == ""
+    assert not (run / "finetune.json").exists(), "only the command keeps it for the report"
+    words = ("--fractions", 0.5, "--epochs", 1, "--repeats", 2, "--device", "cpu")
+    assert found == told(capsys, "finetune", run, *words, "--label-key", "view")
+    assert found == json.loads((run / "finetune.json").read_text())
+    check_documented("finetune", found, but="non_finite|REASON|labels_left_out")
+    assert main(["report", str(run), "--examples", "0"]) == 0
+    page = " ".join(re.sub(r"<[^>]+>", " ", (run / "report.html").read_text()).split())
+    best = found["transfer"]["full"]["0.5"]["by_label"]["view"]["auroc"]
+    assert "label, client linear 50 % full 50 %" in page
+    assert f"{best['mean']:.3f} ({best['low']:.3f} to {best['high']:.3f}) accuracy" in page
+    assert "val said when to stop too" in page
+    capsys.readouterr()
+    assert (
+        main([str(w) for w in ("finetune", other, "--data", data, "--modes", "linear", "--label-key", "odd", *words)])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "labelled pairs that were trained on: 18 at 50 %" in shown
+    assert "kept in" not in shown
+    assert "beyond (held out)" in shown
+
+
 def test_everything_that_is_measured_is_documented(
     places: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,9 +132,17 @@ def test_everything_that_is_measured_is_documented(
     assert by_site["pairs"] == north["pairs"] == 8
     assert all(e["difference"] == 0 for ks in found["compared"]["retrieval"].values() for e in ks.values())
 
+    from safetensors import safe_open
     from safetensors.numpy import load_file
 
     embeddings = load_file(saved)
+    again = tmp_path / "again.safetensors"
+    about = told(capsys, "embed", run, "--out", again)
+    check_documented("embed", about, but=left_out)
+    assert about == embed(run, again)
+    with safe_open(again, "np") as one, safe_open(saved, "np") as other:
+        assert one.metadata() == other.metadata(), "embed writes what evaluate saves"
+        assert all(np.array_equal(one.get_tensor(name), embeddings[name]) for name in embeddings)
     assert embeddings["image"].shape == embeddings["text"].shape == (8 + 8 + 9, 8)
     assert np.linalg.norm(embeddings["image"], axis=1) == pytest.approx(1, abs=1e-5)
     assert found["compared"]["zero_shot"]["odd"]["first"] == found["zero_shot"]["odd"]["pooled"]["auroc"]

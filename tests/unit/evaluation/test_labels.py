@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from feddra_ds.commands.probe import parse_fractions
+from feddra_ds.commands._model_arguments import parse_fractions
 from feddra_ds.evaluation.gallery import Gallery
-from feddra_ds.evaluation.labels import find_tasks, read_prompts, readable
+from feddra_ds.evaluation.labels import draw_labels, find_tasks, read_prompts, readable
 from feddra_ds.evaluation.probe import probe_all
 from feddra_ds.evaluation.zero_shot import zero_shot_scores
 from feddra_ds.metrics.classification import measure
@@ -52,6 +52,25 @@ def test_more_parts_than_classes_are_cut_and_said() -> None:
     tasks, refused = find_tasks(infos("things", values))
     assert len(tasks) == 50
     assert refused == {"things": "39 rarer parts are left out"}
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.37, 1.0])
+def test_a_draw_of_labels_is_stratified_and_has_one_of_each_class(fraction: float) -> None:
+    rng = np.random.default_rng(0)
+    view = rng.choice(3, 500, p=[0.6, 0.3, 0.1])
+    targets = np.stack([view, rng.choice([-1, 0, 1], 500, p=[0.2, 0.6, 0.2]), np.arange(500) == 7], 1).astype(np.int64)
+    draws = [draw_labels(targets, fraction, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert np.array_equal(draws[0], draws[1])
+    assert fraction == 1 or not np.array_equal(draws[0], draws[2])
+    for chosen in draws:
+        assert np.array_equal(chosen, np.unique(chosen))
+        added = len(chosen) - round(fraction * 500)
+        assert 0 <= added <= 7, "no more than one of each class is added"
+        for k in range(3):
+            assert set(targets[chosen, k]) >= set(targets[:, k]) - {-1}
+        shares = np.bincount(view[chosen], minlength=3) - fraction * np.bincount(view)
+        assert np.abs(shares).max() <= 1 + added
+    assert len(draw_labels(targets[:0], fraction, rng)) == 0
 
 
 def test_an_unknown_label_names_those_there_are() -> None:

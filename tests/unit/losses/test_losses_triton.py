@@ -30,11 +30,12 @@ def run_cases(marker: str, timeout: float) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter() -> None:
     assert run_cases("not slow", 500) >= 30
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
 def test_the_kernels_in_the_interpreter_in_every_combination() -> None:
     assert run_cases("slow", 1400) == 30

@@ -106,8 +106,9 @@ def test_rows_that_are_not_finite_are_wrong(classes: int) -> None:
     assert best is not None
     assert spoilt is not None
     assert nothing is not None
-    assert best["auroc"] == best["balanced_accuracy"] == 1
-    assert all(spoilt[key] < 1 for key in ("auroc", "auprc", "f1", "balanced_accuracy"))
-    assert nothing["auroc"] == nothing["balanced_accuracy"] == nothing["f1"] == 0
+    assert best["auroc"] == best["accuracy"] == best["balanced_accuracy"] == 1
+    assert all(spoilt[key] < 1 for key in ("auroc", "auprc", "f1", "accuracy", "balanced_accuracy"))
+    assert nothing["auroc"] == nothing["accuracy"] == nothing["balanced_accuracy"] == nothing["f1"] == 0
+    assert spoilt["accuracy"] == pytest.approx(29 / 30)
     told = calibration(targets, np.full_like(scores, np.nan), 0.07)
     assert told["ece"] == pytest.approx(1 / (classes - 1)), "all that it believes is shared by the wrong classes"

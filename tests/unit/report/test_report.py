@@ -19,6 +19,7 @@ from feddra_ds.evaluation.examples import NUM_IMAGES, NUM_TEXTS, retrieval_examp
 from feddra_ds.evaluation.gallery import open_split
 from feddra_ds.evaluation.models import open_models
 from feddra_ds.report import charts
+from feddra_ds.report.evaluation_charts import calibration_diagrams, reliability_diagram
 from feddra_ds.run.files import open_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -201,6 +202,58 @@ def test_the_evaluation_section(finished: Path, data: Path, tmp_path: Path, caps
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(make_line(3)) + "\n")
     assert "1 round ended since:" in write(run, "--examples", "0").text
+
+
+def test_subgroups_and_calibration_are_drawn(finished: Path, data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_config(tmp_path / "run", data), [make_line(0)])
+    (run / "model").symlink_to(finished / "model")
+    assert main(["evaluate", str(run), "--bootstrap", "20", "--subgroup", "site,odd"]) == 0
+    page = write(run, "--examples", "0")
+    told = json.loads((run / "evaluation.json").read_text())
+    titles = [value for _, name, value in page.attributes if name == "title"]
+    for field, values in told["subgroups"]["fields"].items():
+        assert f"By {field} " in page.text
+        for value, about in values.items():
+            e = about["recall@5"]
+            shown = f"recall@5 {percent(e['recall'])} % ({percent(e['low'])} to {percent(e['high'])})"
+            assert f"{field} = {value}, {about['pairs']} pairs: {shown}, chance {percent(e['chance'])} %" in titles
+    worst = told["subgroups"]["worst"]
+    assert f"Furthest down, against chance: {worst['field']} = {worst['value']}, recall@5" in page.text
+    names = [value for _, name, value in page.attributes if name == "aria-label"]
+    for label in ("odd", "view"):
+        assert f"Reliability diagram of {label}" in names
+        assert f"{label} ECE {number(told['zero_shot'][label]['pooled']['calibration']['ece'])}" in page.text
+
+    # an evaluation of an older version, and one without subgroups and labels
+    for label in told["zero_shot"].values():
+        del label["pooled"]["calibration"]
+    del told["subgroups"]
+    (run / "evaluation.json").write_text(json.dumps(told))
+    assert "Calibration" not in write(run, "--examples", "0").text
+
+
+def test_a_reliability_diagram_is_where_its_bins_are() -> None:
+    bins = [
+        {"confidence": 0.5, "accuracy": 0.25, "n": 30},
+        {"confidence": 1.0, "accuracy": 1.0, "n": 10},
+    ]
+    drawn = str(reliability_diagram(bins, "a <label>"))
+    assert 'aria-label="Reliability diagram of a &lt;label&gt;"' in drawn
+    found = re.findall(r'<circle class="dot c0" cx="(.*?)" cy="(.*?)" r="(.*?)"', drawn)
+    (x1, y1, r1), (x2, y2, r2) = (tuple(map(float, one)) for one in found)
+    (across, end, corner, top) = map(float, re.search(r'dash" d="M(\S+) (\S+)L(\S+) (\S+)"', drawn).groups())  # type: ignore[union-attr]
+    assert (x2, y2) == (corner, top), "sure and always right is the diagonal's upper end"
+    assert (x1, y1) == ((across + corner) / 2, end + (top - end) / 4)
+    assert r1 > r2
+    assert "30 pairs, said 0.50, right 0.25" in drawn
+
+
+def test_the_labels_of_the_most_pairs_have_diagrams() -> None:
+    label = lambda n: {
+        "pooled": {"n": n, "calibration": {"ece": 0.1, "bins": [{"confidence": 1, "accuracy": 1, "n": n}]}}
+    }
+    told = {f"l{n}": label(n) for n in range(10)} | {"none": {"pooled": {"n": 99, "calibration": None}}}
+    assert [one["label"] for one in calibration_diagrams(told)] == [f"l{n}" for n in range(4, 10)]
 
 
 def test_every_cell_has_its_label_on_a_phone(finished: Path) -> None:

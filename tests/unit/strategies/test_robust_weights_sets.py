@@ -324,7 +324,7 @@ def test_properties_over_random_histories() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.exhaustive) for part in range(1, 10))])
 def test_properties_over_a_hundred_thousand_random_histories(part: int) -> None:
     histories(seed=100 + part, count=10_000, rounds=2)
 
@@ -347,7 +347,9 @@ def shares(kind: str, radius: float, ascent: str, step_size: float, minimum: flo
     return found
 
 
-@pytest.mark.parametrize(("kind", "radius"), [("chi2", 1.0), ("chi2", 0.1), ("kl", 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "radius"), [("chi2", 1.0), ("chi2", 0.1), pytest.param("kl", 0.5, marks=pytest.mark.slow)]
+)
 def test_frozen_losses_give_the_balls_whole_gain(kind: str, radius: float) -> None:
     """At a spread of the losses of 1 and η = 0.5."""
     for minimum in (0.0, 0.1):
@@ -377,7 +379,7 @@ def rounds_until_above_centre(inside: MixtureSet, ascent: str, step_size: float 
     return 100
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "kl" else k for k in KINDS])
 def test_a_client_that_becomes_the_worst_is_heard_within_ten_rounds(kind: str) -> None:
     rng = np.random.default_rng(2)
     for n in (2, 3, 20, 64):

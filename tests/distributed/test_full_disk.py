@@ -1,0 +1,80 @@
+"""A checkpoint that cannot be written: the kernel refuses files above a size, on one rank of two, as a full disk would."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from helpers import build_run, finish, metrics_of, on_ranks, tree, zero
+
+SETTINGS: dict[str, Any] = {"deepspeed": zero(2), "topology__ranks_per_slot": 2, "evaluation__every": 0}
+
+
+@contextlib.contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def with_full_disk(config_tree: dict[str, Any], rounds: list[int]) -> str | None:
+    """All rounds, in some of which rank 1 cannot save; what the run ended with."""
+    from feddra_ds.common.errors import CheckpointNotWritten, TooFewClients
+
+    run = build_run(config_tree)
+    save = run.save
+
+    def on_full_disk(round_index: int, record: Any) -> None:
+        full = run.topology.rank == 1 and round_index in rounds
+        with no_file_above(1000) if full else contextlib.nullcontext():
+            save(round_index, record)
+
+    run.save = on_full_disk
+    said = None
+    try:
+        run.rounds()
+    except TooFewClients as error:
+        return str(error)
+    except CheckpointNotWritten as error:
+        said = str(error)
+    finish(run)
+    return said
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def test_the_run_goes_on_and_keeps_what_is_whole(dataset: Path, tmp_path: Path) -> None:
+    config = tree(dataset, tmp_path, schedule__rounds=3, **SETTINGS)
+    assert on_ranks(with_full_disk, 2, config, [1]) == [None, None]
+    assert checkpoints(tmp_path) == ["round-000000", "round-000002"]
+    assert len(metrics_of(tmp_path)) == 3
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_the_last_round_needs_its_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    config = tree(dataset, tmp_path, schedule__rounds=2, **SETTINGS)
+    told, _ = on_ranks(with_full_disk, 2, config, [1])
+    assert told is not None
+    assert "rank 1: " in told
+    assert "make room, and the same command" in told
+    assert checkpoints(tmp_path) == ["round-000000"]
+    assert on_ranks(with_full_disk, 2, config, []) == [None, None]
+    assert checkpoints(tmp_path) == ["round-000000", "round-000001"]
+
+
+def test_or_the_run_stops(dataset: Path, tmp_path: Path) -> None:
+    config = tree(dataset, tmp_path, schedule__rounds=3, checkpoint__on_error="stop", **SETTINGS)
+    for said in on_ranks(with_full_disk, 2, config, [0]):
+        assert said is not None
+        assert "rank 1" in said
+        assert "File too large" in said
+        assert "checkpoint.on_error is stop" in said
+    assert checkpoints(tmp_path) == []
