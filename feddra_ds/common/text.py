@@ -69,10 +69,11 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as one line: its first, or its type where it says nothing or only a key."""
+    """What an error says, as one line of at most 500 characters: its first, or its type where it says nothing or only a key."""
     said = str(error).strip()
     line = said.splitlines()[0] if said else ""
-    return printable(line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip())
+    text = printable(line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip())
+    return text if len(text) <= 500 else f"{text[:500]}…"
 
 
 def by_reason(excluded: Sequence[dict[str, str]]) -> dict[str, list[str]]:

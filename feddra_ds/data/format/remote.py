@@ -276,7 +276,7 @@ def _program(command: list[str]) -> Iterator[IO[bytes]]:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server says {error.code} {printable(error.reason)}"
+        return f"the server says {error.code} {printable(error.reason)[:200]}"
     if isinstance(error, urllib.error.URLError):
         return printable(str(error.reason))
     said = first_line(error)
