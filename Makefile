@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-all fuzz resolve lint bench experiments clean
+.PHONY: help quickstart test test-all test-exhaustive fuzz resolve lint docs bench experiments clean
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -60,12 +60,19 @@ fuzz: $(VENV)/.installed         ## 2,000 mutated files of every format that oth
 resolve: $(VENV)/.installed      ## check that the packages resolve on the plain index, on every declared Python
 	@for python in $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml); do \
 	  env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(BIN)/uv pip compile -q --no-config --python-version $$python -c constraints.txt \
-	    --extra dev --extra gpu pyproject.toml -o /dev/null && echo "Python $$python: resolves" || exit 1; done
+	    --extra dev --extra docs --extra gpu pyproject.toml -o /dev/null && echo "Python $$python: resolves" || exit 1; done
 
 lint: $(VENV)/.installed         ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs              ## the documentation as a site, in build/site; a warning is an error
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed        ## the benchmarks, as benchmarks/README.md says
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

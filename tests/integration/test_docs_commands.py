@@ -90,6 +90,7 @@ def run(command: str, work: Path) -> tuple[int, str]:
     """
     if "feddra-ds train" in command or "launch/train.py" in command:
         command += f" {QUICK} --data.root data/mine"
+    command = re.sub(r"(--num_accelerators|--nproc_per_node) 4", r"\1 2", command)  # ranks that share two cores
     if command.startswith("deepspeed"):
         command = command.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
     words = shlex.split(command)
@@ -105,9 +106,11 @@ def run(command: str, work: Path) -> tuple[int, str]:
 
 def test_every_bash_command_of_the_readme_and_docs(workplace: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
-    ran = 0
+    ran: set[str] = set()
     for document in DOCUMENTS:
         for command in commands(document, "bash"):
+            if command in ran:
+                continue
             if command.startswith("make "):
                 assert command.split()[1] in targets, f"{document.name}: {command}"
                 continue
@@ -115,8 +118,8 @@ def test_every_bash_command_of_the_readme_and_docs(workplace: Path) -> None:
                 continue
             code, said = run(command, workplace)
             assert code == 0, f"{document.name}: {command}\n{said}"
-            ran += 1
-    assert ran >= 6, "the README lost its commands, or this test lost them"
+            ran.add(command)
+    assert len(ran) >= 6, "the README lost its commands, or this test lost them"
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/after_training.md"])

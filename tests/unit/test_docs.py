@@ -5,22 +5,27 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_house import LAYERS, PACKAGE
 
+import feddra_ds
 from feddra_ds import strategies
 from feddra_ds.config.load import known_keys
 from feddra_ds.federation import protocol
 
 REPOSITORY = PACKAGE.parent
 DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
-DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
+DOCUMENTS += [PACKAGE / "assets" / "VOCABULARY.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 OWN_CLASSES = REPOSITORY / "docs" / "own_classes.md"
+SITE_HOOKS = REPOSITORY / "docs" / "site_hooks.py"
 # names of the user's own in docs/own_classes.md, and places that an environment or a run has
 NOT_OURS = ("hospital/", "hospital.", "my_", ".venv/", "RUN/", "runs/", "data/mine", "data/table", "results/NAME")
 
@@ -186,9 +191,58 @@ def test_own_classes_are_those_that_are_tested() -> None:
 def test_no_document_is_named_that_is_not_here() -> None:
     files = [p for top in ("benchmarks", "launch", "configs", "docs", "feddra_ds", "tests")
              for p in (REPOSITORY / top).rglob("*") if p.suffix in (".py", ".md", ".yaml")]  # fmt: skip
-    there = {p.name for p in REPOSITORY.glob("*.md")} | {p.name for p in files}
+    there = {p.name for p in [*REPOSITORY.glob("*.md"), *files]} | set(beside_docs().values())
     for path in [*files, *DOCUMENTS, REPOSITORY / "Makefile"]:
         text = path.read_text(encoding="utf-8")
         assert not set(re.findall(r"\b([\w-]+\.md)\b", text)) - there, path
         # a word in capitals with a section number is a paper's name
         assert not re.findall(r"\b[A-Z]{6,} \d", text), path
+
+
+class _Plain(yaml.SafeLoader):
+    """mkdocs.yml, whose tags name functions of its extensions."""
+
+
+_Plain.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, suffix, node: suffix)
+
+
+def pages_of(nav: Any) -> list[str]:
+    """The pages that a navigation names, in its order."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(entry)]
+
+
+def beside_docs() -> dict[str, str]:
+    """BESIDE_DOCS of docs/site_hooks.py, which needs mkdocs when it is imported."""
+    for node in ast.parse(SITE_HOOKS.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BESIDE_DOCS":
+            return dict(ast.literal_eval(node.value))
+    raise AssertionError("docs/site_hooks.py has no BESIDE_DOCS")
+
+
+def test_the_site_has_every_page_once() -> None:
+    nav = yaml.load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), _Plain)["nav"]
+    pages = {path.name for path in (REPOSITORY / "docs").glob("*.md")}
+    pages |= {name for name in beside_docs().values() if name.endswith(".md")}
+    assert sorted(pages_of(nav)) == sorted(pages)
+    assert not [source for source in beside_docs() if not (REPOSITORY / source).is_file()]
+
+
+def test_the_api_page_shows_what_is_public() -> None:
+    page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (\S+)", page, re.M)
+    for name in shown:
+        resolve(name)
+    public = [f"{home}.{name}" for name, home in feddra_ds._HOMES.items()]
+    assert set(public) <= set(shown)
+
+
+@pytest.mark.exhaustive
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """`make docs`, where its extra is installed; .github/workflows/ci.yml builds it too."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "doc-heading" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")

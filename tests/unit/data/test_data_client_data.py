@@ -163,6 +163,20 @@ def test_evaluation_is_a_fixed_sample_in_contiguous_parts(
         assert all(len(batch) == 4 for batch in batches[:-1])
 
 
+def test_evaluation_is_cut_between_batches_where_it_is_asked_to(dataset: Dataset, pool: DecodePool) -> None:
+    batches = [
+        [
+            b.keys
+            for rank in range(ranks)
+            for b in client_data(
+                dataset, ["a"], pool=pool, batch_size=12, slot_rank=rank, ranks_per_slot=ranks
+            ).evaluation_batches(None, 4, whole_batches=True)
+        ]
+        for ranks in (1, 2, 4)
+    ]
+    assert batches[0] == batches[1] == batches[2]
+
+
 def test_evaluation_is_not_augmented(dataset: Dataset, pool: DecodePool) -> None:
     plain = list(
         client_data(dataset, ["a"], pool=pool, augment={"crop_scale": 1.0, "brightness": 0}).evaluation_batches(8, 8)

@@ -269,6 +269,9 @@ def test_evaluation_parts_are_the_same_for_any_number_of_ranks(dataset: Dataset)
         whole, *parts = ([k for b in own.evaluation_batches(None, 2) for k in b.keys] for own in data)
         assert whole == parts[0] + parts[1]
         assert len(set(whole)) == 9
+        cut = [[b.keys for b in own.evaluation_batches(None, 2, whole_batches=True)] for own in data]
+        assert cut[0] == cut[1] + cut[2], "the same batches, not the same pairs alone"
+        assert [len(batches) for batches in cut] == [5, 3, 2]
 
 
 def test_the_config_chooses_the_order(dataset: Dataset) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,39 @@ def test_the_vocabulary_is_sound() -> None:
     for char in (chr(c) for c in range(33, 127) if not chr(c).isupper()):
         assert char in words, char
         assert f"##{char}" in words, char
+
+
+def test_the_vocabulary_is_what_its_page_says() -> None:
+    """Where a rule gives the pieces, the file follows it; and it stays as it is, since models depend on the order."""
+    pieces = list(vocabulary())
+    characters = [piece for piece in pieces if len(piece) == 1]
+    given = pieces[:5] + characters + [f"##{c}" for c in characters]
+    given += [str(n) for n in (*range(10, 101), *range(110, 201, 10), 2019, 2020)]
+    given += [f"##{n:02}" for n in range(100)]
+    assert pieces[: len(given)] == given
+    chosen = pieces[len(given) :]
+    assert all(re.fullmatch("(##)?[a-z]+", piece) for piece in chosen)
+    words, beginnings = chosen[: chosen.index("ab")], chosen[chosen.index("ab") : chosen.index("##es")]
+    behind = chosen[chosen.index("##specific") :]
+    assert all(piece.removeprefix("##") in words for piece in behind)
+    page = resources.files("feddra_ds").joinpath("assets/VOCABULARY.md").read_text(encoding="utf-8")
+    numbers = [len(words), len(beginnings), len(chosen) - len(words) - len(beginnings) - len(behind), len(behind)]
+    assert [
+        int(n.replace(",", "")) for n in re.findall(r"^\| ([\d,]+) \| .* \| (?:chosen|words of)", page, re.M)
+    ] == numbers
+    written = resources.files("feddra_ds").joinpath("assets/vocab.txt").read_bytes()
+    assert hashlib.sha256(written).hexdigest() == "8b86d278938c4a23c41d2b08779f8c32477477c9daeb562fd14762a781f23ce3"
+
+
+def test_its_page_makes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = resources.files("feddra_ds").joinpath("assets/VOCABULARY.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("reports.txt").write_text("Kleiner Pleuraerguss links.\nKein Pleuraerguss, kein Infiltrat.\n" * 3)
+    exec(code, {})
+    tokenizer = load_tokenizer("my_tokenizer")
+    assert tokenizer.tokenize("Kein Pleuraerguss.") == ["kein", "pleuraerguss", "."]
+    assert tokenizer("Kein Infiltrat").input_ids[0] == tokenizer.cls_token_id
 
 
 @pytest.mark.parametrize(

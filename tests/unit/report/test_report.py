@@ -244,6 +244,7 @@ def test_a_reliability_diagram_is_where_its_bins_are() -> None:
     (across, end, corner, top) = map(float, re.search(r'dash" d="M(\S+) (\S+)L(\S+) (\S+)"', drawn).groups())  # type: ignore[union-attr]
     assert (x2, y2) == (corner, top), "sure and always right is the diagonal's upper end"
     assert (x1, y1) == ((across + corner) / 2, end + (top - end) / 4)
+    assert y2 < y1, "more often right is further up"
     assert r1 > r2
     assert "30 pairs, said 0.50, right 0.25" in drawn
 
