@@ -10,6 +10,7 @@ from importlib import import_module
 
 from feddra_ds import __version__
 from feddra_ds.common.errors import WaitTimeout
+from feddra_ds.common.text import printable
 from feddra_ds.config.overrides import parse_overrides
 
 # command: (its module, what it does). A module has add_arguments(parser), EXAMPLES and run(args) -> exit code, and is imported
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not problems:
             raise
         for problem in problems:
-            print(f"feddra-ds: {problem}", file=sys.stderr)
+            print("feddra-ds:", printable(problem, keep="\n"), file=sys.stderr)
         return 2
 
 

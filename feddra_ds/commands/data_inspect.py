@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
-from feddra_ds.common.text import listed
+from feddra_ds.common.parse import parse_yaml
+from feddra_ds.common.text import listed, printable
 from feddra_ds.common.tree import set_path
 from feddra_ds.config.load import load
 from feddra_ds.config.schema import Config, DataConfig
@@ -115,8 +115,8 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _as_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return text  # which the config refuses
 
 
@@ -127,7 +127,8 @@ def _write_index(data: DataConfig) -> None:
         )
     notes: list[str] = []
     for folder, counts in index_bare_folders(Path(data.root), data.text_field, notes):
-        print(f"{folder / INDEX_NAME}: {', '.join(f'{n} {split}' for split, n in counts.items())} samples")
+        said = ", ".join(f"{n} {split}" for split, n in counts.items())
+        print(printable(f"{folder / INDEX_NAME}: {said} samples"))
     for note in notes:
         print(f"note     {note}")
 

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track as rich_track
 from rich.table import Table
+
+from feddra_ds.common.text import printable
 
 T = TypeVar("T")
 
@@ -20,12 +23,12 @@ def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], total: bool = False) -> None:
     """A table on stdout; the first column is text, the others are numbers. total: the last row is a sum."""
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=escape(printable(title)), title_justify="left", show_edge=False, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(escape(printable(column)), justify="right" if number else "left", overflow="fold")
     body = [[_cell(value) for value in row] for row in rows]
     for number, row in enumerate(body):
-        table.add_row(*row, style="bold" if total and number == len(body) - 1 else None)
+        table.add_row(*map(escape, row), style="bold" if total and number == len(body) - 1 else None)
     console = Console()
     if not console.is_terminal:  # a pipe has no width, and rich would wrap at 80 columns
         console = Console(width=200)
@@ -44,4 +47,4 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else printable(str(value))

@@ -7,7 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from feddra_ds.common.text import printable
+
 logger = logging.getLogger("feddra_ds")
+
+
+class _Printable(logging.Formatter):
+    """Names and texts from elsewhere cannot move the terminal's cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 @contextmanager
@@ -21,7 +30,7 @@ def log_to_stderr(rank: int) -> Iterator[None]:
         return
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Printable(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

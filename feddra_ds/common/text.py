@@ -45,17 +45,35 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with everything that could move a terminal's cursor, or hide, as an escape: \\x1b, \\n, \\u202e, …
+
+    keep: characters that stay.
+    """
+    if text.isprintable():
+        return text
+    fine = lambda c: c.isprintable() or c in keep
+    return "".join(c if fine(c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def shown(value: object, most: int = 120) -> str:
+    """A value for a message: its repr, printable and of `most` characters."""
+    text = printable(repr(value))
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Names for one line: the first `most`, and how many more there are."""
+    """Names for one line, printable: the first `most`, and how many more there are."""
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(printable, names[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as one line: its first, or its type where it says nothing or only a key."""
+    """What an error says, as one line of at most 500 characters: its first, or its type where it says nothing or only a key."""
     said = str(error).strip()
     line = said.splitlines()[0] if said else ""
-    return line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip()
+    text = printable(line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip())
+    return text if len(text) <= 500 else f"{text[:500]}…"
 
 
 def by_reason(excluded: Sequence[dict[str, str]]) -> dict[str, list[str]]:

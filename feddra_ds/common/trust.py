@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from feddra_ds.common.parse import parse_json, shown
+from feddra_ds.common.parse import parse_json
+from feddra_ds.common.text import shown
 
 # The files from which transformers chooses the classes of a model, a tokenizer and a processor: any may name code.
 OF_MODEL = ("config.json",)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.parse import parse_json
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
@@ -15,10 +15,10 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     Raises ConfigError.
     """
     try:
-        tree = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        tree: Any = parse_json(Path(path).expanduser().read_bytes())
     except OSError as error:
         raise ConfigError([f"deepspeed: cannot read {path}: {error.strerror}"]) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError([f"deepspeed: {path} is not JSON: {error}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"deepspeed: {path} must be an object of DeepSpeed's keys, got {type(tree).__name__}"])

@@ -16,7 +16,9 @@ from pydantic import Field, ValidationError, create_model
 
 from feddra_ds import objectives, strategies
 from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.parse import parse_yaml
 from feddra_ds.common.section import Section
+from feddra_ds.common.text import printable, shown
 from feddra_ds.common.tree import get_path, merge
 from feddra_ds.config.checks import contradictions
 from feddra_ds.config.deepspeed_file import read_deepspeed_file
@@ -70,12 +72,15 @@ def from_dict(user: dict[str, Any]) -> Config:
             if item["type"] == "extra_forbidden" and item["loc"][0] in unnamed:
                 _prune(tree, [str(part) for part in item["loc"]])
                 continue
-            key = ".".join(str(part) for part in item["loc"])
+            key = printable(".".join(str(part) for part in item["loc"]))
             problems.append(
                 f"{key}: {_message(item['type'], item['msg'].removeprefix('Value error, '), key, item['input'], kind)}"
             )
             _prune(tree, [str(part) for part in item["loc"]])
-        config = kind.model_validate(tree)  # without the bad values, so that contradictions are found as well
+        try:
+            config = kind.model_validate(tree)  # without the bad values, so that contradictions are found as well
+        except ValidationError:  # a key that is no text cannot be left out by its name
+            raise ConfigError(problems) from None
     problems += contradictions(config) + strategy(config.strategy, config.dro).problems(config)
     problems += _unknown_to_deepspeed(config)
     if problems:
@@ -101,14 +106,14 @@ def read_tree(path: str | Path | None, overrides: dict[str, Any] | None = None) 
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(find(path).read_text(encoding="utf-8")) or {}
+            tree = parse_yaml(find(path).read_bytes()) or {}
         except FileNotFoundError as error:
             shipped = f"the configs that come with feddra_ds are {', '.join(names())}"
             raise ConfigError([f"--config: cannot read {path}: {error.strerror}; {shipped}"]) from error
         except OSError as error:
             raise ConfigError([f"--config: cannot read {path}: {error.strerror}"]) from error
-        except yaml.YAMLError as error:
-            raise ConfigError([f"--config: {path} is not YAML: {' '.join(str(error).split())}"]) from error
+        except ValueError as error:
+            raise ConfigError([f"--config: {path} is not YAML: {error}"]) from error
         if not isinstance(tree, dict):
             raise ConfigError([f"--config: {path} must be sections of keys, got {type(tree).__name__}"])
         if isinstance(tree.get("deepspeed"), str):
@@ -147,8 +152,8 @@ def _message(kind: str, text: str, key: str, value: Any, config: type[Config]) -
         )
     if kind == "model_type":
         first = next(name for name in keys if name.startswith(f"{key}."))
-        return f"is a section, whose keys are set one by one, such as {first} (got {value!r})"
-    return f"{text.replace('Input should be', 'must be', 1)} (got {value!r})"
+        return f"is a section, whose keys are set one by one, such as {first} (got {shown(value)})"
+    return f"{text.replace('Input should be', 'must be', 1)} (got {shown(value)})"
 
 
 def _unknown_to_deepspeed(config: Config) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.parse import parse_yaml
 from feddra_ds.common.tree import merge, set_path
 from feddra_ds.config.deepspeed_file import read_deepspeed_file
 
@@ -31,8 +30,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 continue
             value = items.pop(0)
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed = parse_yaml(value)
+        except ValueError:
             parsed = value
         if isinstance(parsed, str) and _is_float(parsed):
             parsed = float(parsed)  # YAML 1.1 reads 1e-3 as text

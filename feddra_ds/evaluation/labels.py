@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+
+from feddra_ds.common.parse import parse_yaml
 
 MAX_CLASSES = 50
 SEPARATOR = "|"  # between the parts of a multi-label value
@@ -34,11 +35,11 @@ def read_prompts(path: str | Path) -> Prompts:
     Raises ValueError that names what is wrong.
     """
     try:
-        told = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # yes and no stay words
+        told = parse_yaml(Path(path).read_bytes(), only_text=True)  # yes and no stay words
     except OSError as error:
         raise ValueError(f"--prompts: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--prompts: {path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"--prompts: {path} is not YAML: {error}") from error
     if not isinstance(told, dict) or not told:
         raise ValueError(
             f"--prompts: {path} holds no labels; it needs lines like `edema: {{yes: [edema], no: [no edema]}}`"

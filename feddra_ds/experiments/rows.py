@@ -9,6 +9,7 @@ from typing import Any
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import write_atomic
+from feddra_ds.common.parse import OBJECT, parse_json
 
 ROWS_NAME = "rows.jsonl"
 Row = dict[str, Any]
@@ -55,8 +56,8 @@ def _read(path: Path) -> tuple[list[Row], bool]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(parse_json(line, OBJECT))
+        except ValueError:
             if any(later.strip() for later in lines[number:]):
                 raise DataError(f"{path}: line {number} is not JSON; remove it") from None
             return rows, False

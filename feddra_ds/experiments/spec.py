@@ -8,11 +8,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from feddra_ds.common.errors import ConfigError
+from feddra_ds.common.parse import parse_yaml
 from feddra_ds.common.section import Section
+from feddra_ds.common.text import shown
 from feddra_ds.data.synthetic.hospitals import SynthOptions
 from feddra_ds.data.synthetic.sites import Heterogeneity
 
@@ -151,12 +152,12 @@ def find_base(base: str, spec: str | Path) -> str | Path:
 def load(path: str | Path) -> Spec:
     """Read a spec. Raises ConfigError: one line for each problem."""
     try:
-        tree = yaml.safe_load(find(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(find(path).read_bytes())
     except OSError as error:
         shipped = f"the specs that come with feddra_ds are {', '.join(names())}"
         raise ConfigError([f"SPEC: cannot read {path}: {error.strerror}; {shipped}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"SPEC: {path} is not YAML: {' '.join(str(error).split())}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"SPEC: {path} is not YAML: {error}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"SPEC: {path} must be keys and values, got {type(tree).__name__}"])
     try:
@@ -174,7 +175,7 @@ def _line(path: str | Path, item: Any) -> str:
         return f"{path}: {key}: there is no such key"
     if item["type"] == "missing":
         return f"{path}: {key}: is missing"
-    return f"{path}: {key}: {item['msg'].replace('Input should be', 'must be', 1)} (got {item['input']!r})"
+    return f"{path}: {key}: {item['msg'].replace('Input should be', 'must be', 1)} (got {shown(item['input'])})"
 
 
 def _contradictions(spec: Spec) -> list[str]:

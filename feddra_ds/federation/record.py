@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, Required
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from feddra_ds.strategies.robust_weights import RobustGain
 
@@ -10,14 +13,16 @@ from feddra_ds.strategies.robust_weights import RobustGain
 class RoundRecord(TypedDict, total=False):
     """What a run says of one round. Lists are in the order of client_ids; the last two keys are the coordinator's clock."""
 
-    round: int
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # of another version's run
+
+    round: Required[int]
     """From 0."""
-    client_ids: list[str]
-    client_weights: list[float]
+    client_ids: Required[list[str]]
+    client_weights: Required[list[float]]
     """p used in this round."""
     next_client_weights: list[float] | None
     """p of the next round; null where it moves only at the next round's first average."""
-    client_losses: list[float | None]
+    client_losses: Required[list[float | None]]
     """L_i of the new global model on the pairs of dro.evaluate_on; null for a client that was not heard of."""
     client_losses_se: list[float | None]
     """Their standard errors."""
@@ -29,8 +34,8 @@ class RoundRecord(TypedDict, total=False):
     followed_losses: list[float | None]
     """What p follows: L_i where it can be believed, less its reference, smoothed; null where p_i is kept. With
     strategy.name = drfa it is that of a snapshot, not of the new global model."""
-    mean_loss: float | None
-    worst_loss: float | None
+    mean_loss: Required[float | None]
+    worst_loss: Required[float | None]
     update_norms: dict[str, float | None]
     """‖w_i − w_global‖ of what trained in the round's last stage; null where the client has no update, or nobody asks
     (aggregate.max_norm_ratio)."""
@@ -42,7 +47,7 @@ class RoundRecord(TypedDict, total=False):
     negative (used: null, p_i is kept; a loss that is not finite is told as text)."""
     robust_gain: RobustGain | None
     """What p, after it has moved, makes of this round's losses, of the most that its set offers."""
-    excluded_clients: list[dict[str, str]]
+    excluded_clients: Required[list[dict[str, str]]]
     """{id, reason} of every client that was left out of an average."""
     skipped_samples: dict[str, dict[str, int]]
     """Unreadable samples: {client: {reason: count}}."""

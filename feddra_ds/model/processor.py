@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import TypeAdapter
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file
 
-from feddra_ds.common.parse import parse_json
+from feddra_ds.common.parse import OBJECT, parse_json
 from feddra_ds.common.text import first_line
 from feddra_ds.common.trust import OF_PROCESSOR, refuse_code, safely
 from feddra_ds.config.schema import ModelConfig
@@ -26,7 +25,6 @@ from feddra_ds.model.encoders import local_or_hub
 
 HALF = (0.5, 0.5, 0.5)
 _TEXT_INPUTS = ("input_ids", "attention_mask")
-_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 class DualEncoderProcessor(ProcessorMixin):
@@ -130,7 +128,7 @@ def image_statistics(name: str, key: str) -> tuple[tuple[float, ...], tuple[floa
     for file in ("preprocessor_config.json", "processor_config.json"):
         try:
             path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-            values = parse_json(Path(path).read_bytes(), _OBJECT) if path else {}
+            values = parse_json(Path(path).read_bytes(), OBJECT) if path else {}
         except (OSError, ValueError) as error:
             raise ValueError(f"{key}: cannot read {file} of {name}: {first_line(error)}") from error
         values = inner if isinstance(inner := values.get("image_processor"), dict) else values

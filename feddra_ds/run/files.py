@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required
 
 import psutil
-import yaml
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.common.parse import OBJECT, check_fields, parse_json, parse_yaml
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import open_dataset
@@ -24,6 +25,68 @@ EVALUATION_NAME = "evaluation.json"
 TRANSFER_NAME = "finetune.json"
 State = Literal["running", "finished", "stopped", "failed", "died", "silent", "starting", "unfinished"]
 _SILENCE_S = 120.0  # a run on another host that says nothing for longer than this, and than three rounds, is silent
+
+
+class _Schedule(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    rounds: int
+
+
+class _Named(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    name: str
+
+
+class _Clients(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    ids: list[str] | None
+
+
+class _Dro(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    radius: float | None
+    radius_share: float | None
+    minimum_weight: float | None
+    maximum_weight: float | None
+    evaluation_batch_size: int | None
+
+
+class _Config(TypedDict, total=False):
+    """What others read of a run's config.yaml; an older run may have keys that are no longer."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    schedule: _Schedule
+    strategy: _Named
+    objective: _Named
+    clients: _Clients
+    dro: _Dro
+    data: dict[str, Any]
+    model: dict[str, Any]
+    run: dict[str, Any]
+    aggregate: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+class _Progress(TypedDict, total=False):
+    """What others read of progress.json."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    state: Required[str]
+    time: float
+    reason: str | None
+    host: str
+    pid: Annotated[int, Field(ge=0, lt=2**31)]
+    process_began: float
+    round: int
+    phase: str | None
+    client: str | None
+    step: int | None
+    num_steps: int | None
+    loss: float | None
+    seconds_left: float | None
+
+
+_CONFIG, _PROGRESS = TypeAdapter(_Config), TypeAdapter(_Progress)
 
 
 @dataclass(frozen=True)
@@ -123,7 +186,7 @@ class RunFiles:
         now = time.time() if now is None else now
         estimate = self.progress.get("seconds_left")
         if self.progress.get("state") == "running" and estimate is not None:
-            return max(0.0, float(estimate) - (now - float(self.progress["time"])))
+            return max(0.0, float(estimate) - (now - float(self.progress.get("time", now))))
         return self.seconds_per_round() * max(0, self.num_rounds - self.rounds_done) if self.lines else None
 
     def resume_command(self) -> str:
@@ -165,24 +228,27 @@ def open_run(path: str | Path) -> RunFiles:
         hint = f"; did you mean {runs[0]}?" if runs else "; give a run's folder (run.output_dir)"
         raise ValueError(f"{root} holds no config.yaml, so it is not a run{hint}")
     try:
-        config = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{root / 'config.yaml'} is not YAML: {' '.join(str(error).split())}") from error
+        config = parse_yaml((root / "config.yaml").read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{root / 'config.yaml'} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{root / 'config.yaml'} holds no sections; is {root} a run?")
+    try:
+        check_fields(config, _CONFIG)
+    except ValueError as error:
+        raise ValueError(f"{root / 'config.yaml'}: {error}") from error
     lines = read_metrics(root / "metrics.jsonl")
-    progress, evaluation, transfer = (
-        _read_json(root / name) for name in (PROGRESS_NAME, EVALUATION_NAME, TRANSFER_NAME)
-    )
+    progress = _read(root / PROGRESS_NAME, _PROGRESS)
+    evaluation, transfer = (_read(root / name, OBJECT) for name in (EVALUATION_NAME, TRANSFER_NAME))
     return RunFiles(root, config, lines, progress, evaluation, transfer)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
+    """{} where there is none of that kind: an older run has none, and a run can be read without it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}  # an older run has none, and a run can be read without it
-    return content if isinstance(content, dict) else {}
+        return dict(parse_json(path.read_bytes(), kind))
+    except (OSError, ValueError):
+        return {}
 
 
 def _is_process(pid: int, began: float) -> bool:

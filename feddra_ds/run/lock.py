@@ -15,6 +15,7 @@ from pathlib import Path
 
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.logs import logger
+from feddra_ds.common.parse import OBJECT, parse_json
 
 FILE_NAME = ".lock"
 _SIGN_EVERY_S = 10.0
@@ -113,7 +114,6 @@ def _renew(file: int, began: str, ended: threading.Event) -> None:
 def _read(path: Path) -> dict[str, object]:
     """What the owner says of itself; {} where nothing can be read."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), OBJECT)
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}

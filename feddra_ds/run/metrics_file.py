@@ -7,8 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from feddra_ds.common.files import write_atomic
+from feddra_ds.common.parse import parse_json
 from feddra_ds.federation.record import RoundRecord
+
+_RECORD: TypeAdapter[Any] = TypeAdapter(RoundRecord)
 
 
 class MetricsFile:
@@ -30,13 +35,15 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off mid-write is left out."""
+    """The lines of a metrics.jsonl; a last line that was cut off mid-write is left out. Raises ValueError for another."""
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    given = path.read_bytes().splitlines()
+    for number, text in enumerate(given, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            lines.append(parse_json(text, _RECORD))
+        except ValueError as error:
+            if number < len(given):
+                raise ValueError(f"{path}: line {number} is no round of a run: {error}") from error
     return lines

@@ -28,6 +28,7 @@ from feddra_ds.common.errors import (
     WaitTimeout,
 )
 from feddra_ds.common.logs import log_to_stderr, logger
+from feddra_ds.common.text import printable
 from feddra_ds.common.tree import merge
 from feddra_ds.config.load import from_dict, load
 from feddra_ds.config.schema import Config
@@ -104,7 +105,7 @@ def _heard_run(path: str | None, overrides: dict[str, Any]) -> int:
             return _exit_code(load(path, overrides), launch.rank)
     except ConfigError as error:
         for problem in error.problems:
-            print(f"feddra-ds: {problem}", file=sys.stderr)
+            print("feddra-ds:", printable(problem, keep="\n"), file=sys.stderr)
         if path is None:
             print(
                 "feddra-ds: --config: none was given, so each key has its default; `feddra-ds config list` shows examples",

@@ -6,10 +6,10 @@ Where p may move, and how, is `mixture_set`. N is the number of clients; p, q, c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
+from typing_extensions import TypedDict
 
 from feddra_ds.strategies.mixture_set import Ascent, MixtureSet, SetKind, Vector, vector_of
 

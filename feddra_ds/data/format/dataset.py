@@ -21,7 +21,7 @@ import numpy as np
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
-from feddra_ds.common.text import listed
+from feddra_ds.common.text import listed, printable
 from feddra_ds.config.schema import DataConfig, StreamingConfig
 from feddra_ds.data.format.find import INDEX_NAME, read_json, safe_name, scan, scan_remote
 from feddra_ds.data.format.foreign import by_client, cache_folder, cached_index, indexed, shards_of
@@ -58,6 +58,10 @@ class Dataset:
         else:
             assert root is not None
             self._open_root(root)
+        if odd := [client for client in self.clients if not client.isprintable()]:
+            raise DataError(
+                f"{self.address}: client names with control characters: {listed(odd)}; rename their folders"
+            )
         held_out = set(self.info.get("held_out", []))
         self.held_out = [c for c in self.clients if c in held_out]
         self._own_val: dict[str, np.ndarray] = {}  # by client, (n,) bool over its train samples: see `make_val`
@@ -176,7 +180,7 @@ class Dataset:
                 self._indexes[client] = indexed(client, self._bare[client], self.data, self.store)
             else:
                 if self.store is not None:
-                    self.store.text(f"{client}/{INDEX_NAME}")
+                    self.store.refresh(f"{client}/{INDEX_NAME}")
                 self._indexes[client] = read_json(self.root / client / INDEX_NAME)
         return self._indexes[client]
 
@@ -253,7 +257,7 @@ class Dataset:
         place = lambda *names: np.array(
             [next((row[n] for n in names if n in row), (-1, 0)) for row in rows], dtype=np.int64
         ).reshape(len(rows), 2)
-        return Samples(
+        made = Samples(
             store=self.store,
             text_field=self.data.text_field or self.index(client).get("text_field"),
             client=client,
@@ -269,6 +273,10 @@ class Dataset:
             number=_numbers(rows),
             shard_sizes=[shard["samples"] for shard in part["shards"]],
         )
+        _check_places(
+            made, np.array([shard["bytes"] for shard in part["shards"]]), f"{self.address}/{client}/{INDEX_NAME}"
+        )
+        return made
 
     def _place(self, client: str, shard: dict[str, Any]) -> str:
         is_own = client not in self._bare and self.data.client_field is None
@@ -325,6 +333,20 @@ def open_dataset(
     there, an index that cannot be read.
     """
     return Dataset(root, ids, options, data)
+
+
+def _check_places(samples: Samples, sizes: np.ndarray, name: str) -> None:
+    """Raise DataError where a member lies outside its shard of `sizes` bytes, or where two samples say that it is theirs."""
+    for what, member in (("image", samples.image), ("text", samples.text), ("json", samples.info)):
+        is_there = member[:, 0] >= 0
+        outside = is_there & (member.sum(axis=1) > sizes[samples.shard])
+        if outside.any():
+            key = samples.keys[int(outside.argmax())]
+            raise DataError(f"{name}: the {what} of sample {printable(key)} lies outside its shard; convert again")
+        shards, starts = samples.shard[is_there], member[is_there, 0]
+        order = np.lexsort((starts, shards))
+        if ((np.diff(shards[order]) == 0) & (np.diff(starts[order]) == 0)).any():
+            raise DataError(f"{name}: two samples of {samples.split} have the same {what}; convert again")
 
 
 def _numbers(rows: list[dict[str, Any]]) -> np.ndarray:

@@ -3,18 +3,65 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.common.parse import parse_json
+from feddra_ds.common.text import printable
 from feddra_ds.data.format.remote import Store
 
 INDEX_NAME, DATASET_NAME = "index.json", "dataset.json"
 FORMAT, VERSION = "feddra-shards", 1
 # An index may come from anybody, so it must not name files outside its folder.
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.tar", re.ASCII)
+_SHARD_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar$"
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+_Place = Annotated[list[Annotated[int, Field(ge=-1, lt=2**62)]], Field(min_length=2, max_length=2)]
+
+
+class _Row(TypedDict):
+    key: str
+    shard: Annotated[int, Field(ge=0, lt=2**31)]
+    text_id: NotRequired[Annotated[str, Field(pattern="^[0-7]?[0-9a-f]{1,15}$")]]
+    group: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{1,16}$")]]
+    jpg: NotRequired[_Place]
+    jpeg: NotRequired[_Place]
+    png: NotRequired[_Place]
+    webp: NotRequired[_Place]
+    txt: NotRequired[_Place]
+    json: NotRequired[_Place]
+
+
+class _Shard(TypedDict):
+    file: Annotated[str, Field(pattern=_SHARD_NAME)]
+    bytes: _Count
+    sha256: NotRequired[str]
+    samples: _Count
+
+
+class _Part(TypedDict):
+    shards: list[_Shard]
+    samples: list[_Row]
+
+
+class _Index(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    version: Literal[1]
+    splits: dict[str, _Part]
+    text_field: NotRequired[str | None]
+
+
+class _Info(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    clients: NotRequired[list[str]]
+    held_out: NotRequired[list[str]]
+
+
+_INDEX, _DATASET = TypeAdapter(_Index), TypeAdapter(_Info)
 
 
 def safe_name(value: str) -> str:
@@ -58,7 +105,7 @@ def _folders(path: Path) -> list[str]:
 def scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
     """What `scan` returns, for an address: its dataset.json names the clients."""
     try:
-        store.text(DATASET_NAME)
+        store.refresh(DATASET_NAME)
         info = read_json(store.folder / DATASET_NAME)
     except DataError as error:
         return [f"data.root: {problem}" for problem in error.problems], {}, []
@@ -70,22 +117,17 @@ def scan_remote(store: Store) -> tuple[list[str], dict[str, Any], list[str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A dataset.json or index.json. Raises DataError where it cannot be read, or is no such file."""
+    """An index.json or dataset.json. Raises DataError."""
+    kind: TypeAdapter[Any] = _INDEX if path.name == INDEX_NAME else _DATASET
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_bytes(), kind)
+        for split, part in content["splits"].items() if path.name == INDEX_NAME else ():
+            last = max((row["shard"] for row in part["samples"]), default=-1)
+            if last >= len(part["shards"]):
+                raise ValueError(f"splits.{printable(split)}: a sample is in shard {last} of {len(part['shards'])}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}); was it cut off? convert again") from error
-    if not isinstance(content, dict) or (path.name == INDEX_NAME and not _is_index(content)):
-        raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION}; convert again")
+        cut = "; was it cut off?" if str(error).startswith("Invalid JSON") else ""
+        raise DataError(f"{path}: is not a {FORMAT} file of version {VERSION} ({error}){cut}; convert again") from error
     return content
-
-
-def _is_index(content: dict[str, Any]) -> bool:
-    splits = content.get("splits")
-    if content.get("version") != VERSION or not isinstance(splits, dict):
-        return False
-    if not all(isinstance(part, dict) and {"shards", "samples"} <= set(part) for part in splits.values()):
-        return False
-    return all(_SHARD_NAME.fullmatch(shard["file"]) for part in splits.values() for shard in part["shards"])

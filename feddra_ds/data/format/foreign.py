@@ -16,6 +16,7 @@ from typing import Any
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import write_atomic
+from feddra_ds.common.parse import OBJECT, parse_json
 from feddra_ds.common.text import listed
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.indexing import Indexer
@@ -97,8 +98,7 @@ def indexed(name: str, shards: Sequence[str], data: DataConfig, store: Store | N
     with _one_at_a_time(path, name) as lock:
         if path.is_file():
             with contextlib.suppress(OSError, ValueError):
-                found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-                return found
+                return parse_json(path.read_bytes(), OBJECT)
         logger.info("%s: making the index of %d shards, once, into %s", name, len(shards), path)
         indexer = Indexer(data.text_field, data.client_field, with_owner=True)
         for shard in shards:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from typing import Any, BinaryIO
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
+from feddra_ds.common.parse import OBJECT, parse_json
+from feddra_ds.common.text import first_line, printable
 from feddra_ds.data.format.samples import text_id, texts_of_json
 from feddra_ds.data.format.split_by_hash import group_hash
 
@@ -76,8 +77,9 @@ class Indexer:
             if problem is not None:
                 raise DataError(problem)
             rows, members = self._read(path, len(part["shards"]), self._used.setdefault(split, set()))
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(f"{name if '://' in name else path}: is not a whole, uncompressed tar: {error}") from error
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # sizes below 0, names that are no text
+            place = name if "://" in name else path
+            raise DataError(f"{place}: is not a whole, uncompressed tar: {first_line(error)}") from error
         if not rows:
             why = next((f"{len(names)} {what}, e.g. {names[0]}" for what, names in self._odd.items()), "it is empty")
             raise DataError(f"{path}: has no sample among its {members} members ({why}); a sample is NAME.jpg, .png or .webp "
@@ -96,8 +98,10 @@ class Indexer:
                 if not member.isfile() or _is_meta(member.name):
                     continue
                 members += 1
+                if member.size < 0:
+                    raise tarfile.ReadError(f"its member number {members} has a size below 0")
                 name, suffix = as_webdataset(member.name)
-                place = f"{path.name}/{member.name}"
+                place = printable(f"{path.name}/{member.name}")
                 if suffix not in KNOWN:
                     dotted = suffix.rpartition(".")[2] in KNOWN and name
                     self._note(
@@ -121,6 +125,7 @@ class Indexer:
                     assert source is not None
                     self._take(row, name, suffix, source.read())
                 tar.members = []  # type: ignore[attr-defined]  # which grow with the shard
+            _check_end(path, tar.offset, members)
         return rows, members
 
     def _take(self, row: dict[str, Any], name: str, suffix: str, data: bytes) -> None:
@@ -141,13 +146,20 @@ class Indexer:
         self._odd.setdefault(what, []).append(place)
 
 
+def _check_end(path: Path, offset: int, members: int) -> None:
+    """Raise OSError where what follows the last member that tarfile found is no end: it stops at a damaged header in silence."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise OSError(f"the header after its member number {members} is damaged")
+
+
 def info_of(data: bytes) -> dict[str, Any]:
     """A sample's json; {} where it is none, which reading the sample will say."""
     try:
-        found = json.loads(data)
+        return parse_json(data, OBJECT)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def as_webdataset(name: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO
 
 from feddra_ds.common.errors import DataError
 from feddra_ds.common.files import sha256
+from feddra_ds.common.text import first_line, printable
 from feddra_ds.config.schema import StreamingConfig
 
 _BLOCK = 1 << 20
@@ -87,11 +88,9 @@ class Store:
             os.utime(path)  # `_make_room` drops what was used longest ago
         return path
 
-    def text(self, relative: str) -> str:
-        """A small text file, fetched afresh. Raises DataError."""
-        path = self.folder / relative
-        self._fetch(self.address(relative), path, None)
-        return path.read_text(encoding="utf-8")
+    def refresh(self, relative: str) -> None:
+        """Fetch a small file afresh into `folder`. Raises DataError."""
+        self._fetch(self.address(relative), self.folder / relative, None)
 
     def copy_of(self, address: str) -> Path:
         """Where the copy of an expected file is, or will be."""
@@ -157,7 +156,7 @@ class Store:
                 return
             except _GiveUp as error:
                 raise DataError(f"{address}: {error}") from error
-            except (OSError, ValueError, EOFError) as error:
+            except Exception as error:  # http.client and the packages behind fsspec have many types of their own
                 last = _reason(error)
             finally:
                 aside.unlink(missing_ok=True)
@@ -228,7 +227,7 @@ def _open(address: str, timeout_s: float) -> Iterator[Any]:
                 yield _Whole(response)
         except urllib.error.HTTPError as error:
             if error.code in _FINAL_STATUS:
-                raise _GiveUp(f"the server says {error.code} {error.reason}") from error
+                raise _GiveUp(_reason(error)) from error
             raise
     elif address.startswith("pipe:"):
         with _program(shlex.split(address[len("pipe:") :])) as out:
@@ -239,12 +238,12 @@ def _open(address: str, timeout_s: float) -> Iterator[Any]:
         try:
             opened = fsspec.open(address, "rb")
         except (ImportError, ValueError) as error:  # the protocol needs a package of its own, or is not known
-            raise _GiveUp(str(error)) from error
+            raise _GiveUp(first_line(error)) from error
         try:
             with opened as source:
                 yield source
         except (FileNotFoundError, PermissionError) as error:
-            raise _GiveUp(f"{type(error).__name__}: {error}") from error
+            raise _GiveUp(_reason(error)) from error
 
 
 class _Whole:
@@ -277,10 +276,11 @@ def _program(command: list[str]) -> Iterator[IO[bytes]]:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server says {error.code} {error.reason}"
+        return f"the server says {error.code} {printable(error.reason)[:200]}"
     if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return printable(str(error.reason))
+    said = first_line(error)
+    return said if said.startswith(type(error).__name__) else f"{type(error).__name__}: {said}"
 
 
 class OpenAhead:

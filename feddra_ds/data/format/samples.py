@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -13,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from feddra_ds.common.parse import OBJECT, parse_json
 
 if TYPE_CHECKING:
     from feddra_ds.data.format.remote import Store
@@ -31,7 +32,7 @@ def text_id(text: str) -> int:
 def texts_of_json(data: bytes, field_name: str) -> list[str]:
     """The text, or the texts, in a field of a sample's json member; none where it has no such field."""
     try:
-        found = json.loads(data)
+        found: Any = parse_json(data)
     except ValueError:
         return []
     value = found.get(field_name) if isinstance(found, dict) else None
@@ -111,9 +112,9 @@ class Samples:
         return self._read(index, self.text)
 
     def read_info(self, index: int) -> dict[str, Any]:
-        """The sample's json member ({} where there is none): labels, site, patient, …"""
+        """The sample's json member ({} where there is none): labels, site, patient, … Raises ValueError where it is no object."""
         raw = self._read(index, self.info)
-        return {} if raw is None else json.loads(raw)
+        return {} if raw is None else parse_json(raw, OBJECT)
 
     def _read(self, index: int, member: np.ndarray) -> bytes | None:
         offset, length = int(member[index, 0]), int(member[index, 1])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.common.parse import parse_json
 from feddra_ds.data.sources.base import Skip
 from feddra_ds.data.sources.records import RecordFile, Records, data_files
 
@@ -32,8 +32,8 @@ class JsonLines(Records):
                     if not data.strip():
                         continue
                     try:
-                        record = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
-                    except (ValueError, RecursionError) as error:
+                        record: Any = parse_json(data)
+                    except ValueError as error:
                         yield line, Skip(line, "not JSON in UTF-8", str(error), path.name)
                         continue
                     if not isinstance(record, dict):

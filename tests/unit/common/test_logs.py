@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from feddra_ds.common.text import by_reason, listed
 from feddra_ds.run.metrics_file import MetricsFile, read_metrics
+
+
+def record(number: int, **more: Any) -> Any:
+    told = {"client_ids": [], "client_weights": [], "client_losses": [], "excluded_clients": []}
+    return {"round": number, "mean_loss": None, "worst_loss": None, **told, **more}
 
 
 def test_resume_drops_the_rounds_that_will_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path, 0)
     for number in range(4):
-        first.append({"round": number})
-    MetricsFile(path, 2).append({"round": 2, "again": True})
-    assert read_metrics(path) == [{"round": 0}, {"round": 1}, {"round": 2, "again": True}]
+        first.append(record(number))
+    MetricsFile(path, 2).append(record(2, again=True))
+    assert read_metrics(path) == [record(0), record(1), record(2, again=True)]
 
 
 def test_a_line_that_a_kill_kept_from_the_file_comes_from_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path, 0).append({"round": 0})
+    MetricsFile(path, 0).append(record(0))
     with open(path, "a") as file:
         file.write('{"round": 1, "cli')  # cut off mid-write
-    MetricsFile(path, 2, last={"round": 1, "x": 1})
-    assert read_metrics(path) == [{"round": 0}, {"round": 1, "x": 1}]
-    MetricsFile(path, 2, last={"round": 1, "x": 2})  # already there: not written twice
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"round": 0}, {"round": 1, "x": 1}]
+    MetricsFile(path, 2, last=record(1, x=1))
+    assert read_metrics(path) == [record(0), record(1, x=1)]
+    MetricsFile(path, 2, last=record(1, x=2))  # already there: not written twice
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [record(0), record(1, x=1)]
+
+
+def test_a_line_in_the_middle_that_is_no_round_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"round": "x"}\n' + json.dumps(record(1)) + "\n")
+    with pytest.raises(ValueError, match="line 1 is no round of a run: round: must be a valid integer"):
+        read_metrics(path)
 
 
 def test_no_file_is_no_lines(tmp_path: Path) -> None:

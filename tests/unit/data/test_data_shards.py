@@ -201,7 +201,7 @@ def test_a_changed_byte_is_found_by_verify_only(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("alpha/index.json", '{"version": 1, "splits": {"train": ', "is not JSON .* was it cut off"),
+        ("alpha/index.json", '{"version": 1, "splits": {"train": ', "Invalid JSON: EOF.*was it cut off"),
         ("alpha/index.json", '{"version": 99, "splits": {}}', "is not a feddra-shards file of version 1"),
         ("dataset.json", "[1, 2]", "is not a feddra-shards file"),
     ],
