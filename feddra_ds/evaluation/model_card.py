@@ -70,7 +70,7 @@ def _render(part: str, **values: Any) -> str:
         "percent": percent,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
-    template = resources.files("feddra_ds").joinpath(f"assets/model_{part}.md.j2").read_text(encoding="utf-8")
+    template = resources.files("feddra_ds").joinpath(f"assets/model_{part}.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(values).strip() + "\n"
 
 
