@@ -39,7 +39,7 @@ SETTINGS = {"topology__ranks_per_slot": 1, "optimizer__lr": 0.03, "clients__time
 # ---- inside a rank
 def with_a_sleeper(config_tree: dict[str, Any], sleeper: int, round_index: int, stage_name: str) -> dict[str, Any]:
     """All rounds; in one of them rank `sleeper` trains so slowly that the coordinator decides without it."""
-    from feddra_ds.common.errors import TooFewClients
+    from feddra_ds.common.errors import TooFewClients, WaitTimeout
 
     run = build_run(config_tree)
     run_stage, all_clients = run.trainer.run_stage, run.run_stage
@@ -73,7 +73,7 @@ def with_a_sleeper(config_tree: dict[str, Any], sleeper: int, round_index: int, 
     try:
         run.rounds()
         finish(run)
-    except TooFewClients as stopped:
+    except (TooFewClients, WaitTimeout) as stopped:  # the coordinator does not wait for the sleeper to hear why it ends
         error = str(stopped)
     return {"after": after, "error": error, "live": run.topology.live_slots, "decisions": decisions}
 
