@@ -234,9 +234,15 @@ def trained(data: dict[str, Any], out: Path, num_ranks: int) -> dict[str, Any]:
     return line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("order", ["exact", "streaming"])
+@pytest.mark.parametrize(
+    ("num_ranks", "order"),
+    [
+        pytest.param(1, "exact", marks=pytest.mark.slow),
+        pytest.param(2, "streaming", marks=pytest.mark.slow),
+        pytest.param(1, "streaming", marks=pytest.mark.exhaustive),
+        pytest.param(2, "exact", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_all_layouts_train(num_ranks: int, order: str, clients: dict[str, Any], tmp_path: Path) -> None:
     line = trained({"clients": clients, "text_field": "report", "order": order}, tmp_path, num_ranks)
     assert (tmp_path / "cache" / "indexes").exists() == (order == "exact")
@@ -251,6 +257,8 @@ def test_all_layouts_train(num_ranks: int, order: str, clients: dict[str, Any], 
 @pytest.mark.parametrize(("num_ranks", "order"), [(1, "exact"), (2, "streaming")])
 def test_one_set_split_by_a_field_trains(num_ranks: int, order: str, tmp_path: Path) -> None:
     write(tmp_path / "set", hospital)
-    line = trained({"root": str(tmp_path / "set"), "client_field": "hospital", "order": order}, tmp_path, num_ranks)
+    # by the hash of their keys client b has three pairs and more on val's side of a half, and two of 0.3
+    data = {"root": str(tmp_path / "set"), "client_field": "hospital", "order": order, "val_fraction": 0.5}
+    line = trained(data, tmp_path, num_ranks)
     assert line["client_ids"] == ["a", "b"]
     assert not any(line["skipped_samples"].values())

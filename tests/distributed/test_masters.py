@@ -283,7 +283,7 @@ COMPILED = [  # optimizers that DeepSpeed compiles at first use
         pytest.param(1, STAGES, marks=pytest.mark.exhaustive),
         pytest.param(1, FORMS + OTHERS, marks=pytest.mark.exhaustive),
         pytest.param(2, STAGES, marks=pytest.mark.slow),
-        pytest.param(2, FORMS + OTHERS, marks=pytest.mark.slow),
+        pytest.param(2, FORMS + OTHERS, marks=pytest.mark.exhaustive),
     ],
     ids=["1 rank", "1 rank, more", "2 ranks", "2 ranks, more"],
 )
