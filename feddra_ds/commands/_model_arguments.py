@@ -46,6 +46,12 @@ def positive(text: str) -> int:
     return value
 
 
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `evaluate`, `embed` and `search` are all called with, from their common options."""
+    names = ("data", "split", "device", "max_pairs", "batch_size", "num_workers", "seed", "ema")
+    return {name: getattr(args, name) for name in names} | {"clients": split_ids(args.clients)}
+
+
 def split_ids(text: str | None, option: str = "--clients") -> list[str] | None:
     """`a,b` as a list; None for None. Raises ValueError, which names the option, for an empty one."""
     if text is None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from feddra_ds.commands._model_arguments import add_embedding_arguments, add_model_arguments, options, split_ids
+from feddra_ds.commands._model_arguments import add_embedding_arguments, add_model_arguments, call_options, options
 from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.text import listed
 from feddra_ds.evaluation import finite
@@ -41,15 +41,7 @@ def run(args: argparse.Namespace) -> int:
         result = embed(
             args.model,
             args.out,
-            data=args.data,
-            split=args.split,
-            clients=split_ids(args.clients),
-            device=args.device,
-            max_pairs=args.max_pairs,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            seed=args.seed,
-            ema=args.ema,
+            **call_options(args),
             world=world,
         )
     if not world.is_first:

@@ -6,7 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from feddra_ds.commands._model_arguments import add_model_arguments, keep_for_report, options, positive, split_ids
+from feddra_ds.commands._model_arguments import (
+    add_model_arguments,
+    call_options,
+    keep_for_report,
+    options,
+    positive,
+    split_ids,
+)
 from feddra_ds.evaluation import finite
 
 EXAMPLES = (
@@ -83,19 +90,11 @@ def run(args: argparse.Namespace) -> int:
     with launched_world(options(args)) as world:
         result = evaluate(
             path,
-            data=args.data,
-            split=args.split,
-            clients=split_ids(args.clients),
-            device=args.device,
-            max_pairs=args.max_pairs,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            seed=args.seed,
+            **call_options(args),
             bootstrap=args.bootstrap,
             zero_shot=not args.no_zero_shot,
             shuffled_texts=args.shuffled_texts,
             worst_over=args.worst_over,
-            ema=args.ema,
             match_by=args.match_by,
             subgroups=split_ids(args.subgroup, "--subgroup") or (),
             prompts=args.prompts,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feddra_ds.commands._model_arguments import add_embedding_arguments, add_model_arguments, positive, split_ids
+from feddra_ds.commands._model_arguments import add_embedding_arguments, add_model_arguments, call_options, positive
 from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.files import write_atomic
 from feddra_ds.evaluation import finite
@@ -45,16 +45,8 @@ def run(args: argparse.Namespace) -> int:
     found = search(
         args.query,
         args.model,
-        data=args.data,
-        split=args.split,
-        clients=split_ids(args.clients),
+        **call_options(args),
         top=args.top,
-        device=args.device,
-        max_pairs=args.max_pairs,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        seed=args.seed,
-        ema=args.ema,
     )
     if out is not None:
         write_atomic(out, render_search(found))

@@ -90,13 +90,13 @@ def run(path: str | None, overrides: dict[str, Any]) -> int:
     """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal;
     75 where SIGUSR1 ended it after a checkpoint."""
     with _signals_end_the_run(), stop_request.heard_by_signal():
-        code = _heard_run(path, overrides)
+        code = _load_and_train(path, overrides)
     if code == stop_request.EXIT_CODE:
         stop_request.keep_exit_code()
     return code
 
 
-def _heard_run(path: str | None, overrides: dict[str, Any]) -> int:
+def _load_and_train(path: str | None, overrides: dict[str, Any]) -> int:
     try:
         launch = Launch.from_environment()
         with log_to_stderr(launch.rank):
