@@ -199,23 +199,17 @@ def test_a_job_that_was_asked_to_end_is_queued_again(tmp_path: Path) -> None:
 
 
 def test_srun_and_ssh_get_the_arguments_as_they_were(tmp_path: Path) -> None:
-    """Both programs are replaced by ones that write down what they get."""
+    """Both programs are replaced by ones that write down what they get, each process in a file of its own."""
     for name in ("srun", "ssh"):
-        (tmp_path / name).write_text(
-            f'#!/bin/bash\nprintf "%s|" "$@" >> {tmp_path}/{name}.said; echo >> {tmp_path}/{name}.said\n'
-        )
+        (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s|" "$@" > {tmp_path}/{name}.said.$$\n')
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "RANKS": "4"}
     words = ["--config", "my config.yaml", "--clients.ids", "[a, b]"]
     subprocess.run(["bash", SCRIPTS / "slurm.sbatch", *words], check=True, timeout=20, env=environment)
-    assert (
-        (tmp_path / "srun.said")
-        .read_text()
-        .endswith("|python|-m|feddra_ds|train|--config|my config.yaml|--clients.ids|[a, b]|\n")
-    )
-    assert not (tmp_path / "scontrol.said").exists()
+    (said,) = (path.read_text() for path in tmp_path.glob("srun.said.*"))
+    assert said.endswith("|python|-m|feddra_ds|train|--config|my config.yaml|--clients.ids|[a, b]|")
     subprocess.run(["bash", SCRIPTS / "two_hosts.sh", "one", "two", *words], check=True, timeout=20, env=environment)
-    lines = sorted((tmp_path / "ssh.said").read_text().replace("\\\n", "").splitlines())
+    lines = sorted(path.read_text().replace("\\\n", "") for path in tmp_path.glob("ssh.said.*"))
     assert len(lines) == 2
     for node, (host, line) in enumerate(zip(("one", "two"), lines, strict=True)):
         assert f"|{host}|cd " in line
