@@ -52,12 +52,14 @@ class TrainResult:
     round on, those before a resume included; empty on a rank that cannot see the file, where the disk is not shared.
     model_dir: the final model, for `feddra_ds.load_pretrained`; with strategy.name=local, a folder per client in it.
     is_complete: whether all rounds are done; not where SIGUSR1 asked for an early end, and then there is no model yet.
+    not_saved: why there is no checkpoint of that early end, where it could not be written (checkpoint.on_error=continue).
     """
 
     run_dir: Path
     rounds: list[dict[str, Any]]
     model_dir: Path
     is_complete: bool = True
+    not_saved: str | None = None
 
 
 def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None = None) -> TrainResult:
@@ -80,10 +82,11 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
         found = check(checked, launch)
         writes = launch.rank == 0 and not checked.topology.dry_run
         with locked(run_dir) if writes else nullcontext(), _generators_kept():
-            is_complete = _train(checked, found)
+            stop = _train(checked, found)
     from feddra_ds.run.metrics_file import read_metrics
 
-    return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model", is_complete)
+    rounds = read_metrics(run_dir / "metrics.jsonl")
+    return TrainResult(run_dir, rounds, run_dir / "model", stop is None, None if stop is None else stop.not_saved)
 
 
 def run(path: str | None, overrides: dict[str, Any]) -> int:
@@ -128,9 +131,11 @@ def _exit_code(config: Config, rank: int) -> int:
         return 1
     if not result.is_complete:
         if rank == 0:
+            saved = "with a checkpoint" if result.not_saved is None else f"but {result.not_saved}"
+            since = "" if result.not_saved is None else " from the one before"
             logger.warning(
-                "stopped after round %d, with a checkpoint, as SIGUSR1 asked; the same command goes on (exit code %d)",
-                len(result.rounds) - 1, stop_request.EXIT_CODE,
+                "stopped after round %d, %s, as SIGUSR1 asked; the same command goes on%s (exit code %d)",
+                len(result.rounds) - 1, saved, since, stop_request.EXIT_CODE,
             )  # fmt: skip
         return stop_request.EXIT_CODE
     if rank == 0 and not config.topology.dry_run:
@@ -146,26 +151,33 @@ def _config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[
     return from_dict(merge(tree, dict(overrides or {})))
 
 
-def _train(config: Config, found: Checked) -> bool:
-    """All rounds, and then, however they ended, this process is free of the run. Returns whether all are done."""
+@dataclass(frozen=True)
+class _Stop:
+    """An early end that SIGUSR1 asked for. not_saved: as in TrainResult."""
+
+    not_saved: str | None
+
+
+def _train(config: Config, found: Checked) -> _Stop | None:
+    """All rounds, and then, however they ended, this process is free of the run. None where all are done."""
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
-        is_complete = _rounds(config, found)
+        stop = _rounds(config, found)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
         leave_groups(failed=True)
         raise
     leave_groups()
-    return is_complete
+    return stop
 
 
-def _rounds(config: Config, found: Checked) -> bool:
+def _rounds(config: Config, found: Checked) -> _Stop | None:
     if config.topology.dry_run:
         from feddra_ds.run.dry_run import dry_run
 
         dry_run(config, found)
-        return True
+        return None
     from feddra_ds.run.build import build
     from feddra_ds.run.trackers import tracking
 
@@ -176,7 +188,7 @@ def _rounds(config: Config, found: Checked) -> bool:
         run.rounds()
     run.engine.close()
     run.topology.close()
-    return not run.stops
+    return _Stop(run.not_saved) if run.stops else None
 
 
 @contextmanager

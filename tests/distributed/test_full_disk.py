@@ -34,6 +34,7 @@ def with_full_disk(config_tree: dict[str, Any], rounds: list[int]) -> str | None
         full = run.topology.rank == 1 and round_index in rounds
         with no_file_above(1000) if full else contextlib.nullcontext():
             save(round_index, record)
+            run.checkpoints.wait()  # the limit is the process's, and the thread writes beside the next round
 
     run.save = on_full_disk
     said = None
