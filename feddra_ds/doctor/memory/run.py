@@ -71,7 +71,7 @@ class Miniature:
     # ---- building
     def build(self) -> None:
         """As run/build.py does: weights come one by one into the engine, then the server takes its copy."""
-        lay, host = self.layout, self.host
+        lay = self.layout
         self.weights()
         self.masters()
         if lay.zero_stage == 0 and lay.width < 4:  # DeepSpeed's constructor takes an optimizer step

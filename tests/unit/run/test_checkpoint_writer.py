@@ -91,7 +91,6 @@ POINTS = {  # the module and the name of what is called then, and which call of 
     "when all ranks have written": (checkpoint_writer, "commit", 0),
     "before coordinator.json": (write_module, "write_atomic", 0),
     "before the manifest": (write_module, "write_atomic", 1),
-    "within the manifest": (write_module, "write_atomic", 1, lambda text: None),
     "before the rename": (write_module.os, "replace", 2),
     "after the rename": (write_module.os, "open", 0),
     "while old ones go": (write_module.shutil, "rmtree", 0),
@@ -149,10 +148,15 @@ def test_an_error_finishes_what_is_being_written_and_ctrl_c_does_not(
 
     monkeypatch.setattr(write_module, "save_file", slow)
     writer, noted = writer_of()
-    with pytest.raises(error), writer:
-        writer.begin(due(tmp_path, 0))
-        assert began.wait(30)
-        raise error
+
+    def run() -> None:
+        with writer:
+            writer.begin(due(tmp_path, 0))
+            assert began.wait(30)
+            raise error
+
+    with pytest.raises(error):
+        run()
     assert (find_newest(tmp_path) is not None) == is_finished
     assert noted == ([{}] if is_finished else [])
 
