@@ -2,11 +2,12 @@
 
     python benchmarks/bench_goodput.py [--kills 10] [--every 30] [--steps 20,40] [--quick]
 
-Two runs of `feddra-ds train` of one config, each in processes of its own, one rank: an undisturbed one, and one that is killed
-each time that so many of the undisturbed rounds would have been done (`--every`), and at once started again. Goodput is the pairs
-per second of the second, starts and lost rounds included, over those of the first. The last losses, p and the model must be equal to
-the bit. A start costs imports, the build and the resume, a kill on average half a round: what one kill costs is printed in
-seconds and in rounds, which says what to expect of rounds of another length. Appends a row to results/goodput.csv.
+Two runs of `feddra-ds train` of one config, each in processes of its own, one rank: an undisturbed one, and one that is
+killed each time that so many of the undisturbed rounds would have been done (`--every`), and at once started again. Goodput
+is the pairs per second of the second, starts and lost rounds included, over those of the first. The last losses, p and the
+model must be equal to the bit. A start costs imports, the build and the resume, a kill on average half a round: what one
+kill costs is printed in seconds and in rounds, which says what to expect of rounds of another length. Appends a row to
+results/goodput.csv.
 """
 
 from __future__ import annotations
