@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,23 @@ def with_full_disk(config_tree: dict[str, Any], rounds: list[int]) -> str | None
     return said
 
 
+def asked_to_stop_on_a_full_disk(config_tree: dict[str, Any]) -> str | None:
+    """A run that SIGUSR1 ends after its first round, whose checkpoint rank 1 cannot write; what it says of it."""
+    from feddra_ds.common.errors import CheckpointNotWritten
+    from feddra_ds.run import stop_request
+
+    run = build_run(config_tree)
+    with stop_request.heard_by_signal(), no_file_above(1000) if run.topology.rank == 1 else contextlib.nullcontext():
+        signal.raise_signal(signal.SIGUSR1)
+        try:
+            run.rounds()
+            said = run.progress.stopped
+        except CheckpointNotWritten as error:
+            said = str(error)
+    finish(run)
+    return said
+
+
 def checkpoints(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
@@ -69,6 +87,21 @@ def test_the_last_round_needs_its_checkpoint(dataset: Path, tmp_path: Path) -> N
     assert checkpoints(tmp_path) == ["round-000000"]
     assert on_ranks(with_full_disk, 2, config, []) == [None, None]
     assert checkpoints(tmp_path) == ["round-000000", "round-000001"]
+
+
+def test_an_early_end_says_that_its_checkpoint_is_lost(dataset: Path, tmp_path: Path) -> None:
+    for on_error, wanted in (
+        ("continue", "asked to by SIGUSR1, but no checkpoint"),
+        ("stop", "it was asked to stop: make room"),
+    ):
+        out = tmp_path / on_error
+        config = tree(dataset, out, schedule__rounds=3, checkpoint__on_error=on_error, **SETTINGS)
+        for said in on_ranks(asked_to_stop_on_a_full_disk, 2, config):
+            assert said is not None
+            assert wanted in said
+            assert "(rank 1: " in said
+        assert checkpoints(out) == []
+        assert len(metrics_of(out)) == 1
 
 
 def test_or_the_run_stops(dataset: Path, tmp_path: Path) -> None:
