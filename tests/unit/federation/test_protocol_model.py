@@ -75,6 +75,7 @@ class Job:
     faults: Faults
     is_slow: bool  # whether training may take longer than the time-out
     disk: dict[int, dict[str, Any]]  # checkpoints by round, of all starts
+    bad: set[tuple[int, int, str]]  # the client, round and stage of updates that cannot be averaged
     processes: list[Process] = field(default_factory=list)
     values: dict[str, bytes] = field(default_factory=dict)
     groups: dict[tuple[int, int], Group] = field(default_factory=dict)
@@ -216,7 +217,6 @@ class CheckedRun(Run):
         )  # fmt: skip
         run.job, run.process, run.server = job, process, CheckedServer(run)
         run.trainer.run_stage = run.train
-        run.progress.enabled = False
         if job.disk:
             newest = max(job.disk)
             run.next_round, run.server.model = newest + 1, job.disk[newest]["model"]
@@ -232,7 +232,8 @@ class CheckedRun(Run):
         world.wait(draw.uniform(0, 2 * TIMEOUT if self.job.is_slow and draw.random() < 0.1 else TIMEOUT / 5))
         here = self.trainer.observer.round_index, stage.name
         self.server.trained = (client.index, *here, global_state)
-        return LocalResult(_number(*here), 8, "bad" if self.job.is_slow and draw.random() < 0.05 else None)
+        is_bad = self.job.is_slow and (client.index, *here) in self.job.bad  # as all ranks of a slot find it
+        return LocalResult(_number(*here), 8, "bad" if is_bad else None)
 
     def agree(self, round_index: int, stage: Any, reports: Any) -> Decision:
         p = self.mixture.tolist()
@@ -278,6 +279,22 @@ def _number(round_index: int, stage: str) -> float:
     return 10 * round_index + int(stage[-1])
 
 
+class _Quiet:
+    """In place of Progress, which opens a console."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
 # ---- the disk
 def _copy(server: CheckedServer, *_: Any) -> list[Any]:
     return [server.run, server.run.state_of_round()]
@@ -300,6 +317,7 @@ def checked_modules() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     with (
         in_its_own_time("feddra_ds.distributed", "feddra_ds.federation", "feddra_ds.run"),
+        patch.object(rounds, "Progress", _Quiet),
         patch.object(rounds, "copy_server", _copy),
         patch.object(rounds, "peak_memory", lambda engine: 0),
         patch.object(checkpoint_writer, "write", _write),
@@ -333,7 +351,8 @@ def simulate(seed: int) -> None:
     disk: dict[int, dict[str, Any]] = {}
     committed: dict[int, Any] = {}
     for _ in range(draw.choice([1, 1, 2]) if kind != "calm" else 1):
-        job = Job(world, plan(world_size, 3, per_slot), faults, kind in ("ranks", "all"), disk)
+        bad = {(draw.randrange(3), draw.randrange(ROUNDS), draw.choice(["stage1", "stage2"]))}
+        job = Job(world, plan(world_size, 3, per_slot), faults, kind in ("ranks", "all"), disk, bad)
 
         def commit(folder: Path, state: str, files: dict[str, Any], keep: int, job: Job = job) -> None:
             world.wait(draw.uniform(0, TIMEOUT / 20))
