@@ -43,6 +43,7 @@ from feddra_ds.federation.coordinator import Coordinator
 from feddra_ds.federation.protocol import Decision, Loss, RankReport
 from feddra_ds.run import checkpoint_writer, rounds
 from feddra_ds.run.rounds import Run
+from feddra_ds.strategies import robust_weights
 
 SCHEDULES = int(os.environ.get("FEDDRA_MODEL_SCHEDULES", "150"))
 FIRST = int(os.environ.get("FEDDRA_MODEL_FIRST", "0"))
@@ -279,6 +280,12 @@ def _number(round_index: int, stage: str) -> float:
     return 10 * round_index + int(stage[-1])
 
 
+def _next_mixture(p: Any, losses: Any, center: Any) -> Any:
+    """In place of equation (4), whose set takes time: p moves, by the losses that are known."""
+    new = p * np.exp(0.1 * np.where(np.isnan(losses), 0.0, losses))
+    return new / new.sum()
+
+
 class _Quiet:
     """In place of Progress, which opens a console."""
 
@@ -317,6 +324,8 @@ def checked_modules() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     with (
         in_its_own_time("feddra_ds.distributed", "feddra_ds.federation", "feddra_ds.run"),
+        patch.object(STRATEGY, "next_mixture", _next_mixture),
+        patch.object(robust_weights, "robust_gain", lambda *_: None),
         patch.object(rounds, "Progress", _Quiet),
         patch.object(rounds, "copy_server", _copy),
         patch.object(rounds, "peak_memory", lambda engine: 0),
