@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest
 from helpers import build_run, finish, metrics_of, on_ranks, tree, zero
 
 SETTINGS: dict[str, Any] = {"deepspeed": zero(2), "topology__ranks_per_slot": 2, "evaluation__every": 0}
@@ -91,19 +92,23 @@ def test_the_last_round_needs_its_checkpoint(dataset: Path, tmp_path: Path) -> N
     assert checkpoints(tmp_path) == ["round-000000", "round-000001"]
 
 
-def test_an_early_end_says_that_its_checkpoint_is_lost(dataset: Path, tmp_path: Path) -> None:
-    for on_error, wanted in (
+@pytest.mark.parametrize(
+    ("on_error", "wanted"),
+    [
         ("continue", "asked to by SIGUSR1, but no checkpoint"),
-        ("stop", "it was asked to stop: make room"),
-    ):
-        out = tmp_path / on_error
-        config = tree(dataset, out, schedule__rounds=3, checkpoint__on_error=on_error, **SETTINGS)
-        for said in on_ranks(asked_to_stop_on_a_full_disk, 2, config):
-            assert said is not None
-            assert wanted in said
-            assert "(rank 1: " in said
-        assert checkpoints(out) == []
-        assert len(metrics_of(out)) == 1
+        pytest.param("stop", "it was asked to stop: make room", marks=pytest.mark.slow),
+    ],
+)
+def test_an_early_end_says_that_its_checkpoint_is_lost(
+    on_error: str, wanted: str, dataset: Path, tmp_path: Path
+) -> None:
+    config = tree(dataset, tmp_path, schedule__rounds=3, checkpoint__on_error=on_error, **SETTINGS)
+    for said in on_ranks(asked_to_stop_on_a_full_disk, 2, config):
+        assert said is not None
+        assert wanted in said
+        assert "(rank 1: " in said
+    assert checkpoints(tmp_path) == []
+    assert len(metrics_of(tmp_path)) == 1
 
 
 def test_or_the_run_stops(dataset: Path, tmp_path: Path) -> None:
