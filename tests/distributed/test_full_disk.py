@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest
 from helpers import build_run, finish, metrics_of, on_ranks, tree, zero
 
 SETTINGS: dict[str, Any] = {"deepspeed": zero(2), "topology__ranks_per_slot": 2, "evaluation__every": 0}
