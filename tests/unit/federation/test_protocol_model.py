@@ -51,7 +51,7 @@ TIMEOUT = 10.0  # clients.timeout_s
 ROUNDS = 2
 # each of a round's waits may last PATIENCE times the time-out, and a job may be started again twice
 LIMIT = 60 * ROUNDS * TIMEOUT
-LAYOUTS = ((2, 1), (3, 1), (4, 2))  # ranks, ranks a slot
+LAYOUTS = ((2, 1), (3, 1), (2, 1), (3, 1), (4, 2))  # ranks, ranks a slot
 CONFIG = from_dict(
     {
         "data": {"root": "x"},
@@ -326,6 +326,7 @@ def checked_modules() -> Iterator[None]:
         in_its_own_time("feddra_ds.distributed", "feddra_ds.federation", "feddra_ds.run"),
         patch.object(STRATEGY, "next_mixture", _next_mixture),
         patch.object(robust_weights, "robust_gain", lambda *_: None),
+        patch.object(Coordinator, "state", lambda self, round_index: {"round": round_index}),
         patch.object(rounds, "Progress", _Quiet),
         patch.object(rounds, "copy_server", _copy),
         patch.object(rounds, "peak_memory", lambda engine: 0),
