@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.format.likeness import alike, thumbnail
 from feddra_ds.data.format.preflight import lost_folders, preflight
 from feddra_ds.data.format.samples import Samples, text_id
+from feddra_ds.data.format.text import NO, UNKNOWN, YES
 from feddra_ds.data.loading.decode import checked
 from feddra_ds.data.loading.images import BadSample, open_image, training_pixels
 from feddra_ds.data.progress import Track, untracked
@@ -23,14 +24,15 @@ from feddra_ds.data.progress import Track, untracked
 @dataclass
 class Seen:
     """What a look at some of a client's pairs showed: the words and tokens of each text, how often each text id came,
-    the shorter side of each image in pixels, how many pairs have each label, and how many could not be read for each reason;
-    how long it took to read and decode the others as training does."""
+    the shorter side of each image in pixels, how many pairs have each label (and each value of one, by its name), and how many
+    could not be read for each reason; how long it took to read and decode the others as training does."""
 
     words: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     repeated: Counter[int] = field(default_factory=Counter)
     sides: list[int] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
+    values: Counter[tuple[str, str]] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -75,6 +77,7 @@ def look(
     problems += preflight(dataset, clients, batch_size=0, eval_batch_size=0, eval_split=None, verify=False)
     own = track([] if problems else clients, len(clients), "looking")
     seen = {client: _look_at_client(dataset, client, samples, data, num_tokens) for client in own}
+    _name_labels(list(seen.values()))
     problems += _unreadable(seen, data.max_bad_fraction)
     patients, both = _patients(dataset, clients) if dataset.store is None and seen else ([], [])
     total = sum(dataset.num_samples(client, split) for client in clients for split in dataset.splits(client))
@@ -174,10 +177,24 @@ def _look_at_pair(
         return
     labels = info.get("labels")
     for name, value in labels.items() if isinstance(labels, dict) else ():
-        if value in (1, True):
-            seen.labels[name] += 1
-        elif isinstance(value, str):  # a list's parts are labels of their own, as evaluate and probe take them
-            seen.labels.update({f"{name}={part.strip()}" for part in value.split("|") if part.strip()})
+        if isinstance(value, bool | int | float):
+            value = f"{value:g}"
+        if isinstance(value, str):  # a list's parts are labels of their own, as evaluate and probe take them
+            seen.values.update({(name, part.strip()) for part in value.split("|")})
+
+
+def _name_labels(seen: Sequence[Seen]) -> None:
+    """`edema` for a label of yes and no, `view=lateral` for each value of others, as evaluate and probe tell them apart."""
+    values: dict[str, set[str]] = {}
+    for name, value in (one for own in seen for one in own.values):
+        values.setdefault(name, set()).add(value.lower())
+    plain = {name for name, own in values.items() if own <= YES | NO | UNKNOWN}
+    for own in seen:
+        for (name, value), count in own.values.items():
+            if name not in plain and value.lower() not in UNKNOWN:
+                own.labels[f"{name}={value}"] += count
+            elif name in plain and value.lower() in YES:
+                own.labels[name] += count
 
 
 def _leaks(dataset: Dataset, splits: list[str]) -> int:

@@ -155,3 +155,18 @@ def test_a_picture_that_ends_too_early_is_unreadable_to_inspect_as_it_is_to_trai
             )
     assert main(["data", "inspect", str(tmp_path / "data")]) == 1
     assert "a: 2 of the 4 pairs looked at are unreadable (2 corrupt_image)" in capsys.readouterr().out
+
+
+def test_labels_are_told_apart_as_evaluate_does(tmp_path: Path, capsys) -> None:
+    labels = [
+        {"edema": "1", "view": "PA", "device": 1},
+        {"edema": "0", "view": "1", "device": 0},
+        {"edema": "-1", "view": "", "device": True},
+    ]
+    with DatasetWriter(tmp_path / "data") as writer:
+        for n, own in enumerate(labels):
+            writer.add("a", "train", f"k{n}", image=saved(picture(n)), suffix="png", text=f"r{n}", info={"labels": own})
+    assert main(["data", "inspect", str(tmp_path / "data"), "--max-pictures", "0"]) == 0
+    printed = capsys.readouterr().out
+    told = dict(re.findall(r"^(\S+) +│ +(\d+%)", printed, re.MULTILINE))
+    assert told == {"edema": "33%", "device": "67%", "view=PA": "33%", "view=1": "33%"}
