@@ -53,6 +53,7 @@ from feddra_ds.objectives.features import WORDS
 from feddra_ds.run.checks import POOLED, Checked, check, reference_checkpoint, what_all_ranks_share
 from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
+from feddra_ds.run.rank_log import problems_told_once
 from feddra_ds.run.rounds import Run
 from feddra_ds.strategies import Strategy
 from feddra_ds.strategies.mixture_set import MixtureSet, Vector
@@ -68,10 +69,11 @@ def build(config: Config, checked: Checked | None = None) -> Run:
     strategy = strategies.build(config.strategy, config.dro)
     objective = build_objective(config.objective)
     device = choose_device(config.run.device, launch.local_rank)
-    tokenizer = tokenizer_of(config)
-    processor = processor_of(config, tokenizer)
-    seed_everything(config.run.seed)
-    model, initial = defer(lambda: model_of(config, tokenizer))
+    with problems_told_once(launch):
+        tokenizer = tokenizer_of(config)
+        processor = processor_of(config, tokenizer)
+        seed_everything(config.run.seed)
+        model, initial = defer(lambda: model_of(config, tokenizer))
 
     topology = Topology(
         layout,

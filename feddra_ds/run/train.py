@@ -12,8 +12,8 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from feddra_ds.common.errors import (
     Interrupted,
     TooFewClients,
     WaitTimeout,
+    is_told,
 )
 from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.common.text import printable
@@ -37,6 +38,7 @@ from feddra_ds.distributed.launcher_watch import end_with_launcher
 from feddra_ds.run import stop_request
 from feddra_ds.run.checks import Checked, check
 from feddra_ds.run.lock import locked
+from feddra_ds.run.rank_log import problems_told_once, rank_log
 
 # What a run sets in the environment for DeepSpeed, tokenizers and the groups.
 _VARIABLES = (
@@ -72,15 +74,28 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     clients.minimum), WaitTimeout (another rank was not heard in time), CheckpointError, CheckpointNotWritten (after the last
     round).
     """
-    checked = _config(config, overrides)
-    run_dir = Path(checked.run.output_dir)
+    return _start(lambda: _config(config, overrides))
+
+
+def _start(read: Callable[[], Config], *, from_terminal: bool = False) -> TrainResult:
+    """Train the config that `read` gives. from_terminal: whose output is this package's to arrange (rank_log)."""
     launch = Launch.from_environment()
-    with log_to_stderr(launch.rank), environment({name: os.environ.get(name) for name in _VARIABLES}):
+    with ExitStack() as stack:
+        stack.enter_context(log_to_stderr(launch.rank))
+        stack.enter_context(environment({name: os.environ.get(name) for name in _VARIABLES}))
         os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asks for it, whatever the launcher
-        found = check(checked, launch)
-        writes = launch.rank == 0 and not checked.topology.dry_run
-        with locked(run_dir) if writes else nullcontext(), _generators_kept():
-            is_complete = _train(checked, found)
+        with problems_told_once(launch):
+            config = read()
+            run_dir, is_dry = Path(config.run.output_dir), config.topology.dry_run
+            found = check(config, launch)
+            if launch.rank == 0 and not is_dry:
+                stack.enter_context(locked(run_dir))
+        if from_terminal and not is_dry:
+            stack.enter_context(rank_log(run_dir, launch))
+        stack.enter_context(_generators_kept())
+        is_complete = _train(config, found)
+        if from_terminal and launch.rank == 0 and is_complete and not is_dry:
+            logger.info("done. Next: feddra-ds report %s", run_dir)
     from feddra_ds.run.metrics_file import read_metrics
 
     return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model", is_complete)
@@ -102,11 +117,11 @@ def _load_and_train(path: str | None, overrides: dict[str, Any]) -> int:
         with log_to_stderr(launch.rank):
             if launch.is_launched:
                 end_with_launcher()
-            return _exit_code(load(path, overrides), launch.rank)
+            return _exit_code(lambda: load(path, overrides), launch.rank)
     except ConfigError as error:
-        for problem in error.problems:
+        for problem in [] if is_told(error) else error.problems:
             print("feddra-ds:", printable(problem, keep="\n"), file=sys.stderr)
-        if path is None:
+        if path is None and not is_told(error):
             print(
                 "feddra-ds: --config: none was given, so each key has its default; `feddra-ds config list` shows examples",
                 file=sys.stderr,
@@ -114,17 +129,22 @@ def _load_and_train(path: str | None, overrides: dict[str, Any]) -> int:
         return 2
 
 
-def _exit_code(config: Config, rank: int) -> int:
+def _exit_code(read: Callable[[], Config], rank: int) -> int:
     try:
-        result = train(config)
+        result = _start(read, from_terminal=True)
     except Interrupted as stopped:
-        logger.warning(
-            "stopped by a signal; the same command goes on from the last checkpoint, or: feddra-ds train --config %s/config.yaml",
-            config.run.output_dir,
-        )
+        if not is_told(stopped) and rank == 0:
+            logger.warning("stopped by a signal before the training began")
         return int(stopped.code or 1)
+    except ConfigError:
+        raise
     except (TooFewClients, WaitTimeout, DataError, CheckpointNotWritten) as error:
-        logger.error("%s", error)
+        if not is_told(error):
+            logger.error("%s", error)
+        return 1
+    except Exception as error:
+        if not is_told(error):
+            raise
         return 1
     if not result.is_complete:
         if rank == 0:
@@ -133,8 +153,6 @@ def _exit_code(config: Config, rank: int) -> int:
                 len(result.rounds) - 1, stop_request.EXIT_CODE,
             )  # fmt: skip
         return stop_request.EXIT_CODE
-    if rank == 0 and not config.topology.dry_run:
-        logger.info("done. Next: feddra-ds report %s", result.run_dir)
     return 0
 
 
