@@ -31,11 +31,12 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs."""
+    """Where a rank runs. free: bytes of memory that its host has left."""
 
     host: str
     pid: int
     device: str
+    free: int = 0
 
 
 def meet(
@@ -52,7 +53,7 @@ def meet(
     """
     common = {**(common or {}), "the launcher's job": launch.job}
     store = _store(launch, timedelta(seconds=timeout_s), interface)
-    mine = Place(socket.gethostname(), os.getpid(), device)
+    mine = Place(socket.gethostname(), os.getpid(), device, psutil.virtual_memory().available)
     if launch.rank == 0:
         return _receive(store, launch, mine, common, timeout_s)
     return _join(store, launch, mine, common, timeout_s)

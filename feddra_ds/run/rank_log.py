@@ -33,6 +33,14 @@ def path_of(run_dir: Path, rank: int) -> Path:
     return run_dir / FOLDER / f"rank_{rank}.log"
 
 
+class _File(logging.FileHandler):
+    """Made with its folder at its first line, so that a run that cannot start leaves nothing."""
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
 @contextmanager
 def rank_log(run_dir: Path, launch: Launch) -> Iterator[None]:
     """While in it, this rank's log goes to its file too, and an error that leaves it is said as the module says.
@@ -41,10 +49,9 @@ def rank_log(run_dir: Path, launch: Launch) -> Iterator[None]:
     rank 0 all that is no line of this package's log.
     """
     path = path_of(run_dir, launch.rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if launch.rank == 0:
         (path.parent / _FAILURE).unlink(missing_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _File(path, encoding="utf-8", delay=True)
     handler.setFormatter(Printable("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -85,6 +92,7 @@ def rest_to(path: str | Path, *, keep_stderr: bool) -> Iterator[None]:
     file; without it what goes to 1 too."""
     sys.stdout.flush()
     sys.stderr.flush()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     before = sys.stderr
     descriptors = (2,) if keep_stderr else (1, 2)
     kept = [os.dup(number) for number in descriptors]
@@ -114,8 +122,10 @@ def rest_to(path: str | Path, *, keep_stderr: bool) -> Iterator[None]:
 
 def _say(error: BaseException, run_dir: Path, launch: Launch, file: logging.Handler) -> None:
     """Write why this rank ends into its file, and on the terminal where it is the first, or rank 0 and another was."""
+    if launch.world_size == 1 and isinstance(error, ConfigError):
+        return
     words = "".join(traceback.format_exception(error))
-    file.emit(logging.LogRecord(logger.name, logging.ERROR, "", 0, "%s", (words,), None))
+    file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, "%s", (words,), None))
     if isinstance(error, Interrupted):  # a launcher ends all ranks once one has failed; so does who presses Ctrl-C
         if launch.rank == 0 and _read(run_dir) is None:
             again = f"feddra-ds train --config {run_dir}/config.yaml"

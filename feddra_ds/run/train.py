@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feddra_ds.common.environment import environment
 from feddra_ds.common.errors import (
@@ -39,6 +39,9 @@ from feddra_ds.run import stop_request
 from feddra_ds.run.checks import Checked, check
 from feddra_ds.run.lock import locked
 from feddra_ds.run.rank_log import problems_told_once, rank_log
+
+if TYPE_CHECKING:
+    from feddra_ds.run.prediction import Predict
 
 # What a run sets in the environment for DeepSpeed, tokenizers and the groups.
 _VARIABLES = (
@@ -77,7 +80,7 @@ def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[st
     return _start(lambda: _config(config, overrides))
 
 
-def _start(read: Callable[[], Config], *, from_terminal: bool = False) -> TrainResult:
+def _start(read: Callable[[], Config], *, from_terminal: bool = False, predict: Predict | None = None) -> TrainResult:
     """Train the config that `read` gives. from_terminal: whose output is this package's to arrange (rank_log)."""
     launch = Launch.from_environment()
     with ExitStack() as stack:
@@ -93,7 +96,7 @@ def _start(read: Callable[[], Config], *, from_terminal: bool = False) -> TrainR
         if from_terminal and not is_dry:
             stack.enter_context(rank_log(run_dir, launch))
         stack.enter_context(_generators_kept())
-        is_complete = _train(config, found)
+        is_complete = _train(config, found, predict)
         if from_terminal and launch.rank == 0 and is_complete and not is_dry:
             logger.info("done. Next: feddra-ds report %s", run_dir)
     from feddra_ds.run.metrics_file import read_metrics
@@ -101,23 +104,23 @@ def _start(read: Callable[[], Config], *, from_terminal: bool = False) -> TrainR
     return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model", is_complete)
 
 
-def run(path: str | None, overrides: dict[str, Any]) -> int:
+def run(path: str | None, overrides: dict[str, Any], predict: Predict | None = None) -> int:
     """Train from a YAML file with overrides on top. Exit code: 0; 2 bad config; 1 the run had to end; 128 + signal;
-    75 where SIGUSR1 ended it after a checkpoint."""
+    75 where SIGUSR1 ended it after a checkpoint. predict: a rank's memory, for the plan of several ranks."""
     with _signals_end_the_run(), stop_request.heard_by_signal():
-        code = _load_and_train(path, overrides)
+        code = _load_and_train(path, overrides, predict)
     if code == stop_request.EXIT_CODE:
         stop_request.keep_exit_code()
     return code
 
 
-def _load_and_train(path: str | None, overrides: dict[str, Any]) -> int:
+def _load_and_train(path: str | None, overrides: dict[str, Any], predict: Predict | None) -> int:
     try:
         launch = Launch.from_environment()
         with log_to_stderr(launch.rank):
             if launch.is_launched:
                 end_with_launcher()
-            return _exit_code(lambda: load(path, overrides), launch.rank)
+            return _exit_code(lambda: load(path, overrides), launch.rank, predict)
     except ConfigError as error:
         for problem in [] if is_told(error) else error.problems:
             print("feddra-ds:", printable(problem, keep="\n"), file=sys.stderr)
@@ -129,9 +132,9 @@ def _load_and_train(path: str | None, overrides: dict[str, Any]) -> int:
         return 2
 
 
-def _exit_code(read: Callable[[], Config], rank: int) -> int:
+def _exit_code(read: Callable[[], Config], rank: int, predict: Predict | None) -> int:
     try:
-        result = _start(read, from_terminal=True)
+        result = _start(read, from_terminal=True, predict=predict)
     except Interrupted as stopped:
         if not is_told(stopped) and rank == 0:
             logger.warning("stopped by a signal before the training began")
@@ -164,12 +167,12 @@ def _config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[
     return from_dict(merge(tree, dict(overrides or {})))
 
 
-def _train(config: Config, found: Checked) -> bool:
+def _train(config: Config, found: Checked, predict: Predict | None) -> bool:
     """All rounds, and then, however they ended, this process is free of the run. Returns whether all are done."""
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
-        is_complete = _rounds(config, found)
+        is_complete = _rounds(config, found, predict)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
         leave_groups(failed=True)
@@ -178,18 +181,18 @@ def _train(config: Config, found: Checked) -> bool:
     return is_complete
 
 
-def _rounds(config: Config, found: Checked) -> bool:
+def _rounds(config: Config, found: Checked, predict: Predict | None) -> bool:
     if config.topology.dry_run:
         from feddra_ds.run.dry_run import dry_run
 
-        dry_run(config, found)
+        dry_run(config, found, predict)
         return True
     from feddra_ds.run.build import build
     from feddra_ds.run.trackers import tracking
 
     is_coordinator = Launch.from_environment().rank == 0
     with tracking(config) if is_coordinator else nullcontext() as trackers:  # who cannot start says so before the build
-        run = build(config, found)
+        run = build(config, found, predict)
         run.trackers = trackers
         run.rounds()
     run.engine.close()

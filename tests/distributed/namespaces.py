@@ -33,7 +33,9 @@ def missing() -> str | None:
     tools = ("ip", "pdsh", "ssh", "ssh-keygen", SSHD)
     if absent := [tool for tool in tools if shutil.which(tool) is None]:
         return f"two hosts need {', '.join(absent)}: apt-get install iproute2 pdsh openssh-server"
-    tried = subprocess.run(["unshare", "--net", "--uts", "ip", "link", "set", "lo", "up"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--net", "--uts", "ip", "link", "set", "lo", "up"], capture_output=True, text=True
+    )
     return None if tried.returncode == 0 else f"network namespaces are not permitted: {tried.stderr.strip()}"
 
 
@@ -70,6 +72,7 @@ class HostHere:
 def two_hosts(folder: Path, **variables: str) -> Iterator[tuple[HostHere, HostHere]]:
     """Two hosts that reach each other by name, and by ssh without a password. folder: for keys. variables: environment."""
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind()
     spaces = [f"{name}-{os.getpid()}" for name in NAMES]
     hosts = [HostHere(*names, variables) for names in zip(NAMES, ADDRESSES, spaces, strict=True)]
     _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
@@ -109,6 +112,14 @@ def _write_files(host: HostHere, folder: Path) -> None:
         f"StrictModes no\nUsePAM no\nPermitRootLogin yes\nPidFile none\nMaxStartups 100\n"
         f"ClientAliveInterval 5\nClientAliveCountMax 3\n{'SetEnv' + set_env if set_env else ''}\n"
     )
+
+
+def _remove_left_behind() -> None:
+    """The namespaces of tests that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+    for space in (line.split()[0] for line in listed if line.startswith(NAMES)):
+        if not Path("/proc", space.rpartition("-")[2]).exists():
+            _remove(space)
 
 
 def _remove(space: str) -> None:

@@ -61,7 +61,7 @@ def test_hosts_of_a_hostfile(tmp_path: Path) -> None:
         ("a:x", "'a:x' is no file"),
         ("", "'' is no file"),
         ("0x8", "0x8 has no rank"),
-        ("a:1,b:1,a:1", "a is there more than once"),
+        ("a:1,b:1,a:1", "a:1,b:1,a:1 has a more than once"),
     ],
 )
 def test_hosts_that_are_none(text: str, expected: str) -> None:
