@@ -9,10 +9,12 @@ looks for a namespace's own files; it is cleaned afterwards, and every process o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ NAMES = ("hospital-a", "hospital-b")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 CABLE = "eth0"  # its end on either host
 SSHD = "/usr/sbin/sshd"
+_numbers = itertools.count()
 
 
 def missing() -> str | None:
@@ -63,17 +66,21 @@ class HostHere:
         """An `ip` command, such as `link set eth0 down`."""
         _call("ip", "-n", self.namespace, *words)
 
-    def slow_down(self, *netem: str) -> None:
-        """What leaves this host is delayed and limited: words of tc-netem, such as delay 50ms rate 1gbit."""
-        _call("tc", "-n", self.namespace, "qdisc", "replace", "dev", CABLE, "root", "netem", *netem)
-
 
 @contextmanager
-def two_hosts(folder: Path, **variables: str) -> Iterator[tuple[HostHere, HostHere]]:
-    """Two hosts that reach each other by name, and by ssh without a password. folder: for keys. variables: environment."""
+def two_hosts(
+    folder: Path, *, slow: tuple[float, float] | None = None, **variables: str
+) -> Iterator[tuple[HostHere, HostHere]]:
+    """Two hosts that reach each other by name, and by ssh without a password.
+
+    folder: for keys. slow: seconds that the cable takes, and bits a second that it carries each way (cable.py). variables:
+    environment.
+    """
+    cable: subprocess.Popen[str] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     _remove_left_behind()
-    spaces = [f"{name}-{os.getpid()}" for name in NAMES]
+    number = next(_numbers)
+    spaces = [f"{name}-{os.getpid()}-{number}" for name in NAMES]
     hosts = [HostHere(*names, variables) for names in zip(NAMES, ADDRESSES, spaces, strict=True)]
     _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
     shutil.copy(folder / "key.pub", folder / "authorized_keys")
@@ -82,8 +89,14 @@ def two_hosts(folder: Path, **variables: str) -> Iterator[tuple[HostHere, HostHe
         for host in hosts:
             _call("ip", "netns", "add", host.namespace)
             _write_files(host, folder)
-        ends = [("name", CABLE, "netns", space) for space in spaces]
-        _call("ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        if slow is None:
+            ends = [("name", CABLE, "netns", space) for space in spaces]
+            _call("ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        else:
+            words = [sys.executable, str(Path(__file__).with_name("cable.py")), *spaces, *map(str, slow)]
+            cable = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+            assert cable.stdout is not None
+            assert cable.stdout.readline() == "ready\n"
         for host in hosts:
             host.ip("address", "add", f"{host.address}/24", "dev", CABLE)
             for link in ("lo", CABLE):
@@ -92,6 +105,9 @@ def two_hosts(folder: Path, **variables: str) -> Iterator[tuple[HostHere, HostHe
             subprocess.run(host.words([SSHD, "-f", config, "-E", folder / f"log.{host.name}"]), check=True, timeout=20)
         yield hosts[0], hosts[1]
     finally:
+        if cable is not None:
+            cable.kill()
+            cable.wait()
         for space in spaces:
             _remove(space)
 
@@ -118,7 +134,7 @@ def _remove_left_behind() -> None:
     """The namespaces of tests that were killed."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=20).stdout.splitlines()
     for space in (line.split()[0] for line in listed if line.startswith(NAMES)):
-        if not Path("/proc", space.rpartition("-")[2]).exists():
+        if not Path("/proc", space.split("-")[2]).exists():
             _remove(space)
 
 
@@ -139,3 +155,7 @@ def _remove(space: str) -> None:
 def _call(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+
+
+if __name__ == "__main__":
+    print("tests over two hosts:", missing() or "they run here")
