@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from helpers import metrics_of, on_ranks, run_all, tree, write_dataset, zero
-from namespaces import HostHere, missing, two_hosts
+from namespaces import CABLE, HostHere, missing, two_hosts
 from spawn import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +85,109 @@ def test_deepspeeds_hostfile_trains_over_two_hosts_as_over_one(
         ["2", "hospital-b", "cpu", "1", "0"],
         ["3", "hospital-b", "cpu", "1", "1"],
     ], said
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("launcher", ["no_ssh", "torchrun", "two_hosts.sh"])
+def test_every_other_launcher_trains_over_two_hosts_as_over_one(
+    hosts: tuple[HostHere, HostHere], data: Path, on_one_host: list[dict[str, Any]], tmp_path: Path, launcher: str
+) -> None:
+    path, port = config(data, tmp_path), free_port()
+    master = ["--master_addr", "hospital-a", "--master_port", port]
+    module = ["-m", "feddra_ds", "train", "--config", path]
+    torchrun = [BIN / "torchrun", "--nnodes", 2, "--nproc_per_node", 2, *master]
+    commands = {
+        "no_ssh": [deepspeed(tmp_path, path, "--no_ssh", "--node_rank", node, *master) for node in (0, 1)],
+        "torchrun": [[*torchrun, "--node_rank", node, *module] for node in (0, 1)],
+        "two_hosts.sh": [["env", "RANKS=2", f"PORT={port}", ROOT / "launch" / "two_hosts.sh",
+                          "hospital-a", "hospital-b", "--config", path]],
+    }[launcher]  # fmt: skip
+    processes = [host.start(command) for host, command in zip(hosts, commands, strict=False)]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "".join(said)
+    assert_same(metrics_of(tmp_path / "run"), on_one_host)
+
+
+@pytest.mark.exhaustive
+def test_a_cable_that_is_cut_in_a_round_ends_the_run_in_bounded_time_and_it_goes_on(
+    hosts: tuple[HostHere, HostHere], data: Path, on_one_host: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    shape = {"clients__timeout_s": 20.0, "clients__minimum": 2}
+    command = deepspeed(tmp_path, config(data, tmp_path, **shape), "--master_port", free_port())
+    metrics, process = tmp_path / "run" / "metrics.jsonl", hosts[0].start(command)
+    try:
+        until(lambda: metrics.is_file() and metrics.read_text().endswith("\n"), 240)
+        hosts[0].ip("link", "set", CABLE, "down")
+        began = time.monotonic()
+        said, _ = process.communicate(timeout=200)
+        took = time.monotonic() - began
+        until(lambda: not trains_on(hosts[1]), 120)
+    finally:
+        process.kill()
+        hosts[0].ip("link", "set", CABLE, "up")
+    assert process.returncode != 0
+    told = [line for line in said.splitlines() if "rank" in line and ("slot 1" in line or "rank 2" in line)]
+    assert told, f"nobody names the slot that was lost: {said}"
+    assert "Traceback" not in said
+    assert took < 150, f"{took:.0f} s with clients.timeout_s of 20"
+    end(hosts[0], command)
+    assert_same(metrics_of(tmp_path / "run"), on_one_host)
+
+
+@pytest.mark.exhaustive
+def test_doctor_and_the_launch_name_what_one_host_lacks(
+    hosts: tuple[HostHere, HostHere], data: Path, tmp_path: Path
+) -> None:
+    path, port = config(data, tmp_path), free_port()
+    words = ["--no-self-test", "--hostfile", hostfile(tmp_path), "--port", port]
+    said = end(hosts[0], [BIN / "feddra-ds", "doctor", "--config", path, *words])
+    assert re.search(r"ok +hospital-b: [\d.]+ Gbit/s to hospital-a", said), said
+    assert re.search(r"ok +averages: ", said), said
+
+    # a host beside these, and a slot that does not fit
+    (tmp_path / "hostfile").write_text("hospital-a slots=2\nhospital-b slots=2\nhospital-c slots=1\n")
+    said = end(hosts[0], [BIN / "feddra-ds", "doctor", "--config", path, *words[:2], tmp_path / "hostfile"], code=1)
+    assert "hospital-c: cannot be reached by ssh" in said
+    assert "5 ranks do not divide into slots of 2" in said
+
+    # a folder that hospital-b does not have: there, an empty one hides it
+    hostfile(tmp_path)
+    disk = ["nsenter", f"--mount=/proc/{sshd_of(hosts[1])}/ns/mnt"]
+    end(hosts[1], [*disk, "mount", "-t", "tmpfs", "none", data])
+    try:
+        said = end(hosts[0], [BIN / "feddra-ds", "doctor", "--config", path, *words], code=1)
+        assert "hospital-b: the dataset of data.root is not the same as on hospital-a" in said
+        began = time.monotonic()
+        said = end(hosts[0], deepspeed(tmp_path, path, "--master_port", free_port()), code=2)
+        assert time.monotonic() - began < 100
+        told = [line for line in said.splitlines() if "data.root" in line and "[launch.py" not in line]
+        assert len([line for line in told if "on hospital-b (rank " in line]) == 1, said
+    finally:
+        end(hosts[1], [*disk, "umount", data])
+
+
+def sshd_of(host: HostHere) -> str:
+    """The process of a host's ssh server, whose view of the disk its sessions share."""
+    found = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True)
+    commands = {pid: Path("/proc", pid, "cmdline").read_bytes() for pid in found.stdout.split()}
+    return next(pid for pid, words in commands.items() if b"sshd" in words and b"-f" in words)
+
+
+def trains_on(host: HostHere) -> bool:
+    """Whether a rank is left there."""
+    found = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True)
+    for pid in found.stdout.split():
+        with contextlib.suppress(OSError):
+            if b"train.py" in Path("/proc", pid, "cmdline").read_bytes():
+                return True
+    return False
+
+
+def until(is_so: Callable[[], bool], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def assert_same(found: Any, expected: Any, place: str = "") -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import make_config
 
+from feddra_ds.config.load import from_dict
+from feddra_ds.config.schema import TopologyConfig
 from feddra_ds.doctor import remote
 from feddra_ds.doctor.hosts import hosts_of_file
 from feddra_ds.doctor.remote import Seen, Way, findings, look_at, measure, ways_found
@@ -26,7 +27,7 @@ ANSWER: dict[str, Any] = {
     "interfaces": {"lo": "127.0.0.1", "eth1": "10.0.0.2"},
     "own_address": "10.0.0.2",
 }
-CONFIG = make_config(Path("run"), Path("data"))
+CONFIG = from_dict({"run": {"output_dir": "run"}, "data": {"root": "data"}})
 
 
 def seen(**changes: Any) -> Seen:
@@ -63,8 +64,8 @@ def test_equal_hosts_have_a_line_each() -> None:
         ("a", {"is_writable": False}, "problem a: run.output_dir: run cannot be written -> choose"),
         ("a", {"free": 10**6}, "warning a: 1.0 MB free for the run -> make room"),
         ("b", {"own_address": "127.0.1.1"},
-         "problem b: its own name means its loopback, which gloo would offer to other hosts -> --topology.interface NAME, one that "
-         "all hosts have; here: eth1 (10.0.0.2)"),
+         "problem b: its own name means its loopback, which gloo would offer to other hosts -> --topology.interface NAME, "
+         "one that all hosts have; here: eth1 (10.0.0.2)"),
         ("b", {"skew_s": -90.0}, "warning b: its clock is 1 min 30 s behind this host's -> let NTP"),
         ("b", {"is_port_free": False, "is_writable": False, "free": 1}, None),  # rank 0 is elsewhere
     ],
@@ -90,7 +91,7 @@ def test_a_folder_of_data_that_one_host_lacks_is_named() -> None:
 
 
 def test_an_interface_must_be_on_every_host() -> None:
-    config = make_config(Path("run"), Path("data"), topology={"interface": "eth1"})
+    config = CONFIG.model_copy(update={"topology": TopologyConfig(interface="eth1")})
     assert len([line for line in lines({"a": seen(), "b": seen()}, config) if line.startswith("ok")]) == 2
     (line,) = [
         line for line in lines({"a": seen(), "b": seen(interfaces={"ib0": "10.1.0.2"})}, config) if "problem" in line
@@ -114,7 +115,7 @@ def test_the_probe_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "data" / "north").mkdir(parents=True)
     (tmp_path / "data" / "north" / "index.json").write_text("{}")
     (tmp_path / "c.yaml").write_text("run: {}\n")
-    config = make_config(tmp_path / "runs" / "new", tmp_path / "data")
+    config = from_dict({"run": {"output_dir": str(tmp_path / "runs")}, "data": {"root": str(tmp_path / "data")}})
     with socket.create_server(("", 0)) as server:
         hosts = look_at(["here", "gone"], str(tmp_path / "c.yaml"), config, server.getsockname()[1])
     answer = hosts["here"].answer
