@@ -67,6 +67,9 @@ def findings(seen: dict[str, Seen], config: Config | None, port: int) -> Iterato
             continue
         problems = [*_differences(host, one.answer, first, answers[first])]
         problems += _alone(host, one, config, port, is_master=host == next(iter(seen)), num_hosts=len(seen))
+        root = None if config is None or "://" in config.data.root else config.data.root
+        if root is not None and answers[first]["digests"]["data"] is None and one.answer["digests"]["data"] is None:
+            problems.append(Finding("problem", host, f"data.root: there is no folder {root}", "copy the shards there"))
         yield from problems
         if not problems:
             versions = ", ".join(f"{name} {version}" for name, version in one.answer["versions"].items())
@@ -102,9 +105,6 @@ def _alone(
 ) -> Iterator[Finding]:
     """What is wrong with a host by itself."""
     answer, interfaces = seen.answer, seen.answer["interfaces"]
-    root = None if config is None else config.data.root
-    if root is not None and "://" not in root and answer["digests"]["data"] is None:
-        yield Finding("problem", host, f"data.root: there is no folder {root}", "copy the shards there")
     if is_master and not answer["is_port_free"]:
         todo = "end what listens there, or take another: --port here, --master_port of deepspeed"
         yield Finding("problem", host, f"port {port}, where rank 0 would listen, is taken", todo)

@@ -41,6 +41,11 @@ class _File(logging.FileHandler):
         return super()._open()
 
 
+def forget_failure(run_dir: Path) -> None:
+    """Before the ranks of a new start meet: that of the last start counts no more. By rank 0, which has the folder's lock."""
+    (run_dir / FOLDER / _FAILURE).unlink(missing_ok=True)
+
+
 @contextmanager
 def rank_log(run_dir: Path, launch: Launch) -> Iterator[None]:
     """While in it, this rank's log goes to its file too, and an error that leaves it is said as the module says.
@@ -49,8 +54,6 @@ def rank_log(run_dir: Path, launch: Launch) -> Iterator[None]:
     rank 0 all that is no line of this package's log.
     """
     path = path_of(run_dir, launch.rank)
-    if launch.rank == 0:
-        (path.parent / _FAILURE).unlink(missing_ok=True)
     handler = _File(path, encoding="utf-8", delay=True)
     handler.setFormatter(Printable("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO)

@@ -38,7 +38,7 @@ from feddra_ds.distributed.launcher_watch import end_with_launcher
 from feddra_ds.run import stop_request
 from feddra_ds.run.checks import Checked, check
 from feddra_ds.run.lock import locked
-from feddra_ds.run.rank_log import problems_told_once, rank_log
+from feddra_ds.run.rank_log import forget_failure, problems_told_once, rank_log
 
 if TYPE_CHECKING:
     from feddra_ds.run.prediction import Predict
@@ -93,6 +93,7 @@ def _start(read: Callable[[], Config], *, from_terminal: bool = False, predict: 
             found = check(config, launch)
             if launch.rank == 0 and not is_dry:
                 stack.enter_context(locked(run_dir))
+                forget_failure(run_dir)
         if from_terminal and not is_dry:
             stack.enter_context(rank_log(run_dir, launch))
         stack.enter_context(_generators_kept())
