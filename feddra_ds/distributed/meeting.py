@@ -25,6 +25,8 @@ from feddra_ds.distributed.messages import Messages
 
 _SAY_WHO_IS_MISSING_S = 20.0
 _HEAR_S = 20.0  # how long a rank that does not start stays until the others know why
+_REACH_S = 120.0  # and how long it waits for a coordinator that has yet to come
+_JOB = "the launcher's job"  # of what ranks compare
 _RUN_FOLDER = "run.output_dir"  # of what ranks compare: two runs never share it
 _LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -51,7 +53,7 @@ def meet(
 
     Raises ConfigError; WaitTimeout where the port is taken, nobody serves it, or somebody does not come.
     """
-    common = {**(common or {}), "the launcher's job": launch.job}
+    common = {**(common or {}), _JOB: launch.job}
     store = _store(launch, timedelta(seconds=timeout_s), interface)
     mine = Place(socket.gethostname(), os.getpid(), device, psutil.virtual_memory().available)
     if launch.rank == 0:
@@ -137,12 +139,14 @@ def refuse(launch: Launch, problems: Sequence[str]) -> bool:
     Rank 0 stays until the others have heard, at most 20 s. Another rank's problems end the run at rank 0, which says them.
     """
     with contextlib.suppress(WaitTimeout, dist.DistError):
-        store = _store(launch, timedelta(seconds=_HEAR_S))
-        messages = Messages(store, launch.rank, _HEAR_S)
+        store = _store(launch, timedelta(seconds=_REACH_S))
+        messages = Messages(store, launch.rank, _REACH_S)
         if launch.rank == 0:
             _refuse_all(messages, secrets.token_hex(8), launch, problems)
             return True
         said = messages.fetch("coordinator", sender="the coordinator (rank 0)")
+        if said.get("common", {}).get(_JOB, launch.job) != launch.job:  # a coordinator of another job, at the same port
+            return False
         _tell_refusal(store, launch, said, problems)
         return True
     return False

@@ -52,14 +52,13 @@ class Collective:
 
     handed: bytes that it hands over (bytes_sent_per_rank). on_ring: bytes that it sends to the next peer of a ring; to_each:
     to each of the other peers. hops: how many messages, or pairs of segments that are under way together, wait for one another,
-    a round trip each. in_segments: whether segments are on the way while others are waited for.
+    a round trip each.
     """
 
     handed: int
     on_ring: int = 0
     to_each: int = 0
     hops: int = 0
-    in_segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _all_reduce(num_bytes: int, slots: int) -> Collective:
     """A ring: each rank sends 2 (S − 1) parts of n / S, each in two segments or more."""
     segments = max(_UNDER_WAY, math.ceil(num_bytes / (slots * _SEGMENT)))
     hops = 2 * (slots - 1) * math.ceil(segments / _UNDER_WAY)
-    return Collective(num_bytes, on_ring=math.ceil(2 * (slots - 1) * num_bytes / slots), hops=hops, in_segments=True)
+    return Collective(num_bytes, on_ring=math.ceil(2 * (slots - 1) * num_bytes / slots), hops=hops)
 
 
 def _encoded(num: int, slots: int, codec: compression.DeltaCodec) -> Collective:
@@ -190,7 +189,7 @@ def seconds_of(part: Collective, link: Link, ring: int, pairs: int) -> float:
     wire = crossing / link.bytes_per_s
     burst = (part.on_ring + part.to_each) / part.hops  # what a rank sends to another at a time
     rounds = max(0.0, math.log2(1 + burst / _FIRST_WINDOW) - 1)
-    return max(wire, part.hops * trip + wire / (_UNDER_WAY if part.in_segments else 1)) + rounds * trip
+    return wire + (part.hops + rounds) * trip
 
 
 def crossings(layout: Plan, hosts: Sequence[str]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from feddra_ds.common.logs import log_to_stderr, logger
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.run.rank_log import forget_failure, path_of, rank_log
 
-LOST = WaitTimeout("rank 0 waited 60 s for slot 1")
+LOST = "rank 0 waited 60 s for slot 1"
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_below_python_all_goes_to_the_ranks_file(tmp_path: Path, capfd: pytest.C
     ("errors", "expected"),
     [
         # a rank fails, and the others because of it: its reason is the last line, and nobody adds another one
-        ([(1, ValueError("no more")), (2, LOST), (0, LOST)], ["[rank 1] rank 1", "rank 1"]),
+        ([(1, ValueError("no more")), (2, WaitTimeout(LOST)), (0, WaitTimeout(LOST))], ["[rank 1] rank 1", "rank 1"]),
         ([(1, ValueError("no more")), (2, Interrupted(143)), (0, Interrupted(143))], ["[rank 1] rank 1"]),
         ([(1, ValueError("no more")), (0, RuntimeError("gloo: Connection closed by peer"))], ["[rank 1] rank 1", "rank 1"]),
         # all for one reason
@@ -98,7 +98,7 @@ def test_a_new_start_does_not_heed_the_failure_of_the_last(tmp_path: Path, capfd
     end(tmp_path, 1, ValueError("no more"))
     said(capfd)
     forget_failure(tmp_path)
-    end(tmp_path, 0, WaitTimeout("rank 0 waited 60 s for slot 1"))
+    end(tmp_path, 0, WaitTimeout(LOST))
     assert said(capfd)[-1].startswith("rank 0 on ")
 
 
