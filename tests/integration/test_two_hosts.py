@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import yaml
 from helpers import metrics_of, on_ranks, run_all, tree, write_dataset, zero
 from namespaces import CABLE, HostHere, missing, two_hosts
 from spawn import free_port
+
+from feddra_ds.doctor.cost import Link, _all_reduce, seconds_of
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -65,6 +68,8 @@ def end(host: HostHere, command: Sequence[Any], *, code: int = 0, timeout: float
     process = host.start(command)
     try:
         said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"no end within {timeout:.0f} s: {(late.output or b'').decode()}")
     finally:
         process.kill()
     assert process.returncode == code, said
@@ -164,6 +169,41 @@ def test_doctor_and_the_launch_name_what_one_host_lacks(
         assert len([line for line in told if "on hospital-b (rank " in line]) == 1, said
     finally:
         end(hosts[1], [*disk, "umount", data])
+
+
+SUMS = """
+import json, sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+
+rank = int(sys.argv[1])
+store = dist.TCPStore("hospital-a", int(sys.argv[2]), 2, rank == 0, timedelta(seconds=120))
+peers = dist.ProcessGroupGloo(dist.PrefixStore("peers", store), rank, 2, timedelta(seconds=120))
+took = {}
+for num_bytes in map(int, sys.argv[3:]):
+    for _ in range(3):
+        time.sleep(4)  # the connection rests, as it does while clients train
+        tensor = torch.ones(num_bytes // 4)
+        peers.barrier().wait()
+        began = time.perf_counter()
+        peers.allreduce([tensor]).wait()
+        took.setdefault(num_bytes, []).append(time.perf_counter() - began)
+print(json.dumps({num_bytes: sorted(times)[1] for num_bytes, times in took.items()}))
+"""
+
+
+@pytest.mark.exhaustive
+def test_over_a_far_link_sums_take_what_the_cost_model_says(tmp_path: Path) -> None:
+    """1 Gbit/s and 50 ms: small and large tensors, whose time is round trips, TCP's start, and bytes. Needs a core of its own."""
+    sizes, port = (4096, 1 << 18, 1 << 22, 1 << 26), free_port()
+    with two_hosts(tmp_path / "ssh", slow=(0.05, 1e9), OMP_NUM_THREADS="1") as far:
+        ranks = [host.start([sys.executable, "-c", SUMS, rank, port, *sizes]) for rank, host in enumerate(far)]
+        said = [process.communicate(timeout=400)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    measured = {int(size): took for size, took in json.loads(said[0].splitlines()[-1]).items()}
+    expected = {size: seconds_of(_all_reduce(size, 2), Link(1e9 / 8, 0.05), 1, 1) for size in sizes}
+    assert measured == pytest.approx(expected, rel=0.25)
 
 
 def sshd_of(host: HostHere) -> str:
