@@ -188,7 +188,7 @@ def seconds_of(part: Collective, link: Link, ring: int, pairs: int) -> float:
     crossing, trip = ring * part.on_ring + pairs * part.to_each, 2 * link.latency_s
     wire = crossing / link.bytes_per_s
     burst = (part.on_ring + part.to_each) / part.hops  # what a rank sends to another at a time
-    rounds = max(0.0, math.log2(1 + burst / _FIRST_WINDOW) - 1)
+    rounds = max(0, math.ceil(math.log2(1 + burst / _FIRST_WINDOW)) - 1)
     return wire + (part.hops + rounds) * trip
 
 
