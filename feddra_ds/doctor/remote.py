@@ -46,7 +46,7 @@ class Way:
 
 def look_at(hosts: Sequence[str], config_path: str | None, config: Config | None, port: int) -> dict[str, Seen]:
     """What each host's probe saw, by name, within about 30 s."""
-    root = None if config is None or "://" in config.data.root else config.data.root
+    root = None if config is None or config.data.root is None or "://" in config.data.root else config.data.root
     asked = {
         "config": config_path if config_path is not None and Path(config_path).is_file() else None,
         "data": root,
@@ -67,7 +67,7 @@ def findings(seen: dict[str, Seen], config: Config | None, port: int) -> Iterato
             continue
         problems = [*_differences(host, one.answer, first, answers[first])]
         problems += _alone(host, one, config, port, is_master=host == next(iter(seen)), num_hosts=len(seen))
-        root = None if config is None or "://" in config.data.root else config.data.root
+        root = None if config is None or config.data.root is None or "://" in config.data.root else config.data.root
         if root is not None and answers[first]["digests"]["data"] is None and one.answer["digests"]["data"] is None:
             problems.append(Finding("problem", host, f"data.root: there is no folder {root}", "copy the shards there"))
         yield from problems
