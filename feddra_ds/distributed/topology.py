@@ -104,7 +104,9 @@ class Topology(Messages):
                 f"slot {slot} lies on {' and '.join(of_slot)}: each of its steps crosses the network; choose "
                 "topology.ranks_per_slot and the ranks of each host so that no slot is torn"
             )
-        for host in dict.fromkeys(hosts) if memory is not None else ():
+        if memory is None:
+            return
+        for host in dict.fromkeys(hosts):
             needed, free = hosts.count(host) * memory.host, max(p.free for p in self.places if p.host == host)
             if needed > free:
                 logger.warning(

@@ -261,6 +261,7 @@ def _lead(run: Run, resumed: dict[str, Any] | None) -> None:
             {} if resumed is None else resumed.get("median_norms", {}),
         ),
     )
+    run.checkpoints.coordinator = run.coordinator
     if run.strategy.averages and len(center) > 1 and config.dro.fixed_weights is None:
         _say_where_p_moves(run.strategy.mixture_set(center), run.client_ids)
 

@@ -57,12 +57,14 @@ class TrainResult:
     round on, those before a resume included; empty on a rank that cannot see the file, where the disk is not shared.
     model_dir: the final model, for `feddra_ds.load_pretrained`; with strategy.name=local, a folder per client in it.
     is_complete: whether all rounds are done; not where SIGUSR1 asked for an early end, and then there is no model yet.
+    not_saved: why there is no checkpoint of that early end, where it could not be written (checkpoint.on_error=continue).
     """
 
     run_dir: Path
     rounds: list[dict[str, Any]]
     model_dir: Path
     is_complete: bool = True
+    not_saved: str | None = None
 
 
 def train(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None = None) -> TrainResult:
@@ -97,12 +99,13 @@ def _start(read: Callable[[], Config], *, from_terminal: bool = False, predict: 
         if from_terminal and not is_dry:
             stack.enter_context(rank_log(run_dir, launch))
         stack.enter_context(_generators_kept())
-        is_complete = _train(config, found, predict)
-        if from_terminal and launch.rank == 0 and is_complete and not is_dry:
+        stop = _train(config, found, predict)
+        if from_terminal and launch.rank == 0 and stop is None and not is_dry:
             logger.info("done. Next: feddra-ds report %s", run_dir)
     from feddra_ds.run.metrics_file import read_metrics
 
-    return TrainResult(run_dir, read_metrics(run_dir / "metrics.jsonl"), run_dir / "model", is_complete)
+    rounds = read_metrics(run_dir / "metrics.jsonl")
+    return TrainResult(run_dir, rounds, run_dir / "model", stop is None, None if stop is None else stop.not_saved)
 
 
 def run(path: str | None, overrides: dict[str, Any], predict: Predict | None = None) -> int:
@@ -152,9 +155,11 @@ def _exit_code(read: Callable[[], Config], rank: int, predict: Predict | None) -
         return 1
     if not result.is_complete:
         if rank == 0:
+            saved = "with a checkpoint" if result.not_saved is None else f"but {result.not_saved}"
+            since = "" if result.not_saved is None else " from the one before"
             logger.warning(
-                "stopped after round %d, with a checkpoint, as SIGUSR1 asked; the same command goes on (exit code %d)",
-                len(result.rounds) - 1, stop_request.EXIT_CODE,
+                "stopped after round %d, %s, as SIGUSR1 asked; the same command goes on%s (exit code %d)",
+                len(result.rounds) - 1, saved, since, stop_request.EXIT_CODE,
             )  # fmt: skip
         return stop_request.EXIT_CODE
     return 0
@@ -168,26 +173,33 @@ def _config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[
     return from_dict(merge(tree, dict(overrides or {})))
 
 
-def _train(config: Config, found: Checked, predict: Predict | None) -> bool:
-    """All rounds, and then, however they ended, this process is free of the run. Returns whether all are done."""
+@dataclass(frozen=True)
+class _Stop:
+    """An early end that SIGUSR1 asked for. not_saved: as in TrainResult."""
+
+    not_saved: str | None
+
+
+def _train(config: Config, found: Checked, predict: Predict | None) -> _Stop | None:
+    """All rounds, and then, however they ended, this process is free of the run. None where all are done."""
     from feddra_ds.engine.bootstrap import leave_groups
 
     try:
-        is_complete = _rounds(config, found, predict)
+        stop = _rounds(config, found, predict)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps it, and with it the engine and the run's port
         leave_groups(failed=True)
         raise
     leave_groups()
-    return is_complete
+    return stop
 
 
-def _rounds(config: Config, found: Checked, predict: Predict | None) -> bool:
+def _rounds(config: Config, found: Checked, predict: Predict | None) -> _Stop | None:
     if config.topology.dry_run:
         from feddra_ds.run.dry_run import dry_run
 
         dry_run(config, found, predict)
-        return True
+        return None
     from feddra_ds.run.build import build
     from feddra_ds.run.trackers import tracking
 
@@ -198,7 +210,7 @@ def _rounds(config: Config, found: Checked, predict: Predict | None) -> bool:
         run.rounds()
     run.engine.close()
     run.topology.close()
-    return not run.stops
+    return _Stop(run.not_saved) if run.stops else None
 
 
 @contextmanager
