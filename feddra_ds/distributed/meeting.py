@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from feddra_ds.common.errors import ConfigError, WaitTimeout, mark_told
+from feddra_ds.common.errors import ConfigError, Interrupted, WaitTimeout, mark_told
 from feddra_ds.common.logs import logger, say_problems
 from feddra_ds.common.text import listed
 from feddra_ds.distributed.launch import Launch
@@ -77,7 +77,8 @@ def _receive(
             told = json.loads(store.get(f"{word}/refused"))
             error = ConfigError([f"on {told['host']} (rank {told['rank']}): {line}" for line in told["problems"]])
             say_problems(error)
-            _refuse_all(messages, word, launch, error.problems)
+            with contextlib.suppress(Interrupted):  # a launcher ends all ranks once one has ended
+                _refuse_all(messages, word, launch, error.problems)
             raise error
         if not is_warned and store.check([f"{word}/sent away"]):
             is_warned = True

@@ -46,7 +46,7 @@ class Way:
 
 def look_at(hosts: Sequence[str], config_path: str | None, config: Config | None, port: int) -> dict[str, Seen]:
     """What each host's probe saw, by name, within about 30 s."""
-    root = None if config is None or config.data.root is None or "://" in config.data.root else config.data.root
+    root = _folder_of_data(config)
     asked = {
         "config": config_path if config_path is not None and Path(config_path).is_file() else None,
         "data": root,
@@ -55,6 +55,12 @@ def look_at(hosts: Sequence[str], config_path: str | None, config: Config | None
     }
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(hosts, pool.map(lambda host: _look(host, asked), hosts), strict=True))
+
+
+def _folder_of_data(config: Config | None) -> str | None:
+    """data.root where it is a folder, which every host must have; None where it is an address, or not given."""
+    root = None if config is None else config.data.root
+    return None if root is None or "://" in root else root
 
 
 def findings(seen: dict[str, Seen], config: Config | None, port: int) -> Iterator[Finding]:
@@ -67,7 +73,7 @@ def findings(seen: dict[str, Seen], config: Config | None, port: int) -> Iterato
             continue
         problems = [*_differences(host, one.answer, first, answers[first])]
         problems += _alone(host, one, config, port, is_master=host == next(iter(seen)), num_hosts=len(seen))
-        root = None if config is None or config.data.root is None or "://" in config.data.root else config.data.root
+        root = _folder_of_data(config)
         if root is not None and answers[first]["digests"]["data"] is None and one.answer["digests"]["data"] is None:
             problems.append(Finding("problem", host, f"data.root: there is no folder {root}", "copy the shards there"))
         yield from problems

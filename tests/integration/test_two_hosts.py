@@ -167,6 +167,7 @@ def test_doctor_and_the_launch_name_what_one_host_lacks(
         assert time.monotonic() - began < 100
         told = [line for line in said.splitlines() if "data.root" in line and "[launch.py" not in line]
         assert len([line for line in told if "on hospital-b (rank " in line]) == 1, said
+        assert "stopped by a signal" not in said
     finally:
         end(hosts[1], [*disk, "umount", data])
 
