@@ -76,6 +76,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         buffer = state["momentum_buffer"]
         buffer.lerp_(parameter.grad, 1 - self.momentum)
         update = parameter.grad.lerp(buffer, self.momentum)
+        moves: Iterator[tuple[Tensor, Tensor, Sequence[int]]]
         if parameter.ndim == 2:
             moves = iter([(parameter, orthogonal(update), parameter.shape)])
         elif parameter.data_ptr() in self._slices:
