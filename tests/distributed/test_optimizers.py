@@ -93,7 +93,6 @@ SLOW, REST = pytest.mark.slow, pytest.mark.exhaustive
         pytest.param(2, 2, False, marks=SLOW),
         pytest.param(2, 3, False, marks=SLOW),
         pytest.param(2, 2, True, marks=REST),
-        pytest.param(2, 3, True, marks=REST),
     ],
 )
 def test_muon_is_a_plain_muon_at_every_stage(

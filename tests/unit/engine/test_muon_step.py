@@ -137,6 +137,15 @@ def test_offloaded_slices_are_refused() -> None:
     config(**tree, optimizer={"name": "adamw"})
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_16_bits_at_zero_3_are_refused(kind: str) -> None:
+    tree: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 3}, kind: {"enabled": True}}}
+    with pytest.raises(ConfigError, match=rf"deepspeed\.{kind}\.enabled: optimizer\.name=muon at ZeRO 3"):
+        config(**tree)
+    config(**tree, optimizer={"name": "adamw"})
+    config(deepspeed={"zero_optimization": {"stage": 2}, kind: {"enabled": True}})
+
+
 def test_adapters_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.adapter: its factors are halves of matrices"):
         config(model={"adapter": {"type": "lora"}})
