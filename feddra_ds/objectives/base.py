@@ -71,14 +71,6 @@ class Objective(ABC):
         the loss is without its anchor term. features.text_ids are equal where two pairs have the same report.
         """
 
-    def loss_bytes(self, num_pairs: int, num_whole: int, tokens: tuple[int, int], dim: int) -> int:
-        """About the most bytes that the loss holds at a time beyond a few embeddings a pair, for `doctor --plan`.
-
-        num_pairs: of a rank; num_whole: of the client's batch; tokens: regions of an image and word pieces of a text, 0
-        where it needs none; dim: D.
-        """
-        return 0
-
     def remember(self, features: Features, group: dist.ProcessGroup | None) -> Tensor:
         """(B, num_kept) what to keep of this rank's pairs, after a step that was taken. Without gradient; collective over
         the group. Called only where num_kept > 0."""

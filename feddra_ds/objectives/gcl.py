@@ -67,9 +67,6 @@ class Gcl(Objective):
         total = gather(per_sample, group, "slice").mean()
         return losses.DroLoss(total, per_sample.detach(), alignment.detach(), anchor.detach())
 
-    def loss_bytes(self, num_pairs: int, num_whole: int, tokens: tuple[int, int], dim: int) -> int:
-        return 2 * 3 * 4 * num_pairs * num_whole  # two panels: ratios, where a pair meets itself, gradients
-
     def remember(self, features: Features, group: dist.ProcessGroup | None) -> Tensor:
         return self._averaged(features, log_ratios(features, group).detach())
 

@@ -42,9 +42,6 @@ class Gloria(TokenAlignment):
     Options = GloriaOptions
     options: GloriaOptions
 
-    def score_bytes(self, num_pairs: int, num_whole: int, tokens: tuple[int, int], dim: int) -> int:
-        return num_pairs * num_whole * _bytes_each(*tokens, dim, 4)
-
     def token_terms(self, features: Features, tokens: Tokens, group: dist.ProcessGroup | None) -> Tensor:
         from feddra_ds.distributed.collectives import gather
         from feddra_ds.losses.reference import both_directions
@@ -59,7 +56,8 @@ class Gloria(TokenAlignment):
         """(B, W·B) Z of this rank's images with all texts, in chunks of both."""
         taus = (self.options.attention_temperature, self.options.word_temperature)
         (num_regions, dim), num_words = regions.shape[1:], words.shape[1]
-        bytes_each = _bytes_each(num_regions, num_words, dim, regions.element_size())
+        # scores, their exponentials, the attention and its context
+        bytes_each = num_words * (3 * num_regions + dim) * regions.element_size()
         texts_at_once = min(len(words), max(1, self.options.chunk_bytes // bytes_each))
 
         def of_texts(texts: slice) -> Tensor:
@@ -72,11 +70,6 @@ class Gloria(TokenAlignment):
 
         starts = range(0, len(words), texts_at_once)
         return torch.cat([of_texts(slice(start, start + texts_at_once)) for start in starts], 1)
-
-
-def _bytes_each(num_regions: int, num_words: int, dim: int, width: int) -> int:
-    """Of an image with a text: scores, their exponentials, the attention and its context."""
-    return num_words * (3 * num_regions + dim) * width
 
 
 def word_region_scores(regions: Tensor, words: Tensor, mask: Tensor, attention: float, word: float) -> Tensor:

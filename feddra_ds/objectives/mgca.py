@@ -61,9 +61,6 @@ class Mgca(TokenAlignment):
     def learned(cls, options: Any, embedding_dim: int) -> dict[str, Learned]:
         return {"prototypes": Learned((options.num_prototypes, embedding_dim), std=1 / math.sqrt(embedding_dim))}
 
-    def score_bytes(self, num_pairs: int, num_whole: int, tokens: tuple[int, int], dim: int) -> int:
-        return num_pairs * _bytes_each(*tokens, dim, 4)
-
     def token_terms(self, features: Features, tokens: Tokens, group: dist.ProcessGroup | None) -> Tensor:
         from feddra_ds.distributed.collectives import gather
 
@@ -74,7 +71,8 @@ class Mgca(TokenAlignment):
     def _tokens(self, features: Features, tokens: Tokens) -> Tensor:
         """(B,) CTA of each pair, some pairs at a time."""
         options, (size, num_regions, dim), length = self.options, tokens.regions.shape, tokens.words.shape[1]
-        bytes_each = _bytes_each(num_regions, length, dim, tokens.regions.element_size())
+        both = num_regions + length
+        bytes_each = 3 * both * (both + dim) * tokens.regions.element_size()
         rows = (tokens.regions, tokens.words, tokens.mask, features.image, features.text)
         return in_chunks(
             pair_tokens, size, bytes_each, options.chunk_bytes,
@@ -91,12 +89,6 @@ class Mgca(TokenAlignment):
         image, text = (assignments(x, options.sinkhorn_epsilon, options.sinkhorn_steps, group) for x in scores)
         of_image, of_text = ((x / options.prototype_temperature).log_softmax(-1) for x in scores)
         return -(text * of_image).sum(-1) - (image * of_text).sum(-1)
-
-
-def _bytes_each(num_regions: int, num_words: int, dim: int, width: int) -> int:
-    """Of a pair: both directions of its attention."""
-    both = num_regions + num_words
-    return 3 * both * (both + dim) * width
 
 
 def pair_tokens(

@@ -60,15 +60,6 @@ class TokenAlignment(Alignment):
     options: TokenOptions
 
     @abstractmethod
-    def score_bytes(self, num_pairs: int, num_whole: int, tokens: tuple[int, int], dim: int) -> int:
-        """Of all scores of regions and words, were they computed at once; the arguments are those of `loss_bytes`."""
-
-    def loss_bytes(self, num_pairs: int, num_whole: int, tokens: tuple[int, int], dim: int) -> int:
-        num_regions, num_pieces = tokens
-        held = 4 * num_pairs * (2 * (num_regions + num_pieces) * dim + num_pieces**2)  # with gradients; pieces to words
-        return held + min(self.options.chunk_bytes, self.score_bytes(num_pairs, num_whole, tokens, dim))
-
-    @abstractmethod
     def token_terms(self, features: Features, tokens: Tokens, group: dist.ProcessGroup | None) -> Tensor:
         """(W·B,) what stands beside ITA_j, for every pair of the client's batch. Its gradient on a rank is that of this
         rank's embeddings, and a share for what is replicated. Collective over the group."""

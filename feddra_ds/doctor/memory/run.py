@@ -16,8 +16,6 @@ from feddra_ds.doctor.memory.trace import Event, Pass, Sizes, StepTracer
 from feddra_ds.engine.optimizer import bucket_elements
 from feddra_ds.engine.parts import PARTS
 from feddra_ds.federation.schedule import Stage, stages_of_round
-from feddra_ds.objectives import build as build_objective
-from feddra_ds.objectives.features import TOKENS
 from feddra_ds.strategies import build as build_strategy
 
 ZERO_0_BUCKET = 500_000_000  # elements; DeepSpeed's own constant, no key changes it
@@ -32,7 +30,6 @@ class Miniature:
         self.device = self.host if layout.device == "cpu" else Ledger(keeps=False)
         self.optimizer = self.host if layout.offloads_optimizer else self.device
         self.strategy = build_strategy(config.strategy, config.dro)
-        self.objective = build_objective(config.objective)
         self.has_anchors = config.objective.anchor_weight > 0 or self.strategy.adds_loss
         zero = config.deepspeed.get("zero_optimization") or {}
         self.bucket = bucket_elements(config.deepspeed, layout.trained)
@@ -190,7 +187,7 @@ class Miniature:
             self.gather()
             if self.micro_batches > 1:
                 self.device.replay(self.events("embed", self.rows))
-            loss = self.loss(which)
+            loss = self.loss()
             self.device.hold("loss", loss)
             gradients = Gradients(self)
             for _ in range(min(2, self.micro_batches)):
@@ -204,7 +201,7 @@ class Miniature:
     def events(self, which: Pass, rows: int) -> list[Event]:
         if (which, rows) not in self._passes:
             data = self.config.data
-            sizes = Sizes(rows, data.image_size, data.text_length, TOKENS in self.objective.needs)
+            sizes = Sizes(rows, data.image_size, data.text_length)
             self._passes[which, rows] = self.tracer.run(which, sizes, anchors=self.has_anchors)
         return self._passes[which, rows]
 
@@ -219,14 +216,11 @@ class Miniature:
         copies = 2 if self.device is self.host else 1  # gloo gathers into a buffer of its own
         self.device.hold("gather buffer", blocks([min(self.prefetch, lay.total) * lay.width] * copies))
 
-    def loss(self, which: Pass) -> Blocks:
-        """Embeddings, anchors and gradients of the whole batch, the other ranks' texts, the tiles of the loss, and what the
-        objective holds beside them."""
-        self.events(which, self.rows)  # which says how many tokens there are
+    def loss(self) -> Blocks:
+        """Embeddings, anchors and gradients of the whole batch, the other ranks' texts, and the tiles of the loss."""
         dim, whole = self.config.model.embedding_dim, self.per_rank * self.layout.ranks
         tile = 4 * min(512, self.per_rank) * min(2048, self.per_rank) * 4
-        own = self.objective.loss_bytes(self.per_rank, whole, self.tracer.num_tokens, dim)
-        return Blocks(4 * dim * (8 * self.per_rank + 2 * whole) + tile, 0) + blocks([own])
+        return Blocks(4 * dim * (8 * self.per_rank + 2 * whole) + tile, 0)
 
     def moments(self, parts: Iterable[str]) -> None:
         """The optimizer's state, which comes with a part's first step and stays."""

@@ -37,12 +37,11 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the model is given: b pairs of (3, S, S) images and T tokens; with_tokens: each token's embedding is asked for."""
+    """What the model is given: b pairs of (3, S, S) images and T tokens."""
 
     pairs: int
     image_size: int
     text_length: int
-    with_tokens: bool = False
 
 
 @dataclass
@@ -51,8 +50,6 @@ class StepTracer:
 
     model: DualEncoder
     dtype: torch.dtype
-    num_tokens: tuple[int, int] = (0, 0)
-    """Regions of an image and word pieces of a text, of the last pass with tokens."""
     _mode: FakeTensorMode = field(default_factory=FakeTensorMode)
 
     def __post_init__(self) -> None:
@@ -81,11 +78,11 @@ class StepTracer:
             ids = torch.zeros(sizes.pairs, sizes.text_length, dtype=torch.int64)
             self.model.train(what != "embed")
             with _Watch(self.model, events) as watch, self._collected(events):
-                self._pass(what, pixels, shift, ids, anchors, sizes.with_tokens)
+                self._pass(what, pixels, shift, ids, anchors)
             watch.close()
         return events
 
-    def _pass(self, what: Pass, pixels: Tensor, shift: Tensor, ids: Tensor, anchors: bool, with_tokens: bool) -> None:
+    def _pass(self, what: Pass, pixels: Tensor, shift: Tensor, ids: Tensor, anchors: bool) -> None:
         inputs = {
             "pixel_values": pixels.float().mul_(1 / 255).sub_(shift).div_(shift).to(self.dtype),
             "input_ids": ids,
@@ -95,14 +92,11 @@ class StepTracer:
             with torch.no_grad():
                 self.model(**inputs)
             return
-        out = self.model(**inputs, freeze_backbone=what == "stage1", return_hidden=True, return_tokens=with_tokens)
+        out = self.model(**inputs, freeze_backbone=what == "stage1", return_hidden=True)
         if what == "stage1" and anchors:
             with torch.no_grad():
                 self.model.aligner(out.hidden)
         loss = out.image_embeds.sum() + out.text_embeds.sum()
-        if with_tokens:
-            self.num_tokens = (out.image_tokens.shape[1], out.text_tokens.shape[1])
-            loss = loss + out.image_tokens.sum() + out.text_tokens.sum()
         if isinstance(out.temperature, Tensor):
             loss = loss + out.temperature.sum()
         for x in out.learned or ():

@@ -134,9 +134,6 @@ LEVERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"optimizer__name": "sgd"}, {}),
     ({}, {"clients": 3, "strategy__name": "local"}),
     ({}, {"aggregate__ema": 0.9}),
-    ({}, {"objective__name": "gcl"}),
-    ({"objective__name": "ita"}, {"objective__name": "mgca"}),
-    ({"objective": {"name": "gloria", "chunk_bytes": 2**16}}, {"objective": {"name": "gloria"}}),
     ({"strategy__name": "afl"}, {"strategy__name": "drfa"}),
     ({"strategy__name": "fedavg"}, {"strategy__name": "moon"}),
 ]  # fmt: skip
