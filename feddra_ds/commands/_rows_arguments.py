@@ -28,6 +28,7 @@ def comparison(args: argparse.Namespace) -> Comparison:
     spec: Spec | None = None
     prints: dict[str, str] | None = None
     order: tuple[str, ...] = ()
+    controls: dict[str, str] = {}
     if source.is_dir() or source.suffix == ".jsonl":
         rows = read_rows(source)
     else:
@@ -35,7 +36,7 @@ def comparison(args: argparse.Namespace) -> Comparison:
         rows = read_rows(args.out or spec.default_out)
         kinds: tuple[Kind, ...] = ("dev", "test")
         grids = [expand(spec, args.source, kind) for kind in kinds if getattr(spec.seeds, kind)]
-        order = grids[0].arms if grids else ()
+        order, controls = (grids[0].arms, grids[0].controls) if grids else (order, controls)
         prints = {run.id: run.fingerprint for grid in grids for run in grid.runs}
     chosen = choose_rows(rows, args.seeds, prints)
     if not chosen:
@@ -43,4 +44,5 @@ def comparison(args: argparse.Namespace) -> Comparison:
     asked = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
     defaults = spec.metrics if spec is not None else list(Spec.model_fields["metrics"].default)
     metrics = asked or [name for name in defaults if any(name in row.get("metrics", {}) for row in chosen)]
-    return compare(chosen, metrics, args.baseline or (spec.baseline if spec is not None else None), order)
+    baseline = args.baseline or controls or (spec.baseline if spec is not None else None)
+    return compare(chosen, metrics, baseline, order)

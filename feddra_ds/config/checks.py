@@ -126,11 +126,21 @@ def contradictions(config: Config) -> list[str]:
     stage = get_path(c.deepspeed, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         out.append(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, got {stage!r}")
-    if c.optimizer.name == "muon" and stage in (1, 2, 3):
+    if c.optimizer.name == "muon" and get_path(c.deepspeed, "zero_optimization.offload_optimizer.device") in (
+        "cpu",
+        "nvme",
+    ):
         out.append(
-            f"deepspeed.zero_optimization.stage: {stage} cuts matrices into flat parts, and optimizer.name=muon makes whole "
-            "matrices orthogonal; take stage 0, or optimizer.name=adamw"
+            "deepspeed.zero_optimization.offload_optimizer: optimizer.name=muon makes whole matrices of the ranks' slices, "
+            "which must be on the device; leave it out, or take optimizer.name=adamw"
         )
+    if c.optimizer.name == "muon" and stage == 3:
+        out += [
+            f"deepspeed.{kind}.enabled: optimizer.name=muon at ZeRO 3 is tested in fp32 alone; take "
+            "deepspeed.zero_optimization.stage 2, or optimizer.name=adamw"
+            for kind in ("bf16", "fp16")
+            if get_path(c.deepspeed, f"{kind}.enabled")
+        ]
     if c.optimizer.name == "muon" and c.model.adapter is not None:
         out.append(
             "model.adapter: its factors are halves of matrices, and optimizer.name=muon is for whole ones; take adamw"

@@ -192,7 +192,7 @@ class ScheduleConfig(Section):
 class OptimizerConfig(Section):
     name: Literal["adamw", "sgd", "muon"] = "adamw"
     """Local optimizer. muon: Muon for the encoders' matrices, AdamW for embeddings, heads, norms and biases
-    (docs/optimizers.md); ZeRO 0 alone."""
+    (docs/optimizers.md)."""
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

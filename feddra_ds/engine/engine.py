@@ -29,6 +29,7 @@ from feddra_ds.engine.masters import (
     write_frozen,
     write_frozen_share,
 )
+from feddra_ds.engine.muon import MuonAndAdamW
 from feddra_ds.engine.optimizer import (
     bucket_elements,
     build_optimizer,
@@ -114,6 +115,8 @@ class Engine:
         self.module = self._ds.module
         masters = find_masters(self._ds, self.module, slot_rank, ranks_per_slot)
         self._refresh = masters.refresh
+        if isinstance(optimizer, MuonAndAdamW) and self.zero_stage > 0:
+            optimizer.lay_out(masters.slices, self.shapes, dist.group.WORLD if ranks_per_slot > 1 else None)
         self._slices: dict[str, list[Slice]] = {
             part: [s for s in masters.slices if self._group_parts[s.group] == part] for part in PARTS
         }

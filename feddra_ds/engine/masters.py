@@ -28,11 +28,13 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Slice:
-    """One flat fp32 tensor of masters: `group` is the index of its optimizer group."""
+    """One flat fp32 tensor of masters: `group` is the index of its optimizer group; `parameters` names all that the slices
+    of this place hold over the slot's ranks, in one order, and is empty where every rank holds whole ones."""
 
     tensor: Tensor
     group: int
     fragments: tuple[Fragment, ...]
+    parameters: tuple[str, ...] = ()
 
     def views(self) -> Iterator[tuple[Fragment, Tensor]]:
         """Each fragment with its elements, flat, sharing memory with the slice."""
@@ -145,7 +147,7 @@ def _flat_partitions(
             if first < last:
                 fragments.append(Fragment(names[id(parameter)], first - begin, last - first, first - low))
             begin += parameter.numel()
-        slices.append(Slice(flat.data, g, tuple(fragments)))
+        slices.append(Slice(flat.data, g, tuple(fragments), tuple(names[id(p)] for p in parameters)))
     return Masters(slices, optimizer.update_lp_params)
 
 
@@ -161,7 +163,8 @@ def _stage3(optimizer: Any, names: dict[int, str], slot_rank: int, ranks_per_slo
             if length > 0:
                 fragments.append(Fragment(names[id(parameter)], start, length, offset))
             offset += parameter.partition_numel()
-        slices.append(Slice(flat.data, optimizer.sub_group_to_group_id[i], tuple(fragments)))
+        held = tuple(names[id(parameter)] for parameter in optimizer.fp16_groups[i])
+        slices.append(Slice(flat.data, optimizer.sub_group_to_group_id[i], tuple(fragments), held))
 
     def refresh() -> None:
         optimizer._partition_all_parameters()  # else weights gathered by an earlier forward stay stale

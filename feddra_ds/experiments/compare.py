@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from feddra_ds.experiments.rows import Row, latest
@@ -24,11 +24,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """cells: (arm, metric) → Cell, for every pair that has a value. crashed: arm → seeds without a result."""
+    """cells: (arm, metric) → Cell, for every pair that has a value. baseline: arm → what it is compared to. crashed: arm →
+    seeds without a result."""
 
     arms: tuple[str, ...]
     metrics: tuple[str, ...]
-    baseline: str | None
+    baseline: dict[str, str]
     kind: str
     cells: dict[tuple[str, str], Cell]
     crashed: dict[str, list[int]]
@@ -46,36 +47,41 @@ def choose_rows(rows: Sequence[Row], kind: str | None, fingerprints: dict[str, s
     return [row for row in kept if row["kind"] == kind]
 
 
-def compare(rows: Sequence[Row], metrics: Sequence[str], baseline: str | None, order: Sequence[str] = ()) -> Comparison:
-    """Compare the arms of rows of one kind, in `order`, others as their first rows come. Raises ValueError for a baseline or
-    a metric that no row has."""
+def compare(
+    rows: Sequence[Row], metrics: Sequence[str], baseline: str | Mapping[str, str] | None, order: Sequence[str] = ()
+) -> Comparison:
+    """Compare the arms of rows of one kind, in `order`, others as their first rows come.
+
+    baseline: the arm that all others are compared to, or arm → its own; a pair of which no row is there yet is left out.
+    Raises ValueError for a metric, or for one baseline of all, that no row has.
+    """
     there = dict.fromkeys(row["arm"] for row in rows)
     arms = tuple(dict.fromkeys([*(arm for arm in order if arm in there), *there]))
     good = [row for row in rows if row["status"] == "ok"]
     known = sorted({name for row in good for name in row["metrics"]})
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"metrics: no row has {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
-    if baseline is not None and baseline not in arms:
+    if isinstance(baseline, str) and baseline not in arms:
         raise ValueError(f"baseline: no row is of arm {baseline}; there are: {', '.join(arms) or 'none'}")
+    pairs = dict.fromkeys(arms, baseline) if isinstance(baseline, str) else dict(baseline or {})
+    pairs = {arm: base for arm, base in pairs.items() if arm != base and {arm, base} <= there.keys()}
     cells: dict[tuple[str, str], Cell] = {}
     for metric in metrics:
         values = {arm: {row["seed"]: float(row["metrics"][metric]) for row in good if row["arm"] == arm
                         and metric in row["metrics"]} for arm in arms}  # fmt: skip
-        cells |= {(arm, metric): cell for arm, cell in _column(values, baseline).items()}
+        cells |= {(arm, metric): cell for arm, cell in _column(values, pairs).items()}
     crashed = {arm: [row["seed"] for row in rows if row["arm"] == arm and row["status"] != "ok"] for arm in arms}
     kind = str(rows[0]["kind"]) if rows else ""
-    return Comparison(arms, tuple(metrics), baseline, kind, cells, {arm: s for arm, s in crashed.items() if s})
+    return Comparison(arms, tuple(metrics), pairs, kind, cells, {arm: s for arm, s in crashed.items() if s})
 
 
-def _column(values: dict[str, dict[int, float]], baseline: str | None) -> dict[str, Cell]:
+def _column(values: dict[str, dict[int, float]], baseline: dict[str, str]) -> dict[str, Cell]:
     """The cells of one metric; arms without a value have none."""
     differences: dict[str, Mean] = {}
-    if baseline is not None:
-        base = values[baseline]
-        for arm, own in values.items():
-            paired = [own[seed] - base[seed] for seed in own if seed in base]
-            if arm != baseline and paired:
-                differences[arm] = t_interval(paired)
+    for arm, base in baseline.items():
+        paired = [value - values[base][seed] for seed, value in values[arm].items() if seed in values[base]]
+        if paired:
+            differences[arm] = t_interval(paired)
     tested = {arm: found.p_value for arm, found in differences.items() if found.p_value is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {
@@ -92,10 +98,11 @@ def markdown(found: Comparison) -> str:
     cell = lambda arm, metric: found.cells.get((arm, metric))
     lines = [(arm, [_mean(m, cell(arm, m), len(seeds)) for m in found.metrics]) for arm in found.arms]
     out += _table("arm", found, lines)
-    if found.baseline is not None and len(found.arms) > 1:
-        others = [arm for arm in found.arms if arm != found.baseline]
+    if others := [arm for arm in found.arms if arm in found.baseline]:
+        bases = set(found.baseline.values())
+        name = bases.pop() if len(bases) == 1 else "the arm's own control"
         lines = [(arm, [_difference(m, cell(arm, m)) for m in found.metrics]) for arm in others]
-        out += ["", f"Difference to {found.baseline}, seed by seed, with its 95 % interval; p by Holm over the "
+        out += ["", f"Difference to {name}, seed by seed, with its 95 % interval; p by Holm over the "
                 f"{len(others)} comparisons of a column. Bold: the interval is off 0.", ""]  # fmt: skip
         out += _table("arm", found, lines)
     if found.crashed:
@@ -113,7 +120,7 @@ def as_csv(found: Comparison) -> str:
         m, d = cell.mean, cell.difference
         told = [d.mean, d.low, d.high, d.p_value, cell.adjusted_p] if d else [None] * 5
         values = " ".join(f"{seed}:{value:.6g}" for seed, value in sorted(cell.values.items()))
-        write([arm, metric, found.kind, m.n, m.mean, m.low, m.high, found.baseline if d else None, *told, values])
+        write([arm, metric, found.kind, m.n, m.mean, m.low, m.high, found.baseline[arm] if d else None, *told, values])
     return out.getvalue()
 
 

@@ -24,7 +24,8 @@ class Run:
     """One training with its evaluation.
 
     id: arm and seed as a folder's name. keys: what the arm sets, by `section.key`. tree: the config but for the seed's
-    own keys. needs: arms whose runs of the same seed come first. fingerprint: of what decides the result.
+    own keys. needs: arms whose runs of the same seed come first. shuffled: whether the train texts are dealt to other images.
+    fingerprint: of what decides the result.
     """
 
     id: str
@@ -34,14 +35,17 @@ class Run:
     keys: dict[str, Any]
     tree: dict[str, Any]
     needs: tuple[str, ...]
+    shuffled: bool
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs of one kind of seeds. arms: the names in order. fingerprint: of all arms, without the seeds."""
+    """All runs of one kind of seeds. arms: the names in order. controls: arm → the arm of its shuffled texts.
+    fingerprint: of all arms, without the seeds."""
 
     arms: tuple[str, ...]
+    controls: dict[str, str]
     runs: tuple[Run, ...]
     fingerprint: str
 
@@ -61,11 +65,14 @@ def expand(spec: Spec, path: str | Path, kind: Kind, only: Iterable[str] | None 
     if not seeds:
         raise ConfigError([f"seeds.{kind}: {path} names none"])
     arms = _arms(spec)
+    controls = {name: f"{name}, shuffled" for name in arms} if spec.controls else {}
+    problems = [f"arms: {name} is the name of a control" for name in controls.values() if name in arms]
+    arms = {name: keys for arm, keys in arms.items() for name in filter(None, (arm, controls.get(arm)))}
     base = read_tree(find_base(spec.base, path))
     common = _tree(base, spec.common)
     trees = {name: _tree(common, keys) for name, keys in arms.items()}
     needs = {name: _needs(keys, arms) for name, keys in arms.items()}
-    problems = [line for name in arms for line in _problems(name, trees[name], needs[name], arms)]
+    problems += [line for name in arms for line in _problems(name, trees[name], needs[name], arms)]
     if spec.baseline is not None and spec.baseline not in arms:
         problems.append(f"baseline: there is no arm {spec.baseline}; there are: {', '.join(arms)}")
     chosen = list(arms) if only is None else list(only)
@@ -78,17 +85,21 @@ def expand(spec: Spec, path: str | Path, kind: Kind, only: Iterable[str] | None 
         "data": spec.data.model_dump(mode="json", exclude={"path": True, "convert": {"csv"}}),
         "evaluate": spec.evaluate.model_dump(mode="json"),
     }
-    prints = {name: _hash({"tree": trees[name], **shared}) for name in arms}
+    shuffled = set(controls.values())
+    prints = {
+        name: _hash({"tree": trees[name], **shared} | ({"texts": "shuffled"} if name in shuffled else {}))
+        for name in arms
+    }
     for name in order:  # what an arm reads decides its result as well
         if needs[name]:
             prints[name] = _hash([prints[name], *(prints[other] for other in needs[name])])
     runs = [
-        Run(_slug(f"{name}-seed{seed}"), name, seed, kind, arms[name], trees[name], needs[name],
+        Run(_slug(f"{name}-seed{seed}"), name, seed, kind, arms[name], trees[name], needs[name], name in shuffled,
             _hash([prints[name], seed]))
         for seed in seeds
         for name in order
     ]  # fmt: skip
-    return Grid(tuple(name for name in arms if name in order), tuple(runs), _hash(prints))
+    return Grid(tuple(name for name in arms if name in order), controls, tuple(runs), _hash(prints))
 
 
 def _arms(spec: Spec) -> dict[str, dict[str, Any]]:

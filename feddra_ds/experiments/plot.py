@@ -37,8 +37,9 @@ def draw(found: Comparison, metric: str) -> str:
         out.append(
             f'<text class="k" x="{across(mark):.1f}" y="{base + 18}" text-anchor="middle">{shown(metric, mark)}</text>'
         )
-    if found.baseline in cells:
-        out.append(f'<path class="b" d="M{across(cells[found.baseline].mean.mean):.1f} {_TOP}V{base}"/>')
+    bases = set(found.baseline.values())
+    if len(bases) == 1 and (one := bases.pop()) in cells:
+        out.append(f'<path class="b" d="M{across(cells[one].mean.mean):.1f} {_TOP}V{base}"/>')
     for number, (arm, cell) in enumerate(cells.items()):
         y = _TOP + _ROW * (number + 0.5)
         out.append(f'<text x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{html.escape(arm)}</text>')

@@ -101,8 +101,12 @@ def run_experiment(
             check_test_rows(grid, file.rows)
         todo = _with_models(grid, pending(grid, file.rows, options.given), options)
         roots = {seed: _dataset(spec, seed, options, track) for seed in dict.fromkeys(run.seed for run in todo)}
+        dealt = {
+            seed: _shuffled(roots[seed], seed, options) for seed in dict.fromkeys(r.seed for r in todo if r.shuffled)
+        }
         progress = Progress(len(todo), options.workers)
-        for row in track(_rows(spec, grid, todo, roots, options), len(todo), "runs"):
+        data = {run.id: (dealt if run.shuffled else roots)[run.seed] for run in todo}
+        for row in track(_rows(spec, grid, todo, data, options), len(todo), "runs"):
             progress.done += 1
             file.append(row)
             told(row, progress)
@@ -193,11 +197,20 @@ def _convert(asked: ConvertData, table: Path, out: Path, seed: int, track: Track
     ingest(Table(table, columns), out, options, track)
 
 
+def _shuffled(root: str, seed: int, options: Options) -> str:
+    """The dataset of a seed's controls: that at `root`, each client's train texts dealt to its images at random."""
+    from feddra_ds.data.sources.partition import PartitionOptions, partition
+
+    out = options.out / "data" / f"seed-{seed}-shuffled"
+    partition(Path(root), out, PartitionOptions(keep_clients=True, shuffle_texts=True, seed=seed, overwrite=True))
+    return str(out.resolve())
+
+
 # --- runs --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(spec: Spec, grid: Grid, todo: list[Run], roots: dict[int, str], options: Options) -> Iterator[Row]:
-    """A row for every run, as they end; workers are gone when this is left, however it is left."""
+def _rows(spec: Spec, grid: Grid, todo: list[Run], data: dict[str, str], options: Options) -> Iterator[Row]:
+    """A row for every run, as they end. data: run id → its dataset; workers are gone when this is left, however it is left."""
     queue_: _Ready = _Ready(todo)
     answers: queue.Queue[Row | BaseException | None] = queue.Queue()
     workers = [Worker(options.out) for _ in range(min(options.workers, len(todo)))]
@@ -206,7 +219,7 @@ def _rows(spec: Spec, grid: Grid, todo: list[Run], roots: dict[int, str], option
     def serve(worker: Worker) -> None:
         try:
             while (run := queue_.take()) is not None:
-                job = _job(spec, grid, run, roots[run.seed], options)
+                job = _job(spec, grid, run, data[run.id], options)
                 answer = worker.do(job, spec.limit_s)
                 queue_.done(run)
                 answers.put(_row(run, answer, about))

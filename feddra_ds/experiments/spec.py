@@ -116,9 +116,11 @@ class Spec(Section):
     """What is compared: a name and its keys. `{run:ARM}` in a value is the folder of that arm's run of the same seed."""
     grid: dict[str, list[Any]] = Field({})
     """Keys with several values: every combination, on top of every arm."""
+    controls: bool = False
+    """Every arm once more, on train texts dealt at random to the images of their client; an arm is compared to its own."""
     seeds: Seeds
     baseline: str | None = None
-    """The arm that the others are compared to, seed by seed."""
+    """The arm that the others are compared to, seed by seed; with `controls` each has its own, and there is none."""
     metrics: list[str] = Field(["recall@5", "worst_recall@5", "held_out_recall@5"])
     """What the tables show (feddra_ds/experiments/measure.py says what there is)."""
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -191,6 +193,8 @@ def _contradictions(spec: Spec) -> list[str]:
             problems.append(f"seeds.{kind}: a seed is named twice")
     if not spec.arms and not spec.grid:
         problems.append("arms: give arms, grid, or both; there is nothing to run")
+    if spec.controls and spec.baseline is not None:
+        problems.append("baseline: goes without controls, which each arm is compared to")
     if spec.data.synth is not None:
         problems += [f"data.synth: {line.lstrip('-')}" for line in spec.data.synth.options(0).problems()]
     return problems

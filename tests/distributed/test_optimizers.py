@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +13,110 @@ from helpers import assemble, on_ranks, pieces_of, tree, zero
 LR = 0.02
 
 
-def muon_steps(config_tree: dict[str, Any]) -> dict[str, Any]:
-    """Three steps of the engine, and the same of a plain model in this process; the largest gap by kind of parameter."""
+def muon_batches(dtype: Any) -> Iterator[tuple[dict[str, Any], Any, bool]]:
+    """Three batches, what their embeddings are drawn to, and whether the backbone rests."""
     import torch
-    from helpers import build_run, finish
 
-    from feddra_ds.config.load import from_dict
-    from feddra_ds.model.build import model_of, tokenizer_of
-
-    run = build_run(config_tree)
-    engine, config = run.engine, from_dict(config_tree)
-    plain = model_of(config, tokenizer_of(config))
-    masters = {n: torch.nn.Parameter(p.detach().clone()) for n, p in plain.named_parameters()}
-    with torch.no_grad():
-        for name, _, values in pieces_of(engine):  # ZeRO 0: every rank holds all
-            masters[name].view(-1).copy_(torch.from_numpy(values))
-    start = {n: m.detach().clone().numpy().ravel() for n, m in masters.items()}
-    matrices = set(plain.matrix_parameter_names())
-    optimizers = [
-        torch.optim.Muon(
-            [masters[n] for n in matrices], lr=LR, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW([m for n, m in masters.items() if n not in matrices], lr=LR, weight_decay=0.0, fused=True),
-    ]
-    plain.to(engine.dtype).train()
-    engine.train()
     draw = torch.Generator().manual_seed(5)
     aims = torch.randn(2, 4, 16, generator=draw)
     for step in range(3):
         batch = {
-            "pixel_values": torch.randn(4, 3, 32, 32, generator=draw).to(engine.dtype),
+            "pixel_values": torch.randn(4, 3, 32, 32, generator=draw).to(dtype),
             "input_ids": torch.randint(5, 6000, (4, 16), generator=draw),
             "attention_mask": torch.ones(4, 16, dtype=torch.int64),
         }
-        engine.set_learning_rates({"aligner": LR, "backbone": 0.0 if step == 0 else LR})
-        out = engine(**batch, freeze_backbone=step == 0)
+        yield batch, aims, step == 0
+
+
+def muon_engine(config_tree: dict[str, Any]) -> dict[str, Any]:
+    """The engine's masters before and after three steps: this rank's pieces."""
+    from helpers import build_run, finish
+
+    run = build_run(config_tree)
+    engine = run.engine
+    before = pieces_of(engine)
+    engine.train()
+    for batch, aims, frozen in muon_batches(engine.dtype):
+        engine.set_learning_rates({"aligner": LR, "backbone": 0.0 if frozen else LR})
+        out = engine(**batch, freeze_backbone=frozen)
         engine.backward((out.image_embeds * aims[0] + out.text_embeds * aims[1]).sum() / engine.ranks_per_slot)
         assert engine.step()
+    after = pieces_of(engine)
+    finish(run)
+    return {"before": before, "after": after}
+
+
+def plain_muon(config_tree: dict[str, Any], start: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], set[str]]:
+    """The same three steps of a plain model in one process, by torch's own optimizers; and which parameters are Muon's."""
+    import torch
+
+    from feddra_ds.config.load import from_dict
+    from feddra_ds.model.build import model_of, tokenizer_of
+
+    config = from_dict(config_tree)
+    plain = model_of(config, tokenizer_of(config))
+    masters = {
+        n: torch.nn.Parameter(torch.from_numpy(start[n]).clone().view(p.shape)) for n, p in plain.named_parameters()
+    }
+    matrices = set(plain.matrix_parameter_names())
+    about = {"lr": LR, "weight_decay": config.optimizer.weight_decay}
+    optimizers = [
+        torch.optim.Muon([masters[n] for n in matrices], momentum=0.95, adjust_lr_fn="match_rms_adamw", **about),
+        torch.optim.AdamW([m for n, m in masters.items() if n not in matrices], fused=True, **about),
+    ]
+    dtype = torch.bfloat16 if "bf16" in config.deepspeed else torch.float32
+    plain.to(dtype).train()
+    for batch, aims, frozen in muon_batches(dtype):
         with torch.no_grad():
             for name, parameter in plain.named_parameters():
                 parameter.copy_(masters[name])
         plain.zero_grad()
-        out = plain(**batch, freeze_backbone=step == 0)
+        out = plain(**batch, freeze_backbone=frozen)
         (out.image_embeds * aims[0] + out.text_embeds * aims[1]).sum().backward()
         for name, parameter in plain.named_parameters():
             masters[name].grad = None if parameter.grad is None else parameter.grad.float()
         for optimizer in optimizers:
             optimizer.step()
-    got = pieces_of(engine)
-    finish(run)
-    wanted = {n: m.detach().numpy().ravel() for n, m in masters.items()}
-    return {"pieces": got, "wanted": wanted, "start": start, "matrices": matrices}
+    return {n: m.detach().numpy().ravel() for n, m in masters.items()}, matrices
+
+
+SLOW, REST = pytest.mark.slow, pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
-    ("world_size", "bf16"),
-    [(1, False), pytest.param(2, False, marks=pytest.mark.slow), pytest.param(1, True, marks=pytest.mark.slow)],
+    ("world_size", "stage", "bf16"),
+    [
+        (1, 0, False),
+        pytest.param(2, 0, False, marks=REST),
+        pytest.param(1, 0, True, marks=SLOW),
+        pytest.param(2, 1, False, marks=REST),
+        pytest.param(2, 2, False, marks=SLOW),
+        pytest.param(2, 3, False, marks=SLOW),
+        pytest.param(2, 2, True, marks=REST),
+    ],
 )
-def test_muon_at_zero_0_is_a_plain_muon(dataset: Path, tmp_path: Path, world_size: int, bf16: bool) -> None:
+def test_muon_is_a_plain_muon_at_every_stage(
+    dataset: Path, tmp_path: Path, world_size: int, stage: int, bf16: bool
+) -> None:
     config = tree(
         dataset, tmp_path / "run", optimizer__name="muon", optimizer__lr=LR, topology__ranks_per_slot=world_size,
-        deepspeed=zero(0, bf16=bf16), evaluation__every=0,
+        deepspeed=zero(stage, bf16=bf16), evaluation__every=0,
     )  # fmt: skip
-    for seen in on_ranks(muon_steps, world_size, config):
-        got = assemble([seen["pieces"]])
-        for name, wanted in seen["wanted"].items():
-            assert np.allclose(got[name], wanted, atol=1e-5), (name, np.abs(got[name] - wanted).max())
-        assert any(np.abs(seen["wanted"][n] - seen["start"][n]).max() > 0.5 * LR for n in seen["matrices"])
+    ranks = on_ranks(muon_engine, world_size, config)
+    start, got = (
+        assemble([seen[when] for seen in ranks[: world_size if stage else 1]]) for when in ("before", "after")
+    )
+    ((wanted, matrices),) = on_ranks(plain_muon, 1, config, start)
+    far = {}
+    for name, values in wanted.items():
+        gap, way = (float(np.linalg.norm(x.astype(np.float64) - values)) for x in (got[name], start[name]))
+        if stage < 3:
+            assert gap <= 1e-5 * np.sqrt(values.size), (name, gap, way)
+        elif name in matrices:
+            far[name] = gap / way
+    # ZeRO 3 rounds otherwise, which Newton-Schulz steps enlarge in directions that have no gradient
+    assert max(far.values(), default=0.0) <= 0.05, sorted(far.items(), key=lambda x: -x[1])[:12]
+    assert any(np.abs(wanted[n] - start[n]).max() > 0.5 * LR for n in matrices)
 
 
 def clipped_steps(config_tree: dict[str, Any]) -> list[Any]:

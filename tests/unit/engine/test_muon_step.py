@@ -13,6 +13,7 @@ from torch import nn
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.config.load import from_dict
 from feddra_ds.config.schema import Config
+from feddra_ds.engine.masters import Fragment, Slice
 from feddra_ds.engine.muon import MuonAndAdamW
 from feddra_ds.engine.optimizer import build_optimizer, parameter_groups, pass_over_frozen_groups
 from feddra_ds.model import lora, lora_options
@@ -100,14 +101,49 @@ def test_one_kind_alone() -> None:
         assert not torch.equal(module.weight, before)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stages_that_cut_matrices_are_refused_by_name(stage: int) -> None:
-    tree: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": stage}}}
-    with pytest.raises(
-        ConfigError, match=f"deepspeed.zero_optimization.stage: {stage} cuts matrices .* take stage 0, or"
-    ):
+@pytest.mark.parametrize("bucket", [1, 2**24])
+def test_a_slice_of_matrices_steps_as_they_do_whole(bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feddra_ds.engine.muon.BUCKET_ELEMENTS", bucket)
+    torch.manual_seed(0)
+    shapes = {"a": (3, 5), "b": (7, 4)}
+    whole = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    flat = nn.Parameter(torch.cat([*(p.detach().reshape(-1) for p in whole.values()), torch.zeros(3)]))  # and padding
+    optimizers = [
+        MuonAndAdamW([{"params": list(held), "weight_decay": DECAY, "is_muon": True}], lr=LR, momentum=0.9,
+                     betas=(0.9, 0.999), eps=1e-8)
+        for held in (whole.values(), [flat])
+    ]  # fmt: skip
+    flat.grad = torch.zeros_like(flat)
+    start = flat.detach().clone()
+    optimizers[1].step()
+    assert torch.equal(flat, start), "before it is laid out there is nothing to step"
+    optimizers[1].lay_out(
+        [Slice(flat.data, 0, (Fragment("a", 0, 15, 0), Fragment("b", 0, 28, 15)), ("a", "b"))], shapes, None
+    )
+    for _ in range(3):
+        for parameter in whole.values():
+            parameter.grad = torch.randn_like(parameter)
+        flat.grad = torch.cat([*(p.grad.reshape(-1) for p in whole.values() if p.grad is not None), torch.zeros(3)])
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(flat[:43], torch.cat([p.reshape(-1) for p in whole.values()]))
+    assert not torch.equal(flat, start)
+
+
+def test_offloaded_slices_are_refused() -> None:
+    tree: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}}
+    with pytest.raises(ConfigError, match=r"offload_optimizer: optimizer\.name=muon makes whole matrices"):
         config(**tree)
     config(**tree, optimizer={"name": "adamw"})
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_16_bits_at_zero_3_are_refused(kind: str) -> None:
+    tree: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 3}, kind: {"enabled": True}}}
+    with pytest.raises(ConfigError, match=rf"deepspeed\.{kind}\.enabled: optimizer\.name=muon at ZeRO 3"):
+        config(**tree)
+    config(**tree, optimizer={"name": "adamw"})
+    config(deepspeed={"zero_optimization": {"stage": 2}, kind: {"enabled": True}})
 
 
 def test_adapters_are_refused() -> None:

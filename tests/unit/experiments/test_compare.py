@@ -78,6 +78,20 @@ def test_only_seeds_that_both_have_are_paired_and_crashes_are_named() -> None:
     assert "Crashed: plain (seeds 0)." in text
 
 
+def test_each_arm_stands_beside_its_own_control() -> None:
+    found = compare(rows(), ["recall@5"], {"robust": "plain", "plain": "odd & <new>", "gone": "robust"})
+    cell = found.cells["robust", "recall@5"]
+    assert cell.difference is not None
+    assert cell.difference.mean == pytest.approx(np.mean(VALUES["robust"]) - np.mean(VALUES["plain"]))
+    assert found.cells["odd & <new>", "recall@5"].difference is None
+    assert "gone" not in found.arms
+    text = markdown(found)
+    assert "Difference to the arm's own control, seed by seed" in text
+    assert "p by Holm over the 2 comparisons" in text
+    assert "odd & <new>" not in text.split("Difference")[1]
+    assert draw(found, "recall@5").count('class="b"') == 0
+
+
 def test_kinds_of_seeds_are_never_mixed_and_the_last_row_counts() -> None:
     dev = [row | {"id": f"dev-{row['id']}"} for row in rows("dev")]
     assert {row["kind"] for row in choose_rows([*dev, *rows()], None)} == {"test"}

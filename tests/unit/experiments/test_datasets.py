@@ -14,7 +14,7 @@ from test_spec import SPEC
 from feddra_ds.common.errors import DataError
 from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.data.progress import untracked
-from feddra_ds.experiments.runner import Options, _dataset
+from feddra_ds.experiments.runner import Options, _dataset, _shuffled
 from feddra_ds.experiments.spec import Spec
 
 
@@ -32,6 +32,18 @@ def test_synthetic_data_are_made_once_a_seed_and_recipe(tmp_path: Path) -> None:
     assert make(tmp_path, recipe, seed=1) != first
     recipe["synth"]["test_pairs"] = 3
     assert open_dataset(make(tmp_path, recipe)).num_samples("heart_centre", "test") == 3
+
+
+def test_a_control_has_the_same_split_and_train_texts_of_other_images(tmp_path: Path) -> None:
+    root = make(tmp_path, {"synth": {"num_pairs": 60, "image_size": 16, "test_pairs": 4}})
+    control = Path(_shuffled(str(root), 0, Options(tmp_path / "out", 1)))
+    texts = {}
+    for name, at in (("arm", root), ("control", control)):
+        parts = {split: open_dataset(at).samples("heart_centre", split) for split in ("train", "test")}
+        texts[name] = {split: [part.read_text(i) for i in range(len(part))] for split, part in parts.items()}
+    assert texts["arm"]["test"] == texts["control"]["test"]
+    assert texts["arm"]["train"] != texts["control"]["train"]
+    assert sorted(texts["arm"]["train"]) == sorted(texts["control"]["train"])
 
 
 def test_a_table_is_split_anew_for_each_seed(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_shipped_specs_hold(name: str) -> None:
     for kind in ("dev", "test"):
         if getattr(spec.seeds, kind):
             found = expand(spec, name, kind)
-            assert spec.baseline in found.arms
+            assert spec.baseline in found.arms or set(found.controls) < set(found.arms)
             assert len({run.id for run in found.runs}) == len(found.runs)
 
 
@@ -65,6 +65,19 @@ def test_a_grid_is_every_combination_on_every_arm(tmp_path: Path) -> None:
     alone = grid(tmp_path, arms={}, grid={"optimizer.lr": [1e-3, 1e-4]}, baseline=None)
     assert alone.arms == ("lr=0.001", "lr=0.0001")
     assert all("/" not in run.id and " " not in run.id for run in (*found.runs, *alone.runs))
+
+
+def test_a_control_is_the_same_arm_on_shuffled_texts(tmp_path: Path) -> None:
+    found = grid(tmp_path, controls=True, baseline=None)
+    assert found.arms == ("fedavg", "fedavg, shuffled", "feddra", "feddra, shuffled")
+    assert found.controls == {"fedavg": "fedavg, shuffled", "feddra": "feddra, shuffled"}
+    assert [run.shuffled for run in found.runs[:4]] == [False, True, False, True]
+    assert found.runs[0].tree == found.runs[1].tree
+    fingerprints = {run.fingerprint for run in found.runs}
+    assert len(fingerprints) == len(found.runs)
+    assert {run.fingerprint for run in grid(tmp_path, baseline=None).runs} < fingerprints, (
+        "the arms stay what they were"
+    )
 
 
 def test_fingerprints_change_with_what_decides_and_with_nothing_else(tmp_path: Path) -> None:
@@ -115,6 +128,11 @@ def test_an_arm_may_read_anothers_run(tmp_path: Path) -> None:
         ({"base": "quickstrat"}, "--config: cannot read quickstrat"),
         ({"arms": {}}, "arms: give arms, grid, or both"),
         ({"name": None}, "name: "),
+        ({"controls": True}, "baseline: goes without controls"),
+        (
+            {"controls": True, "baseline": None, "arms": {"a": {}, "a, shuffled": {}}},
+            "arms: a, shuffled is the name of a control",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_have_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: Any, line: str) -> None:
