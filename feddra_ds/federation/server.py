@@ -15,7 +15,7 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
 from feddra_ds.federation.aggregation.compression import DeltaCodec, codec_of
 from feddra_ds.federation.aggregation.delta import DeltaSum
-from feddra_ds.federation.aggregation.held import HeldUpdates, Judgement, RobustSum
+from feddra_ds.federation.aggregation.held import HeldUpdates, Judgement
 from feddra_ds.federation.aggregation.lora_rules import RULES, first_rows
 from feddra_ds.federation.aggregation.mean import WeightedSum
 from feddra_ds.federation.client import Client
@@ -75,7 +75,7 @@ class Server:
         if stage.snapshot is not None:
             self._snapshot_sum = self._new_snapshot_sum(stage)
         if self._aggregate.holds_updates:
-            self._sum = HeldUpdates(self._aggregate, self._new_settled_sum(stage), self.engine)
+            self._sum = HeldUpdates(self._aggregate, self.engine, stage.parts, base, stage.resting_factor)
             return
         if self._factor_sum is not None and stage.trains_backbone:
             self._sum = self._factor_sum(self.engine, stage, base)
@@ -89,12 +89,6 @@ class Server:
             # the clients went on with their own θ_i, which still hold what rounding kept from stage 1's average
             self.residuals["aligner"], self._owed_at_start = self._owed_at_start, []
         self._sum = DeltaSum(self.engine, stage.parts, base, self.codec, self.residuals, stage.resting_factor)
-
-    def _new_settled_sum(self, stage: Stage) -> WeightedSum:
-        base, aggregate = self.states[SHARED], self._aggregate
-        if aggregate.is_by_coordinate:
-            return RobustSum(self.engine, stage.parts, base, aggregate, stage.resting_factor)
-        return WeightedSum(self.engine, stage.parts, base, stage.resting_factor)
 
     def _new_snapshot_sum(self, stage: Stage) -> WeightedSum:
         base = self.states[SHARED]

@@ -43,51 +43,63 @@ class Update:
 
 
 class HeldUpdates:
-    """This slot's updates of a stage. Its memory: for each client of the slot one more copy of the slices that train."""
+    """This slot's updates of a stage. Its memory: for each client of the slot one more copy of the slices that train.
 
-    def __init__(self, config: AggregateConfig, average: WeightedSum, engine: Engine):
-        """average: what the updates that are not excluded go into, once that is known."""
-        self.config, self.engine = config, engine
-        self._sum = average
-        self._updates: list[Update] = []
-        self._num_bytes = 0
+    It is a WeightedSum to those that add to it and average; `judge` and `average` may be called again, among fewer clients.
+    """
 
-    @property
-    def num_bytes(self) -> int:
-        """Handed to collectives so far."""
-        return self._num_bytes + self._sum.num_bytes
+    def __init__(
+        self,
+        config: AggregateConfig,
+        engine: Engine,
+        parts: Sequence[str],
+        base: Mapping[str, PartState],
+        resting: FactorName | None = None,
+    ):
+        """base: the state that the stage started from."""
+        self.config, self.engine, self.parts = config, engine, (*parts, BUFFERS)
+        self.base, self.resting = base, resting
+        self.num_bytes = 0  # handed to collectives so far
+        self.updates: list[Update] = []  # of this slot's clients, as they came
+        self._taken: list[Update] = []
 
     def add(self, weight: float, state: Mapping[str, Sequence[Tensor]], client_index: int) -> None:
         """Keep a copy of a client's weights, live slices or a host state of them."""
-        kept = {part: [x.detach().to("cpu", copy=True) for x in state[part]] for part in self._sum.parts}
-        self._updates.append(Update(client_index, weight, kept))
+        kept = {part: [x.detach().to("cpu", copy=True) for x in state[part]] for part in self.parts}
+        self.updates.append(Update(client_index, weight, kept))
 
     def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
         """Who of the clients that the coordinator takes is averaged, by min_cosine and rule. Collective over all ranks."""
-        self._updates = [update for update in self._updates if update.index in included]
+        self._taken = [update for update in self.updates if update.index in included]
         if not self.config.compares_updates:
             return Judgement(list(included), total_weight)
-        indices, weights, products = self._products(topology)
-        judgement = judge(self.config, indices, weights, products, total_weight)
-        self._updates = [update for update in self._updates if update.index in judgement.included]
+        judgement = judge(self.config, *self._compared(topology), total_weight)
+        self._taken = [update for update in self._taken if update.index in judgement.included]
         return judgement
 
     def average(self, topology: Topology, total_weight: float) -> dict[str, PartState]:
-        """The average of those that are left. Collective over the peers."""
-        while self._updates:
-            update = self._updates.pop(0)  # its memory is free once it is in a sum
-            self._sum.add(update.weight, update.state, update.index)
-        return self._sum.average(topology, total_weight)
+        """The average of those that were taken. Collective over the peers."""
+        parts = [part for part in self.parts if part != BUFFERS]
+        if self.config.is_by_coordinate:
+            average: WeightedSum = RobustSum(self.engine, parts, self.base, self.config, self.resting)
+        else:
+            average = WeightedSum(self.engine, parts, self.base, self.resting)
+        for update in self._taken:
+            average.add(update.weight, update.state, update.index)
+        new = average.average(topology, total_weight)
+        self.num_bytes += average.num_bytes
+        return new
 
-    def _products(self, topology: Topology) -> tuple[list[int], list[float], Matrix]:
+    def _compared(self, topology: Topology) -> tuple[list[int], list[float], Matrix]:
         """Of all slots' clients, by index: their indices, weights and the inner products of their updates, whole."""
-        parts, engine = [part for part in self._sum.parts if part != BUFFERS], self.engine
-        base = Joined(list(elements(engine, parts, self._sum.base, self._sum.rests)))
-        rows = [Joined(list(elements(engine, parts, update.state, self._sum.rests))) for update in self._updates]
-        exchange = Exchange(rows, len(base), topology)
+        engine, parts = self.engine, [part for part in self.parts if part != BUFFERS]
+        rests = {part: engine.holds(part, self.resting) for part in parts}
+        row_of = lambda state: Joined(list(elements(engine, parts, state, rests)))
+        base = row_of(self.base)
+        exchange = Exchange([row_of(update.state) for update in self._taken], len(base), topology)
         products = over_the_slot(exchange.gram(base), engine, topology)
-        self._num_bytes += exchange.num_bytes
-        about = [[float(update.index), update.weight] for update in self._updates]
+        self.num_bytes += exchange.num_bytes
+        about = [[float(update.index), update.weight] for update in self._taken]
         everybodys = torch.cat(gather_over_peers(torch.tensor(about, dtype=torch.float64).view(-1, 2), topology))
         order = everybodys[:, 0].argsort()  # whichever slot a client is on
         indices, weights = everybodys[order].T.tolist()
