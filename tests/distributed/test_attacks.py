@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from helpers import Fault, metrics_of, on_ranks, same_bits, tree, watched, weights_of, write_dataset, zero
+from helpers import Fault, metrics_of, on_ranks, predicted_bytes, same_bits, tree, watched, weights_of, write_dataset, zero
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _attacks import ATTACKS, poison, rows_of
@@ -164,6 +164,7 @@ def test_whom_updates_give_away_is_named_and_the_average_is_that_of_the_others(t
     for kind, rule in rules.items():
         config = tree(root, tmp_path / kind, deepspeed=zero(2), **settings, **rule)
         on_ranks(watched, 2, config, [Fault("d", kind)])
+        assert metrics_of(tmp_path / kind)[0]["bytes_sent_per_rank"] == predicted_bytes(config, 2, len(clients))
     (line,) = metrics_of(tmp_path / "far")
     (excluded,) = line["excluded_clients"]
     assert excluded["id"] == "d"
