@@ -90,10 +90,10 @@ def main() -> None:
         print("\n" + json.dumps(child(json.loads(args.child))), flush=True)
         sys.stdout.flush()
         os._exit(0)
-    sizes, pairs = SMALL, 800
+    sizes, pairs = SMALL, 1200
     if args.quick:
         discard_results()
-        sizes, pairs, args.rounds, args.steps, args.rules, args.attacks = TINY, 160, 1, 2, "median", "ALIE"
+        sizes, pairs, args.rounds, args.steps, args.rules, args.attacks = TINY, 320, 1, 2, "median", "ALIE"
     rules, attacks = args.rules.split(","), args.attacks.split(";")
     cases = [("mean", None), *((rule, attack) for attack in (None, *attacks) for rule in rules)]
     with tempfile.TemporaryDirectory() as name:

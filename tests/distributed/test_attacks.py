@@ -10,7 +10,18 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from helpers import Fault, metrics_of, on_ranks, predicted_bytes, same_bits, tree, watched, weights_of, write_dataset, zero
+from helpers import (
+    Fault,
+    metrics_of,
+    on_ranks,
+    predicted_bytes,
+    same_bits,
+    tree,
+    watched,
+    weights_of,
+    write_dataset,
+    zero,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _attacks import ATTACKS, poison, rows_of
@@ -106,6 +117,17 @@ def attack_all(config: dict[str, Any], stage_index: int) -> dict[str, Any]:
                 "integers": [int(b) for b in new["buffers"] if not b.is_floating_point()],
                 "bytes": held.num_bytes,
             }  # fmt: skip
+    # only clients of the first slot are left: the others have nothing to send
+    left = [0, 2, 4] if topology.plan.num_slots == 2 else [0, 1, 4]
+    for name, rule in RULES.items():
+        held = HeldUpdates(AggregateConfig(**rule | {"num_bad": 1}), engine, stage.parts, base)
+        for client, state in states.items():
+            held.add(WEIGHTS[client], state, client)
+        judged = held.judge(topology, left, sum(WEIGHTS[i] for i in left))
+        out["few", name] = (
+            len(judged.included),
+            bool(np.isfinite(whole(held.average(topology, judged.total_weight))).all()),
+        )
     finish(run)
     return out
 
@@ -127,6 +149,10 @@ def test_attacks(dataset: Path, tmp_path: Path, world_size: int, per_slot: int, 
     norm = {"model__head__norm": "batchnorm"} if per_slot == 1 else {}  # over ranks it needs CUDA
     config = tree(dataset, tmp_path, deepspeed=zero(stage), topology__ranks_per_slot=per_slot, **norm)
     by_rank = on_ranks(attack_all, world_size, config, part)
+    for rank in by_rank:
+        assert {rule: rank.pop(("few", rule)) for rule in RULES} == {
+            rule: (3 - (rule == "krum"), True) for rule in RULES
+        }
     for (attack, rule), found in by_rank[0].items():
         case = f"{attack} under {rule}"
         for other in by_rank[1:]:
