@@ -141,10 +141,9 @@ class Miniature:
         averages = stage.averages and self.strategy.averages
         if averages and not c.aggregate.holds_updates:
             host.hold("server: running sum", lay.state(stage.parts))
-        if averages:
-            if self.strategy.takes_snapshot:  # the sum of the clients', and that of the client that trains
-                host.hold("snapshot", lay.state(stage.parts))
-                host.hold("snapshot", lay.state(stage.parts))
+        if averages and self.strategy.takes_snapshot:  # the sum of the clients', and that of the client that trains
+            host.hold("snapshot", lay.state(stage.parts))
+            host.hold("snapshot", lay.state(stage.parts))
         for _ in range(lay.clients):
             host.hold(
                 "data: batches decoded ahead", blocks([self.pixels(c.data.prefetch * max(1, c.data.num_workers))])
