@@ -51,7 +51,7 @@ def bad_rows(attack: str, own: Tensor, good: Tensor, base: Tensor, first: Tensor
 
 def rows_of(held: HeldUpdates, topology: Topology) -> tuple[list[int], Tensor]:
     """Of all slots' clients: their indices and their elements, (N, D) fp32, of this rank's share. Collective over the peers."""
-    rests = _rests(held)
+    rests = held.rests
     length = sum(x.numel() for x in elements(held.engine, held.parts, held.base, rests))
     mine = [torch.cat(list(elements(held.engine, held.parts, one.state, rests))) for one in held.updates]
     rows = torch.cat(gather_over_peers(torch.stack(mine) if mine else torch.zeros(0, length), topology))
@@ -63,7 +63,7 @@ def poison(
     held: HeldUpdates, topology: Topology, attack: str, bad: Sequence[int], old: dict[int, Tensor], seed: int
 ) -> None:
     """Overwrite the held updates of the bad clients. old: their rows when first asked, kept here. Collective over the peers."""
-    rests = _rests(held)
+    rests = held.rests
     base = torch.cat(list(elements(held.engine, held.parts, held.base, rests)))
     indices, rows = rows_of(held, topology)
     at = [i for i, index in enumerate(indices) if index in bad]
@@ -79,23 +79,19 @@ def poison(
             Joined(list(elements(held.engine, held.parts, one.state, rests))).assign(0, new[one.index])
 
 
-def _rests(held: HeldUpdates) -> dict[str, list[bool]]:
-    return {part: held.engine.holds(part, held.resting) for part in ("aligner", "backbone")}
-
-
 @contextmanager
 def attacked(run: Any, attack: str | None, bad: Sequence[int]) -> Iterator[None]:
     """A run in which these clients attack in every average; None: nobody does."""
-    judge, seen = HeldUpdates.judge, {"averages": 0}
+    compare, seen = HeldUpdates.compare, {"averages": 0}
     old: dict[tuple[str, ...], dict[int, Tensor]] = {}
 
-    def poisoned(held: HeldUpdates, topology: Topology, *args: Any) -> Any:
+    def poisoned(held: HeldUpdates, topology: Topology, included: Sequence[int]) -> None:
         if attack is not None:
             poison(held, topology, attack, bad, old.setdefault(held.parts, {}), seen["averages"])
         seen["averages"] += 1
-        return judge(held, topology, *args)
+        compare(held, topology, included)
 
-    with patch.object(HeldUpdates, "judge", poisoned):
+    with patch.object(HeldUpdates, "compare", poisoned):
         if attack == LABEL_FLIP:
             for client in run.clients:
                 if client.index in bad:

@@ -114,11 +114,13 @@ class Server:
         if snapshot is not None and self._snapshot_sum is not None:
             self._snapshot_sum.add(weight, snapshot, client.index)
 
-    def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
-        """Who of the clients that the coordinator takes is averaged, equal on all ranks. Collective over all ranks.
+    def compare(self, topology: Topology, included: Sequence[int]) -> None:
+        """Before `judge`, where updates are compared (AggregateConfig.compares_updates). Collective over the peers."""
+        if isinstance(self._sum, HeldUpdates):
+            self._sum.compare(topology, included)
 
-        Where updates are not compared (AggregateConfig.compares_updates), all of them are.
-        """
+    def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
+        """Who of the clients that the coordinator takes is averaged, equal on all ranks. Collective over the slot."""
         if isinstance(self._sum, HeldUpdates):
             return self._sum.judge(topology, included, total_weight)
         return Judgement(list(included), total_weight)
@@ -201,6 +203,9 @@ class OwnModels(Server):
         self.states[client.id].update(
             {part: [s.detach().to("cpu", copy=True) for s in state[part]] for part in self._parts}
         )
+
+    def compare(self, topology: Topology, included: Sequence[int]) -> None:
+        pass
 
     def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
         return Judgement(list(included), total_weight)

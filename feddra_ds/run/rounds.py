@@ -189,9 +189,11 @@ class Run:
         if not decision.is_used:
             self.server.discard()
             return
+        with self.topology.peers_meet(f"comparing updates in round {round_index}, {stage.name}"):
+            self.server.compare(self.topology, decision.included)
+        judgement = self.server.judge(self.topology, decision.included, decision.total_weight)
+        self.heed(round_index, stage, judgement)
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
-            judgement = self.server.judge(self.topology, decision.included, decision.total_weight)
-            self.heed(round_index, stage, judgement)
             self.server.finish(self.topology, judgement.total_weight, decision.drift)
 
     def heed(self, round_index: int, stage: Stage, judgement: Judgement) -> None:

@@ -99,6 +99,7 @@ def attack_all(config: dict[str, Any], stage_index: int) -> dict[str, Any]:
             indices, rows = rows_of(held, topology)
             rows = rows[np.argsort(indices)].double().numpy()
             with patch.dict(exchange.BLOCK_ELEMENTS, cpu=7 * 1000 + 3):  # several chunks, the last not full
+                held.compare(topology, range(NUM))
                 judged = held.judge(topology, range(NUM), 1.0)
                 new = held.average(topology, judged.total_weight)
                 again = held.average(topology, judged.total_weight)
@@ -106,7 +107,9 @@ def attack_all(config: dict[str, Any], stage_index: int) -> dict[str, Any]:
             expected = settled_by_hand(rows[left], np.array(WEIGHTS)[left], rule)
             good = rows[[i for i in range(NUM) if i not in BAD]]
             found = whole(new)
+            fewer = held.judge(topology, range(1, NUM), 0.75)  # as where a slot is lost in the average
             out[attack, name] = {
+                "fewer": fewer.included,
                 "excluded": judged.excluded,
                 "cosines": judged.cosines,
                 "total": judged.total_weight,
@@ -123,6 +126,7 @@ def attack_all(config: dict[str, Any], stage_index: int) -> dict[str, Any]:
         held = HeldUpdates(AggregateConfig(**rule | {"num_bad": 1}), engine, stage.parts, base)
         for client, state in states.items():
             held.add(WEIGHTS[client], state, client)
+        held.compare(topology, left)
         judged = held.judge(topology, left, sum(WEIGHTS[i] for i in left))
         out["few", name] = (
             len(judged.included),
@@ -161,6 +165,8 @@ def test_attacks(dataset: Path, tmp_path: Path, world_size: int, per_slot: int, 
         assert max(rank[attack, rule]["error"] for rank in by_rank) <= 1e-6, case
         assert all(rank[attack, rule]["same again"] for rank in by_rank), case
         assert set(found["integers"]) <= {10}, f"{case}: the first client's counters"
+        if rule != "krum":  # which leaves out the same number of them
+            assert found["fewer"] == [i for i in range(1, NUM) if i not in found["excluded"]], case
         if rule in ("median", "trimmed_mean"):
             assert found["excluded"] == {}, case
             assert max(rank[attack, rule]["outside"] for rank in by_rank) <= 1e-6, f"{case}: between the good ones'"

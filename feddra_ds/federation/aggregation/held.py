@@ -45,7 +45,7 @@ class Update:
 class HeldUpdates:
     """This slot's updates of a stage. Its memory: for each client of the slot one more copy of the slices that train.
 
-    It is a WeightedSum to those that add to it and average; `judge` and `average` may be called again, among fewer clients.
+    To those that add to it and average it is a WeightedSum. What is done over the peers may be done again, with fewer clients.
     """
 
     def __init__(
@@ -56,54 +56,84 @@ class HeldUpdates:
         base: Mapping[str, PartState],
         resting: FactorName | None = None,
     ):
-        """base: the state that the stage started from."""
-        self.config, self.engine, self.parts = config, engine, (*parts, BUFFERS)
-        self.base, self.resting = base, resting
-        self.num_bytes = 0  # handed to collectives so far
+        """base: the state that the stage started from; resting: the factor of the adapters that has not trained."""
+        self.config, self.engine, self.base = config, engine, base
+        self.parts = (*parts, BUFFERS)
+        self.rests = {part: engine.holds(part, resting) for part in parts}
         self.updates: list[Update] = []  # of this slot's clients, as they came
-        self._taken: list[Update] = []
+        self.num_bytes = 0  # handed to collectives so far
+        self._resting = resting
+        self._taken: list[int] = []  # indices of the clients, of all slots, that are averaged
+        self._weights: dict[int, float] = {}  # of all slots' clients that are compared, by index
+        self._products = torch.zeros(0, 0)  # of their updates, in the order of _weights
+        self._is_whole = False  # whether they are summed over the slot
 
     def add(self, weight: float, state: Mapping[str, Sequence[Tensor]], client_index: int) -> None:
         """Keep a copy of a client's weights, live slices or a host state of them."""
         kept = {part: [x.detach().to("cpu", copy=True) for x in state[part]] for part in self.parts}
         self.updates.append(Update(client_index, weight, kept))
 
+    def compare(self, topology: Topology, included: Sequence[int]) -> None:
+        """Where it is asked for, the inner products of the updates of these clients. Collective over the peers."""
+        self._taken = list(included)
+        if not self.config.compares_updates:
+            return
+        mine = [update for update in self.updates if update.index in included]
+        trained = lambda state: self._row(state, self.parts[:-1])
+        base = trained(self.base)
+        exchange = Exchange([trained(update.state) for update in mine], len(base), topology)
+        self._products, self._is_whole = exchange.gram(base), False
+        self.num_bytes += exchange.num_bytes
+        told = torch.tensor([[float(update.index), update.weight] for update in mine], dtype=torch.float64).view(-1, 2)
+        everybodys = torch.cat(gather_over_peers(told, topology)).tolist()
+        self._weights = {int(index): weight for index, weight in everybodys}
+
     def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
-        """Who of the clients that the coordinator takes is averaged, by min_cosine and rule. Collective over all ranks."""
-        self._taken = [update for update in self.updates if update.index in included]
+        """Who of these clients is averaged, by min_cosine and rule, after `compare`. Collective over the slot, equal on all
+        ranks.
+        """
+        self._taken = list(included)
         if not self.config.compares_updates:
             return Judgement(list(included), total_weight)
-        judgement = judge(self.config, *self._compared(topology), total_weight)
-        self._taken = [update for update in self._taken if update.index in judgement.included]
+        if not self._is_whole:
+            self._products, self._is_whole = over_the_slot(self._products, self.engine, topology), True
+        place = {index: at for at, index in enumerate(self._weights)}
+        indices = sorted(index for index in place if index in included)  # whichever slots they are on
+        at = [place[index] for index in indices]
+        products, weights = self._products[at][:, at].numpy(), [self._weights[index] for index in indices]
+        judgement = judge(self.config, indices, weights, products, total_weight)
+        self._taken = judgement.included
         return judgement
 
     def average(self, topology: Topology, total_weight: float) -> dict[str, PartState]:
-        """The average of those that were taken. Collective over the peers."""
-        parts = [part for part in self.parts if part != BUFFERS]
+        """What the rule makes of those that were taken. Collective over the peers."""
+        mine = [update for update in self.updates if update.index in self._taken]
+        # without parts, where a rule of coordinates settles all but the integers, which are the first client's
+        parts = () if self.config.is_by_coordinate else self.parts[:-1]
+        mean = WeightedSum(self.engine, parts, self.base, self._resting)
+        for update in mine:
+            mean.add(update.weight, update.state, update.index)
+        new = mean.average(topology, total_weight)
+        self.num_bytes += mean.num_bytes
         if self.config.is_by_coordinate:
-            average: WeightedSum = RobustSum(self.engine, parts, self.base, self.config, self.resting)
-        else:
-            average = WeightedSum(self.engine, parts, self.base, self.resting)
-        for update in self._taken:
-            average.add(update.weight, update.state, update.index)
-        new = average.average(topology, total_weight)
-        self.num_bytes += average.num_bytes
+            new |= {part: [before.clone() for before in self.base[part]] for part in self.parts[:-1]}
+            self._settle(new, mine, topology)
         return new
 
-    def _compared(self, topology: Topology) -> tuple[list[int], list[float], Matrix]:
-        """Of all slots' clients, by index: their indices, weights and the inner products of their updates, whole."""
-        engine, parts = self.engine, [part for part in self.parts if part != BUFFERS]
-        rests = {part: engine.holds(part, self.resting) for part in parts}
-        row_of = lambda state: Joined(list(elements(engine, parts, state, rests)))
-        base = row_of(self.base)
-        exchange = Exchange([row_of(update.state) for update in self._taken], len(base), topology)
-        products = over_the_slot(exchange.gram(base), engine, topology)
+    def _settle(self, new: Mapping[str, PartState], mine: Sequence[Update], topology: Topology) -> None:
+        """Overwrite, coordinate by coordinate, all that trains and the floating buffers. Padding stays what it was."""
+        out = self._row(new, self.parts)
+        exchange = Exchange([self._row(update.state, self.parts) for update in mine], len(out), topology)
+        told = torch.tensor([[update.weight] for update in mine], dtype=torch.float64).view(-1, 1)
+        weights = torch.cat(gather_over_peers(told, topology)).flatten().to(topology.device)
+        if self.config.rule == "median":
+            exchange.apply(partial(weighted_median, weights=weights), out)
+        else:
+            exchange.apply(partial(trimmed_mean, weights=weights, trim=self.config.trim), out)
         self.num_bytes += exchange.num_bytes
-        about = [[float(update.index), update.weight] for update in self._taken]
-        everybodys = torch.cat(gather_over_peers(torch.tensor(about, dtype=torch.float64).view(-1, 2), topology))
-        order = everybodys[:, 0].argsort()  # whichever slot a client is on
-        indices, weights = everybodys[order].T.tolist()
-        return [int(i) for i in indices], weights, products[order][:, order].numpy()
+
+    def _row(self, state: Mapping[str, PartState], parts: Sequence[str]) -> Joined:
+        return Joined(list(elements(self.engine, parts, state, self.rests)))
 
 
 def judge(
@@ -133,55 +163,6 @@ def judge(
     total = total_weight if not excluded else float(sum(weights[i] for i in left))
     told = {index: float(cosine) for index, cosine in zip(indices, every, strict=True)}
     return Judgement([indices[i] for i in left], total, excluded, told)
-
-
-class RobustSum(WeightedSum):
-    """Of each coordinate the weighted median or trimmed mean over the clients, in place of their weighted mean.
-
-    Floating buffers are settled alike, integers as WeightedSum does. Padding stays what it is in `base`.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        parts: Sequence[str],
-        base: Mapping[str, PartState],
-        config: AggregateConfig,
-        resting: FactorName | None = None,
-    ):
-        super().__init__(engine, parts, base, resting)
-        self.engine, self.config = engine, config
-        for part in parts:
-            for total, before in zip(self.sums[part], base[part], strict=True):
-                total.copy_(before)
-        self._rows: list[Joined] = []
-        self._weights: list[float] = []
-
-    def add(self, weight: float, state: Mapping[str, Sequence[Tensor]], client_index: int) -> None:
-        """Take a client's host state, without a copy; a weight of 0 has no say."""
-        super().add(0.0, state, client_index)  # the first client's integers
-        if weight > 0:
-            self._rows.append(Joined(list(elements(self.engine, self.parts, state, self.rests))))
-            self._weights.append(weight)
-
-    def _average_parts(self, parts: Sequence[str], topology: Topology, total_weight: float) -> None:
-        out = Joined(list(elements(self.engine, self.parts, self.sums, self.rests)))
-        exchange = Exchange(self._rows, len(out), topology)
-        mine = torch.tensor(self._weights, dtype=torch.float64).view(-1, 1)
-        weights = torch.cat(gather_over_peers(mine, topology)).flatten().to(topology.device)
-        if len(weights) == 0:
-            return
-        if self.config.rule == "median":
-            rule = partial(weighted_median, weights=weights)
-        else:
-            rule = partial(trimmed_mean, weights=weights, trim=self.config.trim)
-        exchange.apply(rule, out)
-        self.num_bytes += exchange.num_bytes
-
-    def _average_buffers(self, topology: Topology, total_weight: float) -> None:
-        for buffer in self.sums[BUFFERS]:
-            if not buffer.is_floating_point():
-                self._reduce(buffer, topology, total_weight)
 
 
 def elements(

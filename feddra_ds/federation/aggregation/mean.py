@@ -70,12 +70,9 @@ class WeightedSum:
                 if not total.is_floating_point():
                     total.copy_(before)
         self._average_parts([part for part in self.parts if part != BUFFERS], topology, total_weight)
-        self._average_buffers(topology, total_weight)
-        return self.sums
-
-    def _average_buffers(self, topology: Topology, total_weight: float) -> None:
         for buffer in self.sums[BUFFERS]:
             self._reduce(buffer, topology, total_weight)
+        return self.sums
 
     def _average_parts(self, parts: Sequence[str], topology: Topology, total_weight: float) -> None:
         for part in parts:
