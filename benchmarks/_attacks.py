@@ -22,8 +22,8 @@ from feddra_ds.federation.aggregation.peers import gather_over_peers
 
 LABEL_FLIP = "label flip"  # of the data: reports of other images
 ATTACKS = ("sign flip", "1,000 ×", "noise", "zeros", "nothing", "stale", "ALIE", "IPM")
-"""ALIE: "A little is enough", Baruch et al. 2019, arXiv 1902.06156: within the spread of the good ones, 1.5 of their standard
-deviations off their mean. IPM: inner product manipulation, Xie et al. 2019, arXiv 1903.03936: against their mean, half as long.
+"""ALIE: "A little is enough", Baruch et al. 2019, arXiv 1902.06156: within the spread of the good ones, their standard
+deviation off their mean. IPM: inner product manipulation, Xie et al. 2019, arXiv 1903.03936: against their mean, half as long.
 zeros: weights of 0; nothing: the global model as it was; stale: the weights that the client had when it was first asked."""
 
 
@@ -44,7 +44,7 @@ def bad_rows(attack: str, own: Tensor, good: Tensor, base: Tensor, first: Tensor
     if attack == "stale":
         return first
     if attack == "ALIE":
-        return (mean - 1.5 * good.std(dim=0)).expand_as(own)
+        return (mean - good.std(dim=0)).expand_as(own)
     assert attack == "IPM", attack
     return (base - 0.5 * (mean - base)).expand_as(own)
 

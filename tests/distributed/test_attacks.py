@@ -175,6 +175,8 @@ def test_attacks(dataset: Path, tmp_path: Path, world_size: int, per_slot: int, 
             assert found["total"] == pytest.approx(1 - sum(WEIGHTS[i] for i in BAD))
             figure = "Krum score" if rule == "krum" else "cosine to the others'"
             assert all(figure in reason for reason in found["excluded"].values())
+        else:
+            assert not set(found["excluded"]) & set(BAD), f"{case}: docs/poisoning.md says so"
         if (attack, rule) != ("1,000 ×", "cosine"):  # which goes in their direction, and which the norm check finds
             assert found["far"] < 0.6, f"{case}: bounded"
 
