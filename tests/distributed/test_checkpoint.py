@@ -122,6 +122,7 @@ def test_saved_on_two_ranks_and_loaded_on_other_numbers(dataset: Path, tmp_path:
     assert sorted(p.name for p in (saved / "model").iterdir() if "model" in p.name)  # and it was exported
 
 
+@pytest.mark.slow
 def test_bf16_is_loaded_to_the_bit_on_another_number_of_ranks(dataset: Path, tmp_path: Path) -> None:
     more = {"schedule__rounds": 1, "evaluation__every": 0, **MORE}
     on_each(run_all, [(tree(dataset, tmp_path, deepspeed=zero(3, bf16=True), **more),)])
@@ -156,6 +157,7 @@ def _break(folder: Path, how: str) -> str:
     return "is missing"
 
 
+@pytest.mark.slow
 def test_broken_checkpoints_are_passed_over_and_runs_repeat_from_the_older_one(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +321,7 @@ def test_changed_keys_are_refused_by_name(dataset: Path, tmp_path: Path) -> None
     assert by_rank[0] == by_rank[1] == seen[0]
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_starts_another_run_with_free_keys_changed(dataset: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     on_each(run_all, [(tree(dataset, first, **MORE),)])

@@ -127,6 +127,7 @@ def owed_when_resumed(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.slow
 def test_another_layout_owes_the_same(dataset: Path, tmp_path: Path) -> None:
     """Saved by 3 slots of one rank at ZeRO 0; read by 1 slot, and by 2 slots of 2 ranks at ZeRO 3."""
     config = compressed(dataset, tmp_path, "int4", schedule__rounds=1, topology__ranks_per_slot=1)

@@ -152,6 +152,7 @@ def test_no_report_is_believed_blindly(dataset: Path, tmp_path: Path, ascent: st
     assert after["huge"] == after["chance"]
 
 
+@pytest.mark.slow
 def test_a_slot_that_does_not_report_is_dropped_and_the_others_regroup(dataset: Path, tmp_path: Path) -> None:
     from feddra_ds.run.metrics_file import read_metrics
 
@@ -222,6 +223,7 @@ def test_positions_outlive_a_round_in_which_their_client_is_lost(dataset: Path, 
     assert positions == saved
 
 
+@pytest.mark.slow
 def test_a_lost_slot_stops_the_run_where_too_few_are_left(dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, tmp_path, clients__minimum=3, **SETTINGS)
     errors = [seen["error"] for seen in on_ranks(with_a_sleeper, 2, config, 1, 0, "stage1")]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers import build_run, finish, metrics_of, on_ranks, tree, zero
 
 SETTINGS: dict[str, Any] = {"deepspeed": zero(2), "topology__ranks_per_slot": 2, "evaluation__every": 0}
@@ -59,6 +60,7 @@ def test_the_run_goes_on_and_keeps_what_is_whole(dataset: Path, tmp_path: Path) 
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_last_round_needs_its_checkpoint(dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, tmp_path, schedule__rounds=2, **SETTINGS)
     told, _ = on_ranks(with_full_disk, 2, config, [1])

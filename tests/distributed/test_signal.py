@@ -98,6 +98,7 @@ def test_val_train_and_anchors_agree_where_they_are_of_the_same_pairs(dataset: P
         np.testing.assert_allclose(b["client_losses"], b["client_train_losses"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fixed_pairs_are_every_round_s_and_fresh_ones_are_not(dataset: Path, tmp_path: Path) -> None:
     """With a learning rate of 0 the model stays, so that only the pairs can change a loss."""
     more = {"optimizer__lr": 1e-12, "schedule__rounds": 3, "dro__evaluate_on": "train", **FAST}

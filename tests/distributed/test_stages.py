@@ -180,6 +180,7 @@ def test_the_round_says_how_hard_the_anchors_pull(dataset: Path, tmp_path: Path,
         assert 0 < ratio < found["sum"][client] < 16.5 * ratio  # D = 16, and the stronger pull keeps the client nearer
 
 
+@pytest.mark.slow
 def test_feddra_at_radius_0_is_fedavg_with_equal_keys(dataset: Path, tmp_path: Path) -> None:
     two_stages = {"schedule__stage1_steps": 2, "schedule__stage2_steps": 3, "objective__anchor_weight": 1.0}
     runs = {
@@ -213,6 +214,7 @@ def test_centralized_trains_on_as_many_pairs_as_the_federation(dataset: Path, tm
     assert (progress["fraction_done"], progress["num_steps"]) == (1.0, 3 * 3)  # of stage 2
 
 
+@pytest.mark.slow
 def test_weights_at_a_vertex_give_that_clients_model(dataset: Path, tmp_path: Path) -> None:
     vertex = {"dro__fixed_weights": [0.0, 1.0, 0.0], **ADAMW}
     alone = {"clients__ids": ["south"], **ADAMW}
@@ -247,6 +249,7 @@ def test_p_acts_in_the_average_in_the_loss_or_in_both(dataset: Path, tmp_path: P
     assert largest_difference(uniform, weights_of(tmp_path / "loss", 0)) > 1e-3
 
 
+@pytest.mark.slow
 def test_p_in_the_loss_moves_with_the_rounds(dataset: Path, tmp_path: Path) -> None:
     """Two rounds, to see that the loss is scaled by the p of the round that runs, on one rank and on two slots."""
     more = {"dro__apply": "loss", "dro__step_size": 5.0, **FASTER}

@@ -20,6 +20,7 @@ def reason_of(line: dict[str, Any]) -> str:
     return excluded["reason"]
 
 
+@pytest.mark.slow
 def test_it_is_left_out_by_what_the_round_before_had(dataset: Path, tmp_path: Path) -> None:
     """On two slots, after a resume too: as if its weights had not been finite."""
     for kind in ("far", "weights"):

@@ -75,12 +75,11 @@ def _check(out: Path) -> None:
     assert (out / "model" / "model.safetensors").is_file()
 
 
-def _launch(name: str, options: list[str]) -> None:
-    """On two ranks, by the launcher."""
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]
+def _launch(name: str, options: list[str], ranks: int) -> None:
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     # a batchnorm over several ranks of a client needs CUDA: two ranks are then two slots
     one_rank_each = load(name.removesuffix(".yaml")).model.head.batchnorm_key is not None
-    layout = ["--topology.ranks_per_slot", "1" if one_rank_each else "2"]
+    layout = ["--topology.ranks_per_slot", "1" if one_rank_each else str(ranks)]
     command = [sys.executable, *launcher, "launch/train.py", "--config", *options, *layout]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
@@ -96,15 +95,20 @@ def _is_chosen(name: str, stage: int, bf16: bool) -> bool:
     return bf16 == bool((CONFIGS.index(name) // 2 + stage) % 2)
 
 
-def _tier(name: str, stage: int, bf16: bool) -> pytest.MarkDecorator:
-    """CI launches each config once, with ZeRO 2 or with ZeRO 3, in fp32 or in bf16."""
-    is_launched = stage == 2 + CONFIGS.index(name) % 2 and _is_chosen(name, stage, bf16)
+def _tier(ranks: int, name: str, stage: int, bf16: bool) -> pytest.MarkDecorator:
+    """CI launches each config once on one rank and once on two, with ZeRO 2 and with ZeRO 3, in fp32 or in bf16."""
+    is_launched = stage == 2 + (CONFIGS.index(name) + ranks) % 2 and _is_chosen(name, stage, bf16)
     return pytest.mark.slow if is_launched else pytest.mark.exhaustive
 
 
-@pytest.mark.parametrize(("name", "stage", "bf16"), [pytest.param(*case, marks=_tier(*case)) for case in CASES])
-def test_two_ranks(name: str, stage: int, bf16: bool, root: Path, tmp_path: Path, pretrained: dict[str, str]) -> None:
-    _launch(name, _options(name, root, tmp_path / "run", pretrained, stage, bf16))
+@pytest.mark.parametrize(
+    ("ranks", "name", "stage", "bf16"),
+    [pytest.param(ranks, *case, marks=_tier(ranks, *case)) for ranks in (1, 2) for case in CASES],
+)
+def test_by_the_launcher(
+    ranks: int, name: str, stage: int, bf16: bool, root: Path, tmp_path: Path, pretrained: dict[str, str]
+) -> None:
+    _launch(name, _options(name, root, tmp_path / "run", pretrained, stage, bf16), ranks)
     _check(tmp_path / "run")
 
 
@@ -112,7 +116,7 @@ def test_two_ranks(name: str, stage: int, bf16: bool, root: Path, tmp_path: Path
     ("name", "stage", "bf16"),
     [pytest.param(*c, marks=pytest.mark.slow if _is_chosen(*c) else pytest.mark.exhaustive) for c in CASES],
 )
-def test_one_rank(
+def test_one_rank_by_the_command(
     name: str,
     stage: int,
     bf16: bool,

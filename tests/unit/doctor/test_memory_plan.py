@@ -214,6 +214,7 @@ def on_data(data: Path, **changes: Any) -> Config:
     return config(data__root=str(data), data__batch_size=12, run__output_dir=str(data.parent / "run"), **changes)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_keys_and_what_each_saves(data: Path) -> None:
     c = on_data(data, data__image_size=96)
     enough = judge(c, 1, Machine(host=10**11, ranks_here=1, device=None))
@@ -244,6 +245,7 @@ def test_on_a_gpu_that_is_too_small_offload_is_offered(data: Path) -> None:
     check_documented("doctor --plan", verdict.as_dict(), but="^$")
 
 
+@pytest.mark.slow
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps(on_data(data).model_dump(mode="json")))
