@@ -84,9 +84,7 @@ class HeldUpdates:
         exchange = Exchange([trained(update.state) for update in mine], len(base), topology)
         self._products, self._is_whole = exchange.gram(base), False
         self.num_bytes += exchange.num_bytes
-        told = torch.tensor([[float(update.index), update.weight] for update in mine], dtype=torch.float64).view(-1, 2)
-        everybodys = torch.cat(gather_over_peers(told, topology)).tolist()
-        self._weights = {int(index): weight for index, weight in everybodys}
+        self._weights = {int(index): weight for index, weight in _weights_over_peers(mine, topology).tolist()}
 
     def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
         """Who of these clients is averaged, by min_cosine and rule, after `compare`. Collective over the slot, equal on all
@@ -124,12 +122,11 @@ class HeldUpdates:
         """Overwrite, coordinate by coordinate, all that trains and the floating buffers. Padding stays what it was."""
         out = self._row(new, self.parts)
         exchange = Exchange([self._row(update.state, self.parts) for update in mine], len(out), topology)
-        told = torch.tensor([[update.weight] for update in mine], dtype=torch.float64).view(-1, 1)
-        weights = torch.cat(gather_over_peers(told, topology)).flatten().to(topology.device)
-        if self.config.rule == "median":
-            exchange.apply(partial(weighted_median, weights=weights), out)
-        else:
-            exchange.apply(partial(trimmed_mean, weights=weights, trim=self.config.trim), out)
+        told = _weights_over_peers(mine, topology)
+        order = told[:, 0].argsort().to(topology.device)  # of equal values, whichever slots their clients are on
+        weights = told[:, 1].to(topology.device)[order]
+        rule = weighted_median if self.config.rule == "median" else partial(trimmed_mean, trim=self.config.trim)
+        exchange.apply(lambda values: rule(values[order], weights), out)
         self.num_bytes += exchange.num_bytes
 
     def _row(self, state: Mapping[str, PartState], parts: Sequence[str]) -> Joined:
@@ -163,6 +160,12 @@ def judge(
     total = total_weight if not excluded else float(sum(weights[i] for i in left))
     told = {index: float(cosine) for index, cosine in zip(indices, every, strict=True)}
     return Judgement([indices[i] for i in left], total, excluded, told)
+
+
+def _weights_over_peers(updates: Sequence[Update], topology: Topology) -> Tensor:
+    """(N, 2) float64, slot by slot: each client's index and weight. Collective over the peers."""
+    mine = torch.tensor([[float(update.index), update.weight] for update in updates], dtype=torch.float64)
+    return torch.cat(gather_over_peers(mine.view(-1, 2), topology))
 
 
 def elements(

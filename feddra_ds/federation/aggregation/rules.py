@@ -37,10 +37,11 @@ def num_trimmed(num_clients: int, trim: float) -> int:
 def trimmed_mean(values: Tensor, weights: Tensor, trim: float) -> Tensor:
     """(n, c) fp32 values and (n,) weights above 0 → (c,): of each coordinate the weighted mean without its extremes.
 
-    The extremes are counted by clients, not by weight: a bad client of large weight is one. Yin et al. 2018, arXiv 1803.01498.
+    The extremes are counted by clients, not by weight: a bad client of large weight is one. Of equal values the first row's is
+    the smaller. Yin et al. 2018, arXiv 1803.01498.
     """
     out = num_trimmed(len(values), trim)
-    ordered, order = values.sort(dim=0)
+    ordered, order = values.sort(dim=0, stable=True)
     kept = slice(out, len(values) - out)
     shares = weights.float()[order[kept]]
     return (ordered[kept] * shares).sum(dim=0) / shares.sum(dim=0)
