@@ -157,8 +157,10 @@ class Coordinator:
         """Who was left out of an average, and by which figure, as its updates were compared; all ranks know it."""
         self.cosines = {self.client_ids[index]: cosine for index, cosine in judgement.cosines.items()}
         for index, reason in judgement.excluded.items():
-            logger.warning("round %d, %s: excluded, because %s: %s", round_index, stage, reason, self.client_ids[index])
-            self.excluded.append({"id": self.client_ids[index], "reason": reason})
+            told = {"id": self.client_ids[index], "reason": reason}
+            logger.warning("round %d, %s: excluded, because %s: %s", round_index, stage, reason, told["id"])
+            if told not in self.excluded:
+                self.excluded.append(told)
 
     def note_checkpoint(self, folder: Path, problems: Mapping[str, Sequence[str]]) -> None:
         """A checkpoint was written, or these ranks, by the reason, could not; then what there is of it goes, which makes room."""

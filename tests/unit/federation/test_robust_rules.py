@@ -23,7 +23,7 @@ SHAPES = [(3, 7), (4, 50), (5, 50), (8, 33), (1, 4), (2, 9)]
 def drawn(shape: tuple[int, int], *, uneven: bool) -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(7)
     values = draw.normal(size=shape).astype(np.float32)
-    values[:, 0] = 1.5  # ties
+    values[:, 0], values[:2, 1:4] = 1.5, -3.0  # ties
     weights = draw.uniform(0.1, 1, shape[0]) if uneven else np.full(shape[0], 1 / shape[0])
     return values, weights
 
