@@ -324,6 +324,10 @@ def _compile(kind: str) -> None:
     import torch
     from deepspeed.ops import adam
 
+    from feddra_ds.engine.build_locks import stale_locks
+
+    for lock in stale_locks():  # of a test run that was killed in the midst of a build
+        lock.unlink()
     name = "DeepSpeedCPUAdam" if kind == "CPUAdam" else kind
     getattr(adam, name)([torch.nn.Parameter(torch.ones(4))])
 
