@@ -32,7 +32,7 @@ RULES: dict[str, dict[str, Any]] = {  # keys of the section aggregate; -1: the u
 }
 BAD = 1  # the index of the client that attacks
 SMALL = Sizes(
-    layers=2, hidden=64, heads=2, image_size=32, patch=8, text_length=32, batch=16, head_hidden=96, embedding=32
+    layers=2, hidden=48, heads=2, image_size=32, patch=8, text_length=24, batch=16, head_hidden=64, embedding=32
 )
 TINY = Sizes(
     layers=2, hidden=32, heads=2, image_size=32, patch=16, text_length=16, batch=4, head_hidden=32, embedding=16
@@ -113,7 +113,8 @@ def setting(folder: Path, sizes: Sizes, num_pairs: int, rounds: int, steps: int)
     synthesize(root, SynthOptions(num_pairs=num_pairs, image_size=sizes.image_size))
     changes = {
         "schedule__rounds": rounds, "schedule__stage1_steps": 0, "schedule__stage2_steps": steps, "optimizer__lr": 1e-3,
-        "checkpoint__every": 10**6, "strategy__name": "fedavg", "dro__evaluation_pairs": 64, "model__vision__pooling": "mean",
+        "checkpoint__every": 10**6, "strategy__name": "fedavg", "dro__evaluation_pairs": 64,
+        "dro__evaluation_batch_size": max(2, sizes.batch // 2), "model__vision__pooling": "mean",
         "model__text__pooling": "mean", "model__vision__config__initializer_range": 0.08,
         "model__text__config__initializer_range": 0.08,
     }  # fmt: skip

@@ -100,7 +100,8 @@ def _adapter_problems(config: Config, adapter: LoraOptions, ids: list[str]) -> l
 
 def _rule_problems(config: Config, strategy: Strategy, num_clients: int) -> list[str]:
     """What of the rule of aggregation does not go with the strategy, the adapters or the number of clients: a line each."""
-    aggregate, out = config.aggregate, []
+    aggregate = config.aggregate
+    out: list[str] = []
     if not aggregate.holds_updates:
         return out
     key, remedy = ("rule", "mean") if aggregate.rule != "mean" else ("min_cosine", "null")
