@@ -45,6 +45,8 @@ def contradictions(config: Config) -> list[str]:
             out.append(
                 f"clients.minimum: {c.clients.minimum} is more than the {len(c.clients.ids)} clients in clients.ids"
             )
+    if c.clients.per_round is not None and c.clients.per_round < c.aggregate.fewest_clients:
+        out.append(few_to_compare(c, c.clients.per_round, "clients.per_round"))
     if c.clients.per_round is not None and c.clients.minimum > c.clients.per_round:
         out.append(f"clients.minimum: {c.clients.minimum} is more than clients.per_round = {c.clients.per_round}")
     if c.data.micro_batch_size is not None and (key := c.model.head.batchnorm_key):
@@ -88,6 +90,12 @@ def contradictions(config: Config) -> list[str]:
             )
         if c.dro.apply != "aggregate":
             out.append(f"dro.evaluate_on: anchors gives p too late for dro.apply={c.dro.apply}; use val")
+    if c.aggregate.holds_updates and c.aggregate.precision != "fp32":
+        key = "min_cosine" if c.aggregate.rule == "mean" else f"rule={c.aggregate.rule}"
+        out.append(
+            f"aggregate.precision: {c.aggregate.precision} rounds the sum of a slot's updates, and aggregate.{key} needs each "
+            "client's own; use fp32"
+        )
     if c.aggregate.sparsity is not None and c.aggregate.precision not in ("int4", "int2"):
         out.append(
             f"aggregate.precision: {c.aggregate.precision} does not go with aggregate.sparsity; use int2, int4 or no sparsity"
@@ -150,6 +158,15 @@ def contradictions(config: Config) -> list[str]:
     if get_path(c.deepspeed, "bf16.enabled") and get_path(c.deepspeed, "fp16.enabled"):
         out.append("deepspeed.fp16.enabled: contradicts deepspeed.bf16.enabled; give one of them")
     return out
+
+
+def few_to_compare(c: Config, num_clients: int, who: str) -> str:
+    """The line for too few clients in a round for the section `aggregate`."""
+    a = c.aggregate
+    key = "min_cosine" if a.rule == "mean" else "rule"
+    why = ", 2 aggregate.num_bad + 3" if a.rule == "krum" else ""
+    remedy = "null" if a.rule == "mean" else "mean"
+    return f"aggregate.{key}: needs {a.fewest_clients} clients in a round{why}, and {who} gives {num_clients}; use {remedy}"
 
 
 def _where_data_are(c: Config) -> list[str]:

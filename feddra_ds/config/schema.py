@@ -239,8 +239,39 @@ class AggregateConfig(Section):
     max_norm_ratio: float | None = Field(100.0, gt=1)
     """An update whose norm is more than this many times the clients' median of the last round is left out of the average, by
     name. Where a first round has such an update, its average is not used. null: any finite update is averaged."""
+    rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    """How updates become one, weighted by p: their mean, of each coordinate the median or the mean without its extremes, or the
+    mean of those that Multi-Krum chooses. What each withstands: docs/poisoning.md."""
+    trim: float = Field(0.2, gt=0, lt=0.5)
+    """With rule = trimmed_mean: part of the clients that is left out at each end of each coordinate, rounded up."""
+    num_bad: int = Field(1, ge=1)
+    """With rule = krum: how many clients are assumed to be bad; so many are left out in every round, those found by min_cosine
+    among them. It takes 2 num_bad + 3 clients."""
+    min_cosine: float | None = Field(None, ge=-1, lt=1)
+    """An update whose cosine to the others' (the median over them) is below this is left out of the average, by name. -1 leaves
+    out none and has the cosines in metrics.jsonl. null: nobody looks."""
     after_stage1: bool = True
     """Average the aligners between the stages (the paper); false leaves one synchronisation a round."""
+
+    @property
+    def is_by_coordinate(self) -> bool:
+        """Whether the rule takes something else than a mean of whole updates."""
+        return self.rule in ("median", "trimmed_mean")
+
+    @property
+    def compares_updates(self) -> bool:
+        """Whether updates are compared with each other before they are averaged."""
+        return self.rule == "krum" or self.min_cosine is not None
+
+    @property
+    def holds_updates(self) -> bool:
+        """Whether each client's update is kept apart, on the host of its slot, until all clients are known."""
+        return self.is_by_coordinate or self.compares_updates
+
+    @property
+    def fewest_clients(self) -> int:
+        """That the rule needs to say anything: of two updates nobody can say which is wrong."""
+        return max(3 if self.holds_updates else 1, 2 * self.num_bad + 3 if self.rule == "krum" else 1)
 
 
 class CheckpointConfig(Section):

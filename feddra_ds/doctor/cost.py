@@ -27,6 +27,7 @@ from feddra_ds.config.schema import Config
 from feddra_ds.distributed.plan import Plan, plan
 from feddra_ds.engine.optimizer import parameter_groups
 from feddra_ds.federation.aggregation import compression
+from feddra_ds.federation.aggregation.exchange import share_of_chunk
 from feddra_ds.federation.aggregation.lora_rules import RULES
 from feddra_ds.federation.schedule import Stage, stages_of_round
 from feddra_ds.model import lora, lora_options
@@ -109,7 +110,9 @@ class Slices:
         ]
         trained = {name: p.numel() for name, p in model.named_parameters()}
         self.factors = sum(trained[name] for layer in lora.pairs(list(trained)) for name in layer)
-        self.buffers = [b.numel() * b.element_size() for name, b in model.state_dict().items() if name not in trained]
+        buffers = [b for name, b in model.state_dict().items() if name not in trained]
+        self.float_buffers = [b.numel() for b in buffers if b.is_floating_point()]  # elements
+        self.buffers = [b.numel() * b.element_size() for b in buffers]  # bytes
 
     def of(self, part: str, resting: str | None, *, padded: bool) -> int:
         """n of a part, without the groups of a factor that rests. padded: with what DeepSpeed fills up with."""
@@ -137,6 +140,10 @@ def collectives(config: Config, slices: Slices, layout: Plan, stage: Stage, devi
         yield from _factors(config, slices, layout)
     if slots == 1:
         return
+    if config.aggregate.holds_updates:
+        yield from _held(config, slices, layout, stage, device)
+        if config.aggregate.is_by_coordinate:
+            return
     for snapshot in (False, True)[: 1 + (stage.snapshot is not None)]:
         resting = None if snapshot else stage.resting_factor
         parts = [part for part in stage.parts if not (uses_rule and not snapshot and part == "backbone")]
@@ -179,6 +186,28 @@ def _factors(config: Config, slices: Slices, layout: Plan) -> Iterator[Collectiv
             yield _all_reduce(row, slots)
         if inside:
             yield Collective(row)
+
+
+def _held(config: Config, slices: Slices, layout: Plan, stage: Stage, device: str) -> Iterator[Collective]:
+    """Exchange, of updates that are compared and of coordinates that are settled: a share of each client's elements to each
+    peer, and of new values that share around the ring."""
+    slots, hosted, clients = layout.num_slots, len(layout.clients_of(0)), layout.num_clients
+    num = sum(slices.of(part, stage.resting_factor, padded=False) for part in stage.parts)
+    chunk = slots * share_of_chunk(clients, device)
+    if config.aggregate.compares_updates:
+        for start in range(0, num, chunk):
+            share = 4 * math.ceil(min(chunk, num - start) / slots)
+            yield Collective((slots - 1) * hosted * share, to_each=hosted * share, hops=1)
+        products = 8 * clients**2
+        yield Collective(products, on_ring=(slots - 1) * products, hops=slots - 1)
+    if config.aggregate.is_by_coordinate:
+        num += sum(slices.float_buffers)
+        for start in range(0, num, chunk):
+            share = 4 * math.ceil(min(chunk, num - start) / slots)
+            handed = ((slots - 1) * hosted + 1) * share
+            yield Collective(handed, on_ring=(slots - 1) * share, to_each=hosted * share, hops=slots)
+        for buffer in slices.buffers:
+            yield _all_reduce(buffer, slots)
 
 
 def seconds_of(part: Collective, link: Link, ring: int, pairs: int) -> float:

@@ -17,6 +17,7 @@ from feddra_ds.common.logs import logger
 from feddra_ds.common.text import by_reason, listed
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
+from feddra_ds.federation.aggregation.held import Judgement
 from feddra_ds.federation.aggregation.norms import UpdateNorms
 from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Next, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
@@ -49,6 +50,7 @@ class Coordinator:
     not_saved: str | None = None  # why the newest checkpoint that was due could not be written
     norms: UpdateNorms = field(default_factory=lambda: UpdateNorms(None))
     heard: dict[str, ClientReport] = field(default_factory=dict)  # what each client's slot told of the last stage
+    cosines: dict[str, float] = field(default_factory=dict)  # of the last stage's updates to each other's (min_cosine)
     _stale: list[str] = field(default_factory=list)  # keys of the last round, read by everyone
 
     def __post_init__(self) -> None:
@@ -88,9 +90,9 @@ class Coordinator:
             stop=self._reason_to_stop(included, excluded),
             drift=self._drift(reports, weights, included),
             norm_limit=self._learn_norms(stage, {i: norm for i, norm in norms.items() if i in included}),
-            is_used=not far_off,
+            is_used=not far_off or self.config.aggregate.holds_updates,
         )
-        if far_off:
+        if not decision.is_used:
             logger.warning("round %d, %s: the average is not used, as it holds these updates; the clients go on from the global "
                            "model as it was, and later such an update is left out", round_index, stage)  # fmt: skip
         if included and not self.mixture[included].any():
@@ -148,6 +150,15 @@ class Coordinator:
                 if is_news and excluded[-1] not in self.excluded:
                     self.excluded.append(excluded[-1])
         return excluded
+
+    def note_judgement(self, round_index: int, stage: str, judgement: Judgement) -> None:
+        """Who was left out of an average, and by which figure, as its updates were compared; all ranks know it."""
+        self.cosines = {self.client_ids[index]: cosine for index, cosine in judgement.cosines.items()}
+        for index, reason in judgement.excluded.items():
+            told = {"id": self.client_ids[index], "reason": reason}
+            logger.warning("round %d, %s: excluded, because %s: %s", round_index, stage, reason, told["id"])
+            if told not in self.excluded:
+                self.excluded.append(told)
 
     def note_checkpoint(self, folder: Path, problems: Mapping[str, Sequence[str]]) -> None:
         """A checkpoint was written, or these ranks, by the reason, could not. Called by the thread that writes."""
@@ -241,6 +252,7 @@ class Coordinator:
             "robust_gain": robust_weights.robust_gain(self.mixture, believed, self.strategy.mixture_set(self.center)),
             "excluded_clients": excluded,
             "update_norms": {client: _norm(told.squared_drift) for client, told in self.heard.items()},
+            "update_cosines": self.cosines,
             "anchor_gradient_ratio": {client: told.anchor_gradient_ratio for client, told in self.heard.items()},
             "skipped_samples": self._skipped(reports),
             "skipped_steps": {client: steps for report in reports for client, steps in report.skipped_steps.items()},

@@ -39,6 +39,9 @@ class RoundRecord(TypedDict, total=False):
     update_norms: dict[str, float | None]
     """‖w_i − w_global‖ of what trained in the round's last stage; null where the client has no update, or nobody asks
     (aggregate.max_norm_ratio)."""
+    update_cosines: dict[str, float]
+    """The cosine of each update of the round's last stage to the others', the median over them; empty where they are not
+    compared (aggregate.min_cosine, aggregate.rule = krum)."""
     anchor_gradient_ratio: dict[str, float | None]
     """How hard the anchors pull: ‖∂ λ₂ ANC‖ / ‖∂ λ₁ ITA‖ by the embeddings, at the last step of the round's last stage, where
     the client is furthest from the global model; null without anchors."""

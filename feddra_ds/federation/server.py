@@ -15,6 +15,7 @@ from feddra_ds.engine.engine import Engine
 from feddra_ds.engine.parts import BUFFERS, PARTS, ModelState, PartState
 from feddra_ds.federation.aggregation.compression import DeltaCodec, codec_of
 from feddra_ds.federation.aggregation.delta import DeltaSum
+from feddra_ds.federation.aggregation.held import HeldUpdates, Judgement
 from feddra_ds.federation.aggregation.lora_rules import RULES, first_rows
 from feddra_ds.federation.aggregation.mean import WeightedSum
 from feddra_ds.federation.client import Client
@@ -28,7 +29,7 @@ class Server:
 
     codec: DeltaCodec | None = None  # of the deltas that travel; None: fp32 weights travel
     _stage: Stage  # that is being averaged
-    _sum: WeightedSum
+    _sum: WeightedSum | HeldUpdates
     _snapshot_sum: WeightedSum | None = None  # of the clients' weights in the midst of that stage (Stage.snapshot)
     snapshot: ModelState | None = None  # their mean, since the stage in which it was taken
     residuals: ModelState | None = None  # what rounding has kept of this slot's deltas so far (compression.py)
@@ -41,7 +42,7 @@ class Server:
         if self._ema is not None:
             self.states[EMA] = engine.state()
         self.num_bytes = 0  # handed to collectives so far
-        aggregate = config.aggregate
+        self._aggregate = aggregate = config.aggregate
         self.codec = codec_of(aggregate.precision, aggregate.block_size, aggregate.sparsity)
         if self.codec is not None:
             self.residuals = {part: [torch.zeros_like(s) for s in self.states[SHARED][part]] for part in PARTS}
@@ -73,6 +74,9 @@ class Server:
         base = self.states[SHARED]
         if stage.snapshot is not None:
             self._snapshot_sum = self._new_snapshot_sum(stage)
+        if self._aggregate.holds_updates:
+            self._sum = HeldUpdates(self._aggregate, self.engine, stage.parts, base, stage.resting_factor)
+            return
         if self._factor_sum is not None and stage.trains_backbone:
             self._sum = self._factor_sum(self.engine, stage, base)
             return
@@ -109,6 +113,17 @@ class Server:
         self._sum.add(weight, state, client.index)
         if snapshot is not None and self._snapshot_sum is not None:
             self._snapshot_sum.add(weight, snapshot, client.index)
+
+    def compare(self, topology: Topology, included: Sequence[int]) -> None:
+        """Before `judge`, where updates are compared (AggregateConfig.compares_updates). Collective over the peers."""
+        if isinstance(self._sum, HeldUpdates):
+            self._sum.compare(topology, included)
+
+    def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
+        """Who of the clients that the coordinator takes is averaged, equal on all ranks. Collective over the slot."""
+        if isinstance(self._sum, HeldUpdates):
+            return self._sum.judge(topology, included, total_weight)
+        return Judgement(list(included), total_weight)
 
     def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
         """θ_g ← Σ p_i θ_i / Σ p_i over the clients that were added, and the strategy's step. Collective over the peers."""
@@ -188,6 +203,12 @@ class OwnModels(Server):
         self.states[client.id].update(
             {part: [s.detach().to("cpu", copy=True) for s in state[part]] for part in self._parts}
         )
+
+    def compare(self, topology: Topology, included: Sequence[int]) -> None:
+        pass
+
+    def judge(self, topology: Topology, included: Sequence[int], total_weight: float) -> Judgement:
+        return Judgement(list(included), total_weight)
 
     def finish(self, topology: Topology, total_weight: float, drift: float = 0.0) -> None:
         pass

@@ -15,6 +15,7 @@ from feddra_ds.checkpoint.format import read_coordinator
 from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.common.text import listed
 from feddra_ds.common.tree import get_path
+from feddra_ds.config.checks import few_to_compare
 from feddra_ds.config.schema import Config
 from feddra_ds.data.format.dataset import Dataset, open_dataset
 from feddra_ds.data.format.preflight import preflight
@@ -26,6 +27,8 @@ from feddra_ds.run.trackers import tracker_problems
 
 if TYPE_CHECKING:
     import torch
+
+    from feddra_ds.strategies import Strategy
 
 POOLED = "pooled"  # the one client of a strategy that pools the data
 _MAY_DIFFER_BY_HOST = ("data.root", "data.num_workers", "data.prefetch", "data.verify", "topology.interface")
@@ -95,6 +98,28 @@ def _adapter_problems(config: Config, adapter: LoraOptions, ids: list[str]) -> l
     return out
 
 
+def _rule_problems(config: Config, strategy: Strategy, num_clients: int) -> list[str]:
+    """What of the rule of aggregation does not go with the strategy, the adapters or the number of clients: a line each."""
+    aggregate = config.aggregate
+    out: list[str] = []
+    if not aggregate.holds_updates:
+        return out
+    key, remedy = ("rule", "mean") if aggregate.rule != "mean" else ("min_cosine", "null")
+    name = config.strategy.name
+    if not strategy.averages:
+        out.append(f"aggregate.{key}: strategy.name={name} averages no updates; use {remedy}")
+    elif num_clients < aggregate.fewest_clients:
+        out.append(few_to_compare(config, num_clients, "this run"))
+    if strategy.takes_snapshot or strategy.folds_drifts or (strategy.num_kept and strategy.steps):
+        out.append(
+            f"aggregate.{key}: would leave out clients that strategy.name={name} has counted elsewhere; use {remedy}"
+        )
+    if (rule := (config.model.adapter or {}).get("aggregation")) in ("product", "residual", "stack"):
+        out.append(f"aggregate.{key}: is of single numbers, and model.adapter.aggregation={rule} of products of factors; use "
+                   f"{remedy}, or factors, freeze_a or alternate")  # fmt: skip
+    return out
+
+
 def reference_checkpoint(run_dir: str) -> Path | None:
     """The newest checkpoint of a run, or None. Its manifest came last: a folder that has one was written to its end."""
     manifests = sorted((Path(run_dir) / "checkpoints").glob("round-*/manifest.json"))
@@ -141,6 +166,7 @@ def check(config: Config, launch: Launch) -> Checked:
         problems.append(
             f"clients.per_round: {per_round} is more than the {num_clients} clients there are; null takes all"
         )
+    problems += _rule_problems(config, strategy, num_clients)
     uncounted = [client for client in ids if dataset.is_uncounted(client)]
     if config.dro.center == "samples" and uncounted:
         problems.append(f"dro.center: samples needs all pairs counted, and those of {listed(uncounted)} are not; "

@@ -23,6 +23,7 @@ from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.engine import Engine
+from feddra_ds.federation.aggregation.held import Judgement
 from feddra_ds.federation.aggregation.peers import gather_over_peers
 from feddra_ds.federation.client import Client, LocalTrainer
 from feddra_ds.federation.coordinator import Coordinator
@@ -191,8 +192,23 @@ class Run:
         if not decision.is_used:
             self.server.discard()
             return
+        with self.topology.peers_meet(f"comparing updates in round {round_index}, {stage.name}"):
+            self.server.compare(self.topology, decision.included)
+        judgement = self.server.judge(self.topology, decision.included, decision.total_weight)
+        self.heed(round_index, stage, judgement)
         with self.topology.peers_meet(f"the average of round {round_index}, {stage.name}"):
-            self.server.finish(self.topology, decision.total_weight, decision.drift)
+            self.server.finish(self.topology, judgement.total_weight, decision.drift)
+
+    def heed(self, round_index: int, stage: Stage, judgement: Judgement) -> None:
+        """Name whom the updates themselves have excluded, which all ranks know. Raises TooFewClients."""
+        if self.coordinator is not None:
+            self.coordinator.note_judgement(round_index, stage.name, judgement)
+        num, minimum = len(judgement.included), self.config.clients.minimum
+        if num < minimum:
+            self.protocol.leave(round_index, stage.name, self.topology.live_slots)
+            reasons = (f"; {self.client_ids[i]}: {reason}" for i, reason in judgement.excluded.items())
+            raise TooFewClients(f"round {round_index}, {stage.name}: {num} updates can be averaged, clients.minimum is {minimum}"
+                                + "".join(reasons))  # fmt: skip
 
     def average_weight(self, client: Client) -> float:
         weights = robust_weights.never_zero(self.strategy.average_weight(self.mixture, self.draws), self.center)

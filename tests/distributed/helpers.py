@@ -181,15 +181,15 @@ def run_all(config_tree: dict[str, Any], clips: bool = False) -> dict[str, Any]:
     return {"rank": run.topology.rank, "first_round": run.next_round}
 
 
-def predicted_bytes(config_tree: dict[str, Any], world_size: int) -> int:
-    """bytes_sent_per_rank of a round by the cost model, for the clients of CLIENTS."""
+def predicted_bytes(config_tree: dict[str, Any], world_size: int, num_clients: int = len(CLIENTS)) -> int:
+    """bytes_sent_per_rank of a round by the cost model."""
     from feddra_ds.config.load import from_dict
     from feddra_ds.distributed.plan import plan
     from feddra_ds.doctor.cost import Link, round_cost
     from feddra_ds.doctor.memory.verdict import meta_model
 
     config = from_dict(config_tree)
-    layout = plan(world_size, len(CLIENTS), config.topology.ranks_per_slot)
+    layout = plan(world_size, num_clients, config.topology.ranks_per_slot)
     return round_cost(config, meta_model(config), layout, ["here"] * world_size, Link(1.0, 0.0)).bytes_sent_per_rank
 
 

@@ -147,11 +147,12 @@ class Miniature:
         """One stage of every client of the slot, and the average."""
         c, lay, host = self.config, self.layout, self.host
         has_own_aligners = any(one.hands_on_aligner for one in stages_of_round(c, 0))
-        if stage.averages and self.strategy.averages:
+        averages = stage.averages and self.strategy.averages
+        if averages and not c.aggregate.holds_updates:
             host.hold("server: running sum", lay.state(stage.parts))
-            if self.strategy.takes_snapshot:  # the sum of the clients', and that of the client that trains
-                host.hold("snapshot", lay.state(stage.parts))
-                host.hold("snapshot", lay.state(stage.parts))
+        if averages and self.strategy.takes_snapshot:  # the sum of the clients', and that of the client that trains
+            host.hold("snapshot", lay.state(stage.parts))
+            host.hold("snapshot", lay.state(stage.parts))
         for _ in range(lay.clients):
             host.hold(
                 "data: batches decoded ahead", blocks([self.pixels(c.data.prefetch * max(1, c.data.num_workers))])
@@ -160,10 +161,14 @@ class Miniature:
                 host.shrink("clients' own aligners", lay.state(["aligner"]))
             self.replay(stage)
             self.steps(stage)
+            if averages and c.aggregate.holds_updates:
+                host.hold("server: clients' updates", lay.state(stage.parts))
             if stage.keeps_aligner:
                 host.hold("clients' own aligners", lay.state(["aligner"]))
             host.drop("data: batches decoded ahead", "data: batches kept for the replay")
-        host.drop("server: running sum", "snapshot")
+        if averages and c.aggregate.holds_updates:
+            host.hold("server: running sum", lay.state(stage.parts))
+        host.drop("server: running sum", "server: clients' updates", "snapshot")
         if not has_own_aligners:
             host.drop("clients' own aligners")  # they waited for p alone
 

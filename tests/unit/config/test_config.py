@@ -83,6 +83,10 @@ def test_a_misspelt_key_has_one_line_with_the_nearest(key: str, hint: str) -> No
         ({"aggregate": {"sparsity": 0.05}}, "aggregate.precision", "use int2, int4 or no sparsity"),
         ({"aggregate": {"sparsity": 0.05, "precision": "int8"}}, "aggregate.precision", "int8 does not go"),
         ({"aggregate": {"precision": "int2"}}, "aggregate.precision", "needs aggregate.sparsity"),
+        ({"aggregate": {"precision": "bf16", "rule": "median"}}, "aggregate.precision", "aggregate.rule=median needs"),
+        ({"aggregate": {"precision": "int8", "min_cosine": 0.0}}, "aggregate.precision", "aggregate.min_cosine needs"),
+        ({"aggregate": {"rule": "krum"}, "clients": {"per_round": 4}}, "aggregate.rule", "needs 5 clients in a round"),
+        ({"aggregate": {"min_cosine": -1.0}, "clients": {"per_round": 2}}, "aggregate.min_cosine", "needs 3 clients"),
         (
             {"aggregate": {"ema": 0.9}, "model": {"adapter": {"type": "lora", "aggregation": "product"}}},
             "aggregate.ema",

@@ -136,6 +136,7 @@ LEVERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"aggregate__ema": 0.9}),
     ({"strategy__name": "afl"}, {"strategy__name": "drfa"}),
     ({"strategy__name": "fedavg"}, {"strategy__name": "moon"}),
+    ({"clients": 3}, {"clients": 3, "aggregate__rule": "median"}),
 ]  # fmt: skip
 
 
