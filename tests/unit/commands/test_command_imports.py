@@ -29,7 +29,7 @@ def test_no_help_imports_anything_heavy() -> None:
 
 def test_what_only_reads_files_starts_at_once() -> None:
     """These are typed while one waits for something else: not even pydantic, NumPy or psutil is there for their help."""
-    commands = ["status", "experiment run", "report", "config list"]
+    commands = ["status", "experiment run", "experiment table", "experiment plot", "report", "search", "config list"]
     code = (
         "import contextlib, io, sys\n"
         "from feddra_ds.cli import main\n"
