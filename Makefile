@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart test test-all test-exhaustive fuzz resolve lint docs bench gpu experiments clean
+.PHONY: help quickstart test test-all test-exhaustive fuzz model-check resolve lint docs bench gpu experiments clean
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -55,6 +55,9 @@ test-exhaustive: $(VENV)/.installed  ## the whole of what test-all has a part of
 
 fuzz: $(VENV)/.installed         ## 2,000 mutated files of every format that others may have written (minutes)
 	FEDDRA_FUZZ_CASES=2000 $(BIN)/pytest -q -n 0 tests/unit/test_hostile_input.py
+
+model-check: $(VENV)/.installed  ## 100,000 random schedules of late, lost and repeated messages, stops, kills and restarts (minutes)
+	FEDDRA_MODEL_SCHEDULES=100000 $(BIN)/pytest -q -n 0 --timeout 3600 tests/unit/federation/test_protocol_model.py
 
 # Reads metadata only. Local wheels are left out: what they make possible here may not resolve on a user's machine.
 resolve: $(VENV)/.installed      ## check that the packages resolve on the plain index, on every declared Python

@@ -24,6 +24,7 @@ COMMANDS = {
     "data convert": ("feddra_ds.commands.data_convert", "turn a CSV and a folder of images into shards per client"),
     "data partition": ("feddra_ds.commands.data_partition", "split labelled shards over clients by a Dirichlet draw"),
     "data inspect": ("feddra_ds.commands.data_inspect", "show what a folder of shards holds"),
+    "data validate": ("feddra_ds.commands.data_validate", "read every byte of shards against their indexes"),
     "data index": ("feddra_ds.commands.data_index", "make the indexes that a config's shards from elsewhere need"),
     "experiment run": ("feddra_ds.commands.experiment_run", "train and measure the arms of a spec over its seeds"),
     "experiment table": ("feddra_ds.commands.experiment_table", "show its arms' means and paired differences"),

@@ -7,52 +7,34 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from feddra_ds.commands._data_arguments import KEYS, add_data_arguments, config_of, dataset_of
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
-from feddra_ds.common.parse import parse_yaml
+from feddra_ds.common.files import write_atomic
 from feddra_ds.common.text import listed, printable
-from feddra_ds.common.tree import set_path
-from feddra_ds.config.load import load
 from feddra_ds.config.schema import Config, DataConfig
-from feddra_ds.data.format.dataset import Dataset, open_dataset
+from feddra_ds.data.format.dataset import Dataset
 from feddra_ds.data.format.find import INDEX_NAME
 from feddra_ds.data.format.look import Look, Seen, look
 from feddra_ds.data.format.writer import index_bare_folders
+from feddra_ds.report.heat_map import heat_map
 
-# option: the key of a config that it sets
-_KEYS = {
-    "root": "data.root",
-    "clients": "data.clients",
-    "client_field": "data.client_field",
-    "text_field": "data.text_field",
-    "text_length": "data.text_length",
-    "max_bad_fraction": "data.max_bad_fraction",
-    "tokenizer": "model.text.tokenizer",
-}
 _LABELS_SHOWN = 12
 _CLIENTS_SHOWN = 8
 
 EXAMPLES = (
-    "feddra-ds data inspect data/mine --verify",
+    "feddra-ds data inspect data/mine --plot labels.svg",
     "feddra-ds data inspect --config my.yaml",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data inspect`."""
+    add_data_arguments(parser)
     add = parser.add_argument
-    default = DataConfig()
-    add("root", nargs="?", metavar="ROOT", help="folder of the dataset; with --client-field, of one set of shards")
-    add("--config", metavar="FILE", help="config of a training, whose data, clients and tokenizer are looked at; the options "
-        "here come on top")  # fmt: skip
-    add("--clients", metavar="MAP", help="in place of ROOT: each client's shards, as data.clients, such as "
-        "'{north: /archive/north, south: \"/archive/south/{000..011}.tar\"}'")  # fmt: skip
-    add("--client-field", metavar="F", help="field of a sample's json that names its client, as data.client_field")
-    add("--verify", action="store_true", help="also compare every shard's sha256 with its index.json")
     add(
         "--samples",
         type=int,
@@ -61,63 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs per client that are read for sizes (default %(default)s)",
     )
     add("--write-index", action="store_true", help="make index.json for folders of WebDataset tars that have none")
-    add(
-        "--text-field",
-        metavar="F",
-        help="field of a sample's json that is its text (its .txt where the json has none), as data.text_field",
-    )
     add("--text-length", type=int, metavar="N", help="say how many texts data.text_length N would cut (default: the config's, "
-        f"else {default.text_length})")  # fmt: skip
+        f"else {DataConfig().text_length})")  # fmt: skip
     add("--tokenizer", metavar="T", help="count tokens with it, as model.text.tokenizer (default: the config's, else the "
         "shipped one)")  # fmt: skip
     add("--max-pictures", type=int, default=20_000, metavar="N", help="look for pictures that are alike where there are at most "
         "N of them; 0 leaves that out (default %(default)s)")  # fmt: skip
-    add("--max-bad-fraction", type=float, metavar="F", help="share of unreadable pairs of a client above which this is a problem "
-        f"(default: the config's, else {default.max_bad_fraction})")  # fmt: skip
+    add("--plot", metavar="FILE", help="write each label's share at each client as a picture, an SVG")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables and checks. Returns 0 when the dataset is whole, 1 when a check failed. Raises ConfigError, DataError."""
     if args.samples < 1:
         raise DataError(f"--samples: must be at least 1, got {args.samples}")
-    config = _config(args)
+    config = config_of(args)
     if args.write_index:
         _write_index(config.data)
-    # the exact order, whatever the config's: pairs are looked at by their place
-    dataset = open_dataset(config.data.root, config.clients.ids, data=config.data.model_copy(update={"order": "exact"}))
+    dataset = dataset_of(config)
     found = look(
         dataset,
+        config.data,
         samples=args.samples,
-        verify=args.verify,
-        max_bad_fraction=config.data.max_bad_fraction,
         max_pictures=args.max_pictures,
         num_tokens=_token_counter(config),
         track=track,
     )
     _print_clients(dataset, found)
-    _print_labels(found.seen)
+    _print_labels(found.seen, args.plot)
     _print_texts(found.seen, config.data.text_length)
     if not found.problems or found.seen:
         _print_alike(dataset, found.pictures, args.max_pictures)
     _print_checks(dataset, found, args)
     return 1 if found.problems else 0
-
-
-def _config(args: argparse.Namespace) -> Config:
-    """What --config says, with the options on top. Raises ConfigError."""
-    overrides: dict[str, Any] = {}
-    for option, key in _KEYS.items():
-        value = getattr(args, option)
-        if value is not None:
-            set_path(overrides, key, _as_yaml(value) if option == "clients" else value)
-    return load(args.config, overrides)
-
-
-def _as_yaml(text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except ValueError:
-        return text  # which the config refuses
 
 
 def _write_index(data: DataConfig) -> None:
@@ -149,27 +106,45 @@ def _print_clients(dataset: Dataset, found: Look) -> None:
         shards = dataset.shards(client)
         size = sum(shard["bytes"] for _, shard in shards)
         rows.append(
-            (name, *counts, len(shards), _megabytes(size), _range(own.words), _range(own.tokens), _range(own.sides))
+            (
+                *(
+                    name,
+                    *counts,
+                    len(shards),
+                    _megabytes(size),
+                    _range(own.words),
+                    _range(own.tokens),
+                    _range(own.sides),
+                ),
+                "–" if own.pairs_per_second is None else f"{own.pairs_per_second:,.0f}",
+            )
         )
-    columns = ["client", *found.splits, "shards", "MB", "words per text", "tokens per text", "image side"]
+    columns = ["client", *found.splits, "shards", "MB", "words per text", "tokens per text", "image side", "pairs/s"]
     print_table(f"{dataset.address}: {dataset.info.get('source', 'no description')}", columns, rows)
 
 
-def _print_labels(seen: dict[str, Seen]) -> None:
+def _print_labels(seen: dict[str, Seen], plot: str | None) -> None:
+    """The share of each label at each client, as a table, and as the picture that --plot asks for."""
     total: Counter[str] = sum((own.labels for own in seen.values()), Counter())
     if not total:
+        if plot is not None and seen:
+            print("note     --plot: none of the pairs looked at has labels, nothing was drawn")
         return
-    shown = [name for name, _ in total.most_common(_LABELS_SHOWN)]
-    more = f"; {len(total) - len(shown)} rarer ones not shown" if len(total) > len(shown) else ""
-    # Few clients stand side by side; many would not fit, and are summed up.
-    groups = (
-        {client: [own] for client, own in seen.items()} if len(seen) <= _CLIENTS_SHOWN else {"all": list(seen.values())}
-    )
-    rows = []
-    for name in shown:
-        shares = [sum(o.labels[name] for o in own) / max(1, sum(len(o.words) for o in own)) for own in groups.values()]
-        rows.append((name, *(f"{share:.0%}" for share in shares)))
-    print_table(f"Labels, share of the pairs looked at{more}", ["label", *groups], rows)
+    names = [name for name, _ in total.most_common()]
+    shares = {client: [own.labels[name] / max(1, len(own.words)) for name in names] for client, own in seen.items()}
+    told = "share of the pairs looked at"
+    if plot is not None:
+        write_atomic(Path(plot), heat_map(f"Labels, {told}", names, shares))
+        print(f"{plot}: each label's share at each client")
+    more = f"; {len(names) - _LABELS_SHOWN} rarer ones not shown" if len(names) > _LABELS_SHOWN else ""
+    shown = names[:_LABELS_SHOWN]
+    if len(shares) <= _CLIENTS_SHOWN:  # few clients stand side by side, many below each other
+        columns = ["label", *shares]
+        rows = [(name, *(f"{own[i]:.0%}" for own in shares.values())) for i, name in enumerate(shown)]
+    else:
+        columns = ["client", *shown]
+        rows = [(client, *(f"{share:.0%}" for share in own[: len(shown)])) for client, own in shares.items()]
+    print_table(f"Labels, {told}{more}", columns, rows)
 
 
 def _print_texts(seen: dict[str, Seen], text_length: int) -> None:
@@ -212,7 +187,7 @@ def _print_checks(dataset: Dataset, found: Look, args: argparse.Namespace) -> No
     if bad:
         print(f"note     unreadable among the pairs looked at: {listed(bad)}")
     if not found.problems:
-        print(f"ok       every shard is there and has its full size{_digests(dataset, args.verify)}")
+        print("ok       every shard is there and has its full size; `feddra-ds data validate` reads every byte of them")
     if found.leaks:
         print(
             f"note     {found.leaks} texts are in train and in another split too; identical reports count as positives"
@@ -232,20 +207,13 @@ def _print_checks(dataset: Dataset, found: Look, args: argparse.Namespace) -> No
     next_step(_training(args))
 
 
-def _digests(dataset: Dataset, verified: bool) -> str:
-    """What is to be said of the shards' sha256; those of an index that was made here, at first use, have none."""
-    if not any("sha256" in shard for client in dataset.client_ids for _, shard in dataset.shards(client)):
-        return ""
-    return " and its sha256" if verified else "; --verify checks sha256"
-
-
 def _training(args: argparse.Namespace) -> str:
     """The command that trains on what was looked at."""
     name = Path(args.root or args.config or "shards").stem
     words = ["feddra-ds", "train", "--config", args.config or "cxr_regions"]
     for option in ("root", "clients", "client_field", "text_field"):
         if getattr(args, option) is not None:
-            words += [f"--{_KEYS[option]}", getattr(args, option)]
+            words += [f"--{KEYS[option]}", getattr(args, option)]
     return shlex.join([*words, *([] if args.config else ["--run.output_dir", f"runs/{name}"])])
 
 

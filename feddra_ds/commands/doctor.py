@@ -17,8 +17,9 @@ from feddra_ds.common.console import next_step
 from feddra_ds.common.text import duration, listed, size
 from feddra_ds.config.load import load, read_tree
 from feddra_ds.doctor.finding import Finding
-from feddra_ds.doctor.hosts import hosts_of
+from feddra_ds.doctor.hosts import hosts_of, hosts_of_file
 from feddra_ds.doctor.machine import (
+    LAUNCHER_PORT,
     check_deepspeed,
     check_disk,
     check_gloo,
@@ -40,6 +41,7 @@ EXAMPLES = (
     "feddra-ds doctor --config my.yaml --num-ranks 4",
     "feddra-ds doctor --config my.yaml --plan --gpu 24   # would it fit into 24 GiB?",
     "feddra-ds doctor --config my.yaml --plan --hosts 2x4 --link 10   # who lies where, and what a round costs",
+    "feddra-ds doctor --config my.yaml --hostfile hosts   # can these hosts start it? by ssh, and how fast is the way",
 )
 
 
@@ -55,6 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="bound of each test that is run (default: 120)"
+    )
+    parser.add_argument(
+        "--hostfile",
+        metavar="FILE",
+        help="look at each of its hosts over ssh, as a launch from here would meet them: versions, config, data, ports, "
+        "interfaces, clocks, disk, and the speed of the way to the first one",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=LAUNCHER_PORT,
+        help=f"with --hostfile: where rank 0 would listen (default: {LAUNCHER_PORT})",
     )
     parser.add_argument("--no-self-test", action="store_true", help="do not import DeepSpeed nor start two gloo ranks")
     parser.add_argument(
@@ -97,11 +111,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--plan: needs --config FILE")
     if args.config is not None:
         read_tree(args.config)  # a file that is not there is told before minutes of tests
-    return _plan(args, hosts) if args.plan else _check(args)
+    return _plan(args, hosts) if args.plan else _check(args, hosts)
 
 
 def _hosts(args: argparse.Namespace) -> list[str]:
     """The host of each rank, empty without --hosts; --num-ranks becomes their number. Raises ValueError."""
+    if args.hostfile is not None:
+        if args.plan or args.hosts is not None:
+            raise ValueError("--hostfile: looks at hosts that are there; --plan takes the file as --hosts FILE")
+        hosts = hosts_of_file(args.hostfile)
+        args.num_ranks = len(hosts)
+        return hosts
     if args.hosts is None:
         if args.measured is not None:
             raise ValueError("--measured: goes with --plan --hosts HOSTS")
@@ -120,11 +140,11 @@ def _hosts(args: argparse.Namespace) -> list[str]:
     return hosts
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace, hosts: list[str]) -> int:
     """Print findings as they come; 1 where one is a problem."""
     findings: list[Finding] = []
     console = Console(soft_wrap=True)
-    for finding in _findings(args):
+    for finding in _findings(args, hosts):
         findings.append(finding)
         if not args.json:
             console.print(_line(finding))
@@ -138,7 +158,7 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+def _findings(args: argparse.Namespace, hosts: list[str]) -> Iterator[Finding]:
     yield from check_software()
     yield from check_hardware()
     yield from check_network()
@@ -151,6 +171,10 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
         from feddra_ds.doctor.run_config import check_config  # late: torch and transformers
 
         yield from check_config(args.config, args.overrides, args.num_ranks)
+    if hosts:
+        from feddra_ds.doctor.launch import check_hosts
+
+        yield from check_hosts(hosts, args.config, args.overrides, args.port)
 
 
 def _plan(args: argparse.Namespace, hosts: list[str]) -> int:

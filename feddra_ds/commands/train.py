@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feddra_ds.config.load import class_of, dump, known_keys, load
 from feddra_ds.config.reference import default_of, kind_of
 from feddra_ds.config.schema import Config
+
+if TYPE_CHECKING:
+    from feddra_ds.distributed.plan import Plan
+    from feddra_ds.distributed.topology import Memory
 
 EXAMPLES = (
     "feddra-ds train my.yaml",
@@ -46,28 +50,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from feddra_ds.run.train import run as train
 
-    code = train(path, args.overrides)
-    if code == 0 and (config := load(path, args.overrides)).topology.dry_run:
-        _say_memory(config)
-    return code
+    return train(path, args.overrides, _predict)
 
 
-def _say_memory(config: Config) -> None:
-    """After a dry run, at rank 0: what a rank will need at its peak."""
-    from feddra_ds.common.text import size
-    from feddra_ds.distributed.launch import Launch
-    from feddra_ds.doctor.memory.verdict import judge, machine_here
+def _predict(config: Config, layout: Plan, device: str) -> Memory:
+    """What a rank of this plan will need at its peak."""
+    from feddra_ds.distributed.topology import Memory
+    from feddra_ds.doctor.memory.verdict import plan_of
 
-    launch = Launch.from_environment()
-    if launch.rank != 0:
-        return
-    machine = machine_here(config.run.device, 1, None)
-    plan = judge(config, launch.world_size, machine).plan
-    on_device = "" if plan.one_memory else f", and {size(plan.bytes_of('device'))} of its GPU"
-    print(
-        f"a rank needs {size(plan.bytes_of('host'))} of its host at its peak{on_device}; {size(machine.host)} of this host are "
-        "free. feddra-ds doctor --plan says what for"
-    )
+    plan = plan_of(config, layout, device)
+    return Memory(plan.bytes_of("host"), plan.bytes_of("device"))
 
 
 def _keys(path: str | None, overrides: dict[str, Any]) -> str:

@@ -27,6 +27,16 @@ class WaitTimeout(RuntimeError):
     """A bounded wait ended; the message says for whom and how long."""
 
 
+def mark_told(error: BaseException) -> None:
+    """Note that the user has read what an error says, or reads another rank's instead: who catches it says no more."""
+    error.__dict__["is_told"] = True
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether `mark_told` has seen this error."""
+    return bool(error.__dict__.get("is_told"))
+
+
 class Interrupted(SystemExit):
     """Ctrl-C or SIGTERM: the run ends where it is; the last checkpoint is whole."""
 

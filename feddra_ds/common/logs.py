@@ -7,16 +7,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from feddra_ds.common.errors import ConfigError, mark_told
 from feddra_ds.common.text import printable
 
 logger = logging.getLogger("feddra_ds")
 
 
-class _Printable(logging.Formatter):
+class Printable(logging.Formatter):
     """Names and texts from elsewhere cannot move the terminal's cursor."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n\t")
+
+
+def say_problems(error: ConfigError) -> None:
+    """Log what is wrong at once: a launcher ends this rank as soon as another one has ended."""
+    for problem in error.problems:
+        logger.error("%s", problem)
+    mark_told(error)
 
 
 @contextmanager
@@ -30,10 +38,11 @@ def log_to_stderr(rank: int) -> Iterator[None]:
         return
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(_Printable(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handler.setFormatter(Printable(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield

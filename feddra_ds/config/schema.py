@@ -250,7 +250,7 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; 0 keeps all."""
     on_error: Literal["continue", "stop"] = Field("continue", json_schema_extra=MAY_CHANGE)
     """Where a checkpoint cannot be written (a full disk): warn, keep the older ones and try again when the next is due, or end
-    the run. After the last round it always ends, with what to do."""
+    the run at the next average. After the last round it always ends, with what to do."""
 
 
 class EvaluationConfig(Section):

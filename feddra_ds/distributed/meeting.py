@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,23 +17,28 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from feddra_ds.common.errors import ConfigError, WaitTimeout
-from feddra_ds.common.logs import logger
+from feddra_ds.common.errors import ConfigError, WaitTimeout, mark_told
+from feddra_ds.common.logs import logger, say_problems
 from feddra_ds.common.text import listed
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.distributed.messages import Messages
 
 _SAY_WHO_IS_MISSING_S = 20.0
+_HEAR_S = 20.0  # how long a rank that does not start stays until the others know why
+_REACH_S = 120.0  # and how long it waits for a coordinator that has yet to come
+_JOB = "the launcher's job"  # of what ranks compare
+_RUN_FOLDER = "run.output_dir"  # of what ranks compare: two runs never share it
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs."""
+    """Where a rank runs. free: bytes of memory that its host has left."""
 
     host: str
     pid: int
     device: str
+    free: int = 0
 
 
 def meet(
@@ -48,9 +53,9 @@ def meet(
 
     Raises ConfigError; WaitTimeout where the port is taken, nobody serves it, or somebody does not come.
     """
-    common = {**(common or {}), "the launcher's job": launch.job}
+    common = {**(common or {}), _JOB: launch.job}
     store = _store(launch, timedelta(seconds=timeout_s), interface)
-    mine = Place(socket.gethostname(), os.getpid(), device)
+    mine = Place(socket.gethostname(), os.getpid(), device, psutil.virtual_memory().available)
     if launch.rank == 0:
         return _receive(store, launch, mine, common, timeout_s)
     return _join(store, launch, mine, common, timeout_s)
@@ -68,6 +73,12 @@ def _receive(
         for rank in missing:
             if store.check([f"{word}/place/{rank}"]):
                 places[rank] = Place(**json.loads(store.get(f"{word}/place/{rank}")))
+        if store.check([f"{word}/refused"]):
+            told = json.loads(store.get(f"{word}/refused"))
+            error = ConfigError([f"on {told['host']} (rank {told['rank']}): {line}" for line in told["problems"]])
+            say_problems(error)
+            _refuse_all(messages, word, launch, error.problems)
+            raise error
         if not is_warned and store.check([f"{word}/sent away"]):
             is_warned = True
             logger.warning("%s", json.loads(store.get(f"{word}/sent away")))
@@ -96,6 +107,7 @@ def _join(
         left = deadline - time.monotonic()
         said = messages.fetch("coordinator", sender=coordinator, timeout_s=max(0.0, left))
         word = said["word"]
+        _check_starts(store, launch, said)
         _check_same(store, launch, mine, common, said)
         mark = json.dumps(asdict(mine))
         found = store.compare_set(f"{word}/place/{launch.rank}", "", mark).decode()
@@ -108,7 +120,8 @@ def _join(
                 ]
             )
         # An agent's store still has what a coordinator wrote before a restart: then wait for the word of the new one.
-        while _current(store) == word:
+        while (said := _current(store))["word"] == word:
+            _check_starts(store, launch, said)
             if found == mark and store.check([f"{word}/places"]):
                 places = json.loads(store.get(f"{word}/places"))
                 return dist.PrefixStore(word, store), [Place(**place) for place in places]
@@ -120,21 +133,84 @@ def _join(
             time.sleep(0.05)
 
 
-def _current(store: dist.Store) -> str:
-    """The word of the run that rank 0 has announced last."""
+def refuse(launch: Launch, problems: Sequence[str]) -> bool:
+    """Say that this rank cannot start, in place of `meet`. Returns whether rank 0 has heard of it, or cannot start itself.
+
+    Rank 0 stays until the others have heard, at most 20 s. Another rank's problems end the run at rank 0, which says them.
+    """
+    with contextlib.suppress(WaitTimeout, dist.DistError):
+        store = _store(launch, timedelta(seconds=_REACH_S))
+        messages = Messages(store, launch.rank, _REACH_S)
+        if launch.rank == 0:
+            _refuse_all(messages, secrets.token_hex(8), launch, problems)
+            return True
+        said = messages.fetch("coordinator", sender="the coordinator (rank 0)")
+        if said.get("common", {}).get(_JOB, launch.job) != launch.job:  # a coordinator of another job, at the same port
+            return False
+        _tell_refusal(store, launch, said, problems)
+        return True
+    return False
+
+
+def _refuse_all(messages: Messages, word: str, launch: Launch, problems: Sequence[str]) -> None:
+    """Rank 0's part: it waits until all others know, at most 20 s."""
+    messages.post("coordinator", {"word": word, "problems": list(problems)})
+    deadline = time.monotonic() + _HEAR_S
+    with contextlib.suppress(WaitTimeout):
+        for rank in range(1, launch.world_size):
+            left = max(0.0, deadline - time.monotonic())
+            messages.fetch(f"{word}/knows/{rank}", sender=f"rank {rank}", timeout_s=left)
+
+
+def _tell_refusal(store: dist.Store, launch: Launch, said: dict[str, Any], problems: Sequence[str]) -> None:
+    """Another rank's part: the first one's problems count. Raises WaitTimeout where rank 0 does not hear within 20 s."""
+    word, deadline = said["word"], time.monotonic() + _HEAR_S
+    told = {"host": socket.gethostname(), "rank": launch.rank, "problems": list(problems)}
+    store.compare_set(f"{word}/refused", "", json.dumps(told))
+    while "problems" not in said:
+        if time.monotonic() >= deadline:
+            raise WaitTimeout("the coordinator (rank 0) does not hear that this rank cannot start")
+        time.sleep(0.05)
+        said = _current(store)
+    store.set(f"{word}/knows/{launch.rank}", "1")
+
+
+def _check_starts(store: dist.Store, launch: Launch, said: dict[str, Any]) -> None:
+    """Raises ConfigError where rank 0 does not start; it has said why."""
+    if "problems" in said:
+        store.set(f"{said['word']}/knows/{launch.rank}", "1")
+        error = ConfigError(said["problems"])
+        mark_told(error)
+        raise error
+
+
+def _current(store: dist.Store) -> dict[str, Any]:
+    """What rank 0 has announced last."""
     try:
-        return str(json.loads(store.get("coordinator"))["word"])
+        return dict(json.loads(store.get("coordinator")))
     except dist.DistNetworkError:
         raise WaitTimeout("the coordinator (rank 0) ended while the ranks joined; its own lines say why") from None
 
 
 def _check_same(store: dist.Store, launch: Launch, mine: Place, common: dict[str, Any], said: dict[str, Any]) -> None:
-    """Raises ConfigError where the coordinator runs something else than this rank, and leaves a note for it."""
+    """Raises ConfigError where the coordinator runs something else than this rank, and leaves a note for it: of the same
+    run, that it cannot start; of another one, that it goes on without this rank."""
     ours, theirs = json.loads(json.dumps(common)), said["common"]
     names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
     if not names:
         return
     there = Place(**said["place"])
+    if _RUN_FOLDER in ours and _RUN_FOLDER not in names:  # the same run: rank 0 would wait for this rank in vain
+        lines = [
+            f"{name} is {theirs.get(name)!r} on {there.host} (rank 0) and {ours.get(name)!r} here" for name in names
+        ]
+        error = ConfigError(
+            [f"{line}; give all hosts one config, one dataset and one environment" for line in lines[:4]]
+        )
+        with contextlib.suppress(WaitTimeout, dist.DistError):
+            _tell_refusal(store, launch, said, error.problems)
+            mark_told(error)
+        raise error
     different = listed([f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in names], 4)
     with contextlib.suppress(dist.DistError):
         told = (

@@ -48,13 +48,17 @@ class Plan:
         )
         return f"{ranks} = {slots} × {each}, {clients}, at most {len(self.clients_of(0))} per slot"
 
-    def table(self, hosts: Sequence[str], devices: Sequence[str], client_ids: Sequence[str]) -> list[str]:
-        """Who is where, as lines of text: a row a rank, of the ranks' hosts and devices; a slot's clients at its first."""
-        rows = [("rank", "host", "device", "slot", "slot rank", "clients")]
+    def table(
+        self, hosts: Sequence[str], devices: Sequence[str], client_ids: Sequence[str], memory: str = ""
+    ) -> list[str]:
+        """Who is where, as lines of text: a row a rank, of the ranks' hosts and devices; a slot's clients at its first.
+        memory: what each rank is predicted to need at its peak, for reading; "" leaves that out."""
+        rows = [("rank", "host", "device", "slot", "slot rank", *(["memory"] if memory else []), "clients")]
         for rank in range(min(self.world_size, _MOST_ROWS)):
             slot, slot_rank = self.slot_of(rank), self.slot_rank_of(rank)
             names = [client_ids[index] for index in self.clients_of(slot)] if client_ids and slot_rank == 0 else []
-            rows.append((str(rank), hosts[rank], devices[rank], str(slot), str(slot_rank), listed(names)))
+            place = (str(rank), hosts[rank], devices[rank], str(slot), str(slot_rank))
+            rows.append((*place, *([memory] if memory else []), listed(names)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return lines + [f"and {self.world_size - _MOST_ROWS} more ranks"] * (self.world_size > _MOST_ROWS)

@@ -12,6 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -20,12 +21,24 @@ import torch.distributed as dist
 
 from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.common.logs import logger
+from feddra_ds.common.text import size
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.distributed.meeting import Place, address_of, meet
 from feddra_ds.distributed.messages import Messages
 from feddra_ds.distributed.plan import Plan
 
 _ROLL_CALL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes of a rank at its peak: of its host, and of its GPU, 0 without one."""
+
+    host: int
+    device: int = 0
+
+    def __str__(self) -> str:
+        return size(self.host) + (f" + {size(self.device)} GPU" if self.device else "")
 
 
 class Topology(Messages):
@@ -54,9 +67,10 @@ class Topology(Messages):
         common: Mapping[str, Any] | None = None,
         client_ids: Sequence[str] = (),
         interface: str | None = None,
+        memory: Memory | None = None,
     ):
-        """Every rank calls it. common: see meeting.meet. client_ids: of all clients, for the plan that rank 0 logs
-        before the groups are made. interface: the network interface of the store, gloo and NCCL.
+        """Every rank calls it. common: see meeting.meet. client_ids: of all clients, and memory: of a rank at its peak, both
+        for the plan that rank 0 logs before the groups are made. interface: the network interface of the store, gloo and NCCL.
 
         Raises ConfigError, WaitTimeout.
         """
@@ -68,7 +82,7 @@ class Topology(Messages):
             os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=f"={interface}")  # = : no mere prefix
         self.store, self.places = meet(launch, str(device), timeout_s, common, interface)
         if self.is_coordinator and plan.world_size > 1:
-            self._say_who_is_where(client_ids)
+            self._say_who_is_where(client_ids, memory)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"slot/{self.slot}", self.store),
@@ -81,15 +95,24 @@ class Topology(Messages):
         self.peers = self._join_peers(generation=0)
         super().__init__(dist.PrefixStore("message", self.store), launch.rank, timeout_s)
 
-    def _say_who_is_where(self, client_ids: Sequence[str]) -> None:
+    def _say_who_is_where(self, client_ids: Sequence[str], memory: Memory | None) -> None:
         hosts, devices = [place.host for place in self.places], [place.device for place in self.places]
-        for line in self.plan.table(hosts, devices, client_ids):
+        for line in self.plan.table(hosts, devices, client_ids, "" if memory is None else str(memory)):
             logger.info("%s", line)
         for slot, of_slot in self.plan.apart(hosts).items():
             logger.warning(
                 f"slot {slot} lies on {' and '.join(of_slot)}: each of its steps crosses the network; choose "
                 "topology.ranks_per_slot and the ranks of each host so that no slot is torn"
             )
+        if memory is None:
+            return
+        for host in dict.fromkeys(hosts):
+            needed, free = hosts.count(host) * memory.host, max(p.free for p in self.places if p.host == host)
+            if needed > free:
+                logger.warning(
+                    f"{host}: its {hosts.count(host)} ranks will need {size(needed)} at their peak, and {size(free)} are free; "
+                    "feddra-ds doctor --plan says what would save memory"
+                )
 
     @property
     def is_coordinator(self) -> bool:
@@ -117,8 +140,8 @@ class Topology(Messages):
         self.peers = self._join_peers(generation)
 
     def _join_peers(self, generation: int) -> dist.ProcessGroup | None:
-        size = len(self.live_slots)
-        if size == 1:
+        num = len(self.live_slots)
+        if num == 1:
             return None
         store = dist.PrefixStore(f"peer/{generation}/{self.slot_rank}", self.store)
         timeout = timedelta(seconds=self.timeout_s)
@@ -126,8 +149,8 @@ class Topology(Messages):
         if self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, rank, size, options))
-        return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
+            return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, rank, num, options))
+        return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, num, timeout))
 
     @contextlib.contextmanager
     def peers_meet(self, place: str) -> Iterator[None]:
@@ -150,8 +173,8 @@ class Topology(Messages):
     def _roll_call(self, place: str) -> str:
         """Who of the peers does not tell within seconds that this place failed for it too."""
         key, deadline, silent = f"{place}/failed", time.monotonic() + _ROLL_CALL_S, []
-        with contextlib.suppress(dist.DistNetworkError):  # where the coordinator is gone, the store is
-            self.post(f"{key}/{self.rank}", True)
+        with contextlib.suppress(WaitTimeout):  # where the coordinator is gone, the store is
+            self.post(f"{key}/{self.rank}", True, timeout_s=_ROLL_CALL_S)
         for slot in self.live_slots:
             who = "the coordinator (rank 0)" if slot == 0 else f"slot {slot}"
             try:

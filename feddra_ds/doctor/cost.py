@@ -4,6 +4,11 @@ The bytes are those of the server's averages (federation/aggregation): what a ra
 counts as bytes_sent_per_rank, and what of it crosses from host to host. Left out: messages' own bytes (kilobytes), the
 embeddings that peers gather where evaluation is due, and the steps of a slot that lies on several hosts.
 
+Over a link of some latency a collective takes longer than its bytes: gloo (gloo/allreduce.cc, transport/tcp/pair.cc) cuts what
+it sums into segments of at most 1 MiB, has two of them under way, and sends one when its receiver has said that it is ready for
+it; and a TCP connection that has rested begins with ten packets and doubles them each round trip (RFC 6928, RFC 5681).
+NCCL is taken to do alike.
+
 Legend: S slots, W ranks of a slot, n elements of a slice, F elements of all factors of the adapters.
 """
 
@@ -28,6 +33,10 @@ from feddra_ds.model import lora, lora_options
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.run.metrics_file import read_metrics
 
+_SEGMENT = 1 << 20  # gloo's kMaxSegmentSize
+_UNDER_WAY = 2
+_FIRST_WINDOW = 10 * 1460
+
 
 @dataclass(frozen=True)
 class Link:
@@ -42,7 +51,8 @@ class Collective:
     """One sum or exchange over the peers, as one rank sees it.
 
     handed: bytes that it hands over (bytes_sent_per_rank). on_ring: bytes that it sends to the next peer of a ring; to_each:
-    to each of the other peers. hops: how many messages wait for one another.
+    to each of the other peers. hops: how many messages, or pairs of segments that are under way together, wait for one another,
+    a round trip each.
     """
 
     handed: int
@@ -143,8 +153,10 @@ def collectives(config: Config, slices: Slices, layout: Plan, stage: Stage, devi
 
 
 def _all_reduce(num_bytes: int, slots: int) -> Collective:
-    """A ring: each rank sends 2 (S − 1) parts of n / S."""
-    return Collective(num_bytes, on_ring=math.ceil(2 * (slots - 1) * num_bytes / slots), hops=2 * (slots - 1))
+    """A ring: each rank sends 2 (S − 1) parts of n / S, each in two segments or more."""
+    segments = max(_UNDER_WAY, math.ceil(num_bytes / (slots * _SEGMENT)))
+    hops = 2 * (slots - 1) * math.ceil(segments / _UNDER_WAY)
+    return Collective(num_bytes, on_ring=math.ceil(2 * (slots - 1) * num_bytes / slots), hops=hops)
 
 
 def _encoded(num: int, slots: int, codec: compression.DeltaCodec) -> Collective:
@@ -167,6 +179,17 @@ def _factors(config: Config, slices: Slices, layout: Plan) -> Iterator[Collectiv
             yield _all_reduce(row, slots)
         if inside:
             yield Collective(row)
+
+
+def seconds_of(part: Collective, link: Link, ring: int, pairs: int) -> float:
+    """What a collective takes on the busiest host's link; ring, pairs: as `crossings` counts them."""
+    if not ring or not part.hops:
+        return 0.0
+    crossing, trip = ring * part.on_ring + pairs * part.to_each, 2 * link.latency_s
+    wire = crossing / link.bytes_per_s
+    burst = (part.on_ring + part.to_each) / part.hops  # what a rank sends to another at a time
+    rounds = max(0, math.ceil(math.log2(1 + burst / _FIRST_WINDOW)) - 1)
+    return wire + (part.hops + rounds) * trip
 
 
 def crossings(layout: Plan, hosts: Sequence[str]) -> tuple[int, int]:
@@ -211,10 +234,8 @@ def round_cost(
             continue
         parts = list(collectives(config, slices, layout, stage, device))
         crossing = sum(ring * part.on_ring + pairs * part.to_each for part in parts)
-        waits = link.latency_s * sum(part.hops for part in parts) if ring else 0.0
-        averages.append(
-            Average(stage.name, sum(part.handed for part in parts), crossing, crossing / link.bytes_per_s + waits)
-        )
+        seconds_on_links = sum(seconds_of(part, link, ring, pairs) for part in parts)
+        averages.append(Average(stage.name, sum(part.handed for part in parts), crossing, seconds_on_links))
     if (
         len(set(hosts)) > 1
     ):  # a report and an answer after each stage, and twice at the round's end, each there and back

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from feddra_ds.common.text import duration, listed
 from feddra_ds.config.schema import Config
+from feddra_ds.distributed.plan import Plan
 from feddra_ds.doctor.cost import Link, RoundCost, rates_of, round_cost
 from feddra_ds.doctor.hosts import Host, what_lies_where
 from feddra_ds.doctor.memory.verdict import Verdict, meta_model
@@ -49,6 +51,12 @@ def forecast(config: Config, verdict: Verdict, hosts: list[str], link: Link, mea
         step_factor=verdict.step_factor,
         device="cpu" if verdict.machine.device is None else "cuda",
     )
+    problems = launch_problems(config, layout, hosts, cost)
+    return Forecast(what_lies_where(layout, hosts), cost, config.schedule.rounds, layout.apart(hosts), problems)
+
+
+def launch_problems(config: Config, layout: Plan, hosts: Sequence[str], cost: RoundCost) -> list[str]:
+    """What would not work on these hosts (a name for each rank) at this cost: lines that begin with a key."""
     torn, problems = layout.apart(hosts), []
     for average in cost.averages:
         if average.seconds > config.clients.timeout_s:
@@ -62,4 +70,4 @@ def forecast(config: Config, verdict: Verdict, hosts: list[str], link: Link, mea
             f"{listed([str(slot) for slot in torn], 3)}), so that each of their steps crosses the network, which no second "
             "below counts; take a number that divides each host's ranks"
         )
-    return Forecast(what_lies_where(layout, hosts), cost, config.schedule.rounds, torn, problems)
+    return problems

@@ -22,6 +22,13 @@ class Host:
     clients: tuple[int, ...]
 
 
+def hosts_of_file(path: str) -> list[str]:
+    """The host of each rank that a hostfile starts. Raises ValueError."""
+    if not Path(path).is_file():
+        raise ValueError(f"--hostfile: there is no file {path}")
+    return _per_rank(list(_of_file(Path(path), "--hostfile")), f"--hostfile: {path}")
+
+
 def hosts_of(text: str) -> list[str]:
     """The host of each rank, in a launcher's order.
 
@@ -30,7 +37,7 @@ def hosts_of(text: str) -> list[str]:
     if match := re.fullmatch(r"(\d+)x(\d+)", text):
         counts = [(f"host{index}", int(match[2])) for index in range(int(match[1]))]
     elif Path(text).is_file():
-        counts = list(_of_file(Path(text)))
+        counts = list(_of_file(Path(text), "--hosts"))
     else:
         counts = []
         for part in text.split(","):
@@ -38,21 +45,26 @@ def hosts_of(text: str) -> list[str]:
             if not name or not ranks.isdigit():
                 raise ValueError(f"--hosts: {part.strip() or text!r} is no file and no NAME:RANKS; {_HELP}")
             counts.append((name, int(ranks)))
+    return _per_rank(counts, f"--hosts: {text}")
+
+
+def _per_rank(counts: Sequence[tuple[str, int]], given: str) -> list[str]:
+    names = [name for name, _ in counts]
     if not sum(ranks for _, ranks in counts):
-        raise ValueError(f"--hosts: {text} has no rank; {_HELP}")
-    if repeated := sorted({name for name, _ in counts if [other for other, _ in counts].count(name) > 1}):
-        raise ValueError(f"--hosts: {repeated[0]} is there more than once in {text}")
+        raise ValueError(f"{given} has no rank; {_HELP}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{given} has {repeated[0]} more than once")
     return [name for name, ranks in counts for _ in range(ranks)]
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, int]]:
+def _of_file(path: Path, option: str) -> Iterator[tuple[str, int]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
         if match is None:
-            raise ValueError(f"--hosts: {path}, line {number}: must be `NAME slots=N`, got {text!r}")
+            raise ValueError(f"{option}: {path}, line {number}: must be `NAME slots=N`, got {text!r}")
         yield match[1], int(match[2])
 
 

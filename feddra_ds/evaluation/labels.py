@@ -15,12 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddra_ds.common.parse import parse_yaml
+from feddra_ds.data.format.text import NO, UNKNOWN, YES
 
 MAX_CLASSES = 50
 SEPARATOR = "|"  # between the parts of a multi-label value
-_YES = {"1", "1.0", "true", "yes", "positive", "present"}
-_NO = {"0", "0.0", "false", "no", "negative", "absent"}
-_UNKNOWN = {"", "-1", "-1.0", "nan", "none", "null", "na", "n/a", "unknown", "uncertain"}
 
 POSITIVE_PROMPTS = ("{}", "There is {}.", "Findings consistent with {}.")
 NEGATIVE_PROMPTS = ("no {}", "There is no {}.", "No evidence of {}.")
@@ -138,8 +136,8 @@ def _value_task(key: str, values: list[str | None], known: Counter[str]) -> tupl
     if len(known) < 2:
         return [], "all known values are the same" if known else "no value is known"
     lowered = {v: v.lower() for v in known}
-    if all(v in _YES | _NO for v in lowered.values()):
-        targets = [-1 if v is None else int(lowered[v] in _YES) for v in values]
+    if all(v in YES | NO for v in lowered.values()):
+        targets = [-1 if v is None else int(lowered[v] in YES) for v in values]
         return [Task(key, (f"no {key}", key), True, np.array(targets))] if len(set(targets) - {-1}) > 1 else [], None
     if len(known) > MAX_CLASSES:
         return [], f"{len(known)} different values are more than {MAX_CLASSES} classes"
@@ -165,7 +163,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(int(value))
     text = "" if value is None else str(value).strip()
-    return None if text.lower() in _UNKNOWN else text
+    return None if text.lower() in UNKNOWN else text
 
 
 def weakest(clients: dict[str, dict[str, float] | None]) -> tuple[str, float] | None:

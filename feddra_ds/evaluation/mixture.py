@@ -110,7 +110,7 @@ def chance_in_words(told: Mapping[str, Any]) -> str:
 
 def mixture_rows(told: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(name, {"loss": {value, low, high}, "recall@5": …}) of a measured worst mixture and what it stands beside."""
-    mixture = {name: {"value": told[name]} | interval for name, interval in told["intervals"].items()}
+    mixture = {name: {"value": told.get(name)} | interval for name, interval in told["intervals"].items()}
     names = dict.fromkeys(about["id"] for about in told["worst_client"].values())
     return [
         ("worst mixture", mixture),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from feddra_ds.checkpoint.format import partial_of
 from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.common.logs import logger
 from feddra_ds.common.text import by_reason, listed
@@ -152,14 +150,13 @@ class Coordinator:
         return excluded
 
     def note_checkpoint(self, folder: Path, problems: Mapping[str, Sequence[str]]) -> None:
-        """A checkpoint was written, or these ranks, by the reason, could not; then what there is of it goes, which makes room."""
-        self.not_saved = None
+        """A checkpoint was written, or these ranks, by the reason, could not. Called by the thread that writes."""
         if not problems:
+            self.not_saved = None
             return
         told = "; ".join(f"{listed(ranks)}: {reason}" for reason, ranks in problems.items())
         self.not_saved = f"no checkpoint could be written to {folder} ({told})"
         logger.warning("%s; those before it are kept", self.not_saved)
-        shutil.rmtree(partial_of(folder), ignore_errors=True)
 
     def _reason_to_stop(self, included: list[int], excluded: list[dict[str, str]]) -> str | None:
         if self.not_saved is not None and self.config.checkpoint.on_error == "stop":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from feddra_ds.data.format.samples import text_id
@@ -37,14 +37,13 @@ class Pairs:
         rows = values.detach().float().cpu().unbind()
         self._kept.update(zip(ids.tolist(), rows, strict=True))
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file, in the order of the ids."""
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy for a safetensors file: ids (n,), in their order, and values (n, num_kept)."""
         ids = torch.tensor(sorted(self._kept), dtype=torch.int64)
         values = torch.stack([self._kept[i] for i in ids.tolist()]) if len(ids) else torch.zeros(0, self.num_kept)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"ids": ids, "values": values}, path)
+        return {"ids": ids, "values": values}
 
     def load(self, path: Path) -> None:
-        """Take what `save` has written."""
+        """Take what a file of `tensors` holds."""
         saved = load_file(path)
         self.keep(saved["ids"], saved["values"])

@@ -9,13 +9,17 @@ Each is a small JSON value under a key of the run's store; no model data travels
     round/R/rank/K           all → coordinator     a RankReport
     round/R/next             coordinator → all     a Next
     saved/R/K                writers → coordinator what the rank wrote of the checkpoint, or why it could not
+    saved/R                  coordinator → all     why there is no checkpoint of the run's last round, or null
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from feddra_ds.common.errors import WaitTimeout
 
 if TYPE_CHECKING:  # what a message says is read without torch
     from torch import Tensor
@@ -153,16 +157,29 @@ class Protocol:
         self.topology.post(_saved(round_index, self.topology.rank), [files, problem])
 
     def hear_saved(self, round_index: int, ranks: Iterable[int]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-        """(what these ranks wrote, together; which ranks could not write, by the reason)."""
+        """(what these ranks wrote, together; which ranks could not write, or did not say in time, by the reason)."""
         files: dict[str, Any] = {}
         problems: dict[str, list[str]] = {}
+        deadline = time.monotonic() + self.topology.timeout_s
         for rank in ranks:
-            written, problem = self.topology.fetch(_saved(round_index, rank), sender=f"rank {rank}")
+            left, sender = max(0.0, deadline - time.monotonic()), f"rank {rank}"
+            try:
+                written, problem = self.topology.fetch(_saved(round_index, rank), sender=sender, timeout_s=left)
+            except WaitTimeout:
+                written, problem = {}, f"not heard of within clients.timeout_s = {self.topology.timeout_s:g} s"
             self.topology.forget(_saved(round_index, rank))
             files |= written
             if problem is not None:
-                problems.setdefault(problem, []).append(f"rank {rank}")
+                problems.setdefault(problem, []).append(sender)
         return files, problems
+
+    def tell_kept(self, round_index: int, not_saved: str | None) -> None:
+        self.topology.post(_kept(round_index), not_saved)
+
+    def hear_kept(self, round_index: int) -> str | None:
+        """Why there is no checkpoint of the run's last round, or None."""
+        not_saved: str | None = self._patiently(_kept(round_index))
+        return not_saved
 
     def _patiently(self, key: str) -> Any:
         return self.topology.fetch(key, sender=COORDINATOR, timeout_s=PATIENCE * self.topology.timeout_s)
@@ -196,3 +213,7 @@ def _next(round_index: int) -> str:
 
 def _saved(round_index: int, rank: int) -> str:
     return f"saved/{round_index}/{rank}"
+
+
+def _kept(round_index: int) -> str:
+    return f"saved/{round_index}"

@@ -11,7 +11,7 @@ from feddra_ds.strategies.robust_weights import RobustGain
 
 
 class RoundRecord(TypedDict, total=False):
-    """What a run says of one round. Lists are in the order of client_ids; the last two keys are the coordinator's clock."""
+    """What a run says of one round. Lists are in the order of client_ids; the last three keys are the coordinator's clock."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # of another version's run
 
@@ -69,6 +69,9 @@ class RoundRecord(TypedDict, total=False):
     """Retrieval by gallery: {client or "all": {i2t_recall@1, …, chance@10, pairs}}."""
     seconds: float
     stage_seconds: dict[str, float]
+    """By stage; that of `checkpoint` is what training waited for it."""
+    checkpoint_writer_seconds: float | None
+    """What the thread that writes took, beside training, for the checkpoint that it finished in this round; null: for none."""
 
 
 Record = dict[str, Any] | RoundRecord

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from feddra_ds.checkpoint.format import EMA, PREVIOUS, SHARED, Files, described, files_of
+from feddra_ds.checkpoint.format import EMA, PREVIOUS, SHARED, files_of
 from feddra_ds.checkpoint.load import SavedFragments, SavedModel
-from feddra_ds.checkpoint.write import write_fragments, write_model
+from feddra_ds.checkpoint.write import Piece, copy_fragments, copy_model
 from feddra_ds.common.logs import logger
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.engine.parts import FROZEN, PARTS, ModelState
@@ -16,30 +16,27 @@ from feddra_ds.federation.server import Server
 from feddra_ds.strategies.base import SliceState
 
 
-def write_server(partial: Path, server: Server, clients: Sequence[Client], topology: Topology) -> Files:
-    """Write this rank's part of all that the server holds; returns what the manifest will say of it."""
-    written: Files = {}
+def copy_server(server: Server, clients: Sequence[Client], topology: Topology) -> list[Piece]:
+    """Copies of this rank's part of all that the server holds, which the next round may change at once."""
+    pieces: list[Piece] = []
     for owner, state in server.states.items():
         if owner not in (SHARED, EMA) or topology.slot == 0:  # every slot holds those two
             moved = {FROZEN: server.engine.slices(FROZEN)} if owner == SHARED else {}
-            written |= write_model(partial, owner, server.engine, state | moved)
+            pieces += copy_model(owner, server.engine, state | moved)
     if server.residuals is not None:
-        folder = partial / "residuals" / f"slot-{topology.slot:05d}"
-        written |= write_fragments(folder, partial, server.engine, server.residuals)
+        pieces += copy_fragments(f"residuals/slot-{topology.slot:05d}", server.engine, server.residuals)
     kept = {f"client/{client.id}": client.corrections for client in clients}
     if topology.slot == 0:
         kept["server"] = server.outer
     for owner, by_part in kept.items():
         for name, state in _by_name(by_part).items():
-            written |= write_fragments(partial / "kept" / owner / name, partial, server.engine, state)
+            pieces += copy_fragments(f"kept/{owner}/{name}", server.engine, state)
     for client in clients:
         if client.previous is not None:
-            written |= write_model(partial, client.id, server.engine, client.previous, kind=PREVIOUS)
+            pieces += copy_model(client.id, server.engine, client.previous, kind=PREVIOUS)
         if client.pairs is not None and topology.is_slot_leader:  # every rank of the slot has the same
-            path = partial / _pairs_file(client)
-            client.pairs.save(path)
-            written |= described(path, partial)
-    return written
+            pieces.append(Piece(_pairs_file(client), client.pairs.tensors()))
+    return pieces
 
 
 def _pairs_file(client: Client) -> str:

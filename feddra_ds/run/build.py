@@ -53,25 +53,29 @@ from feddra_ds.objectives.features import WORDS
 from feddra_ds.run.checks import POOLED, Checked, check, reference_checkpoint, what_all_ranks_share
 from feddra_ds.run.debug import recorder
 from feddra_ds.run.metrics_file import MetricsFile
+from feddra_ds.run.prediction import Predict, predicted
+from feddra_ds.run.rank_log import problems_told_once
 from feddra_ds.run.rounds import Run
 from feddra_ds.strategies import Strategy
 from feddra_ds.strategies.mixture_set import MixtureSet, Vector
 
 
-def build(config: Config, checked: Checked | None = None) -> Run:
+def build(config: Config, checked: Checked | None = None, predict: Predict | None = None) -> Run:
     """Build this rank's part of the run, resumed where run.resume says so. Raises ConfigError before any group starts.
 
-    checked: what `check` has found, where the caller asked it before the heavy imports of this module.
+    checked: what `check` has found, where the caller asked it before the heavy imports of this module. predict: of several
+    ranks, says what one will need, for the plan.
     """
     launch = Launch.from_environment()
     dataset, dataset_ids, layout = checked or check(config, launch)
     strategy = strategies.build(config.strategy, config.dro)
     objective = build_objective(config.objective)
     device = choose_device(config.run.device, launch.local_rank)
-    tokenizer = tokenizer_of(config)
-    processor = processor_of(config, tokenizer)
-    seed_everything(config.run.seed)
-    model, initial = defer(lambda: model_of(config, tokenizer))
+    with problems_told_once(launch):
+        tokenizer = tokenizer_of(config)
+        processor = processor_of(config, tokenizer)
+        seed_everything(config.run.seed)
+        model, initial = defer(lambda: model_of(config, tokenizer))
 
     topology = Topology(
         layout,
@@ -81,6 +85,7 @@ def build(config: Config, checked: Checked | None = None) -> Run:
         common=what_all_ranks_share(config, dataset, dataset_ids, device),
         client_ids=[POOLED] if strategy.pools_data else dataset_ids,
         interface=config.topology.interface,
+        memory=predicted(predict, config, layout, launch, device),
     )
     step_factor = strategy.step_factor(len(dataset_ids))
     if topology.is_coordinator:
@@ -256,6 +261,7 @@ def _lead(run: Run, resumed: dict[str, Any] | None) -> None:
             {} if resumed is None else resumed.get("median_norms", {}),
         ),
     )
+    run.checkpoints.coordinator = run.coordinator
     if run.strategy.averages and len(center) > 1 and config.dro.fixed_weights is None:
         _say_where_p_moves(run.strategy.mixture_set(center), run.client_ids)
 

@@ -15,9 +15,10 @@ from feddra_ds.distributed.launch import Launch, choose_device
 from feddra_ds.distributed.plan import Plan
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.run.checks import POOLED, Checked, what_all_ranks_share
+from feddra_ds.run.prediction import Predict, predicted
 
 
-def dry_run(config: Config, found: Checked) -> None:
+def dry_run(config: Config, found: Checked, predict: Predict | None = None) -> None:
     """Every rank calls it. Rank 0 logs who is where, and what was seen.
 
     Raises ConfigError and WaitTimeout as a training does, and RuntimeError where a group adds up wrongly.
@@ -25,6 +26,7 @@ def dry_run(config: Config, found: Checked) -> None:
     dataset, ids, layout = found
     launch = Launch.from_environment()
     device = choose_device(config.run.device, launch.local_rank)
+    memory = predicted(predict, config, layout, launch, device)
     began = time.monotonic()
     topology = Topology(
         layout,
@@ -34,6 +36,7 @@ def dry_run(config: Config, found: Checked) -> None:
         common=what_all_ranks_share(config, dataset, ids, device),
         client_ids=[POOLED] if strategies.build(config.strategy, config.dro).pools_data else ids,
         interface=config.topology.interface,
+        memory=memory,
     )
     _add_up(topology, layout)
     topology.close()
@@ -43,6 +46,8 @@ def dry_run(config: Config, found: Checked) -> None:
             "topology.dry_run: %s. They met, and each slot%s added up a number, in %s; nothing was trained",
             layout.describe(), peers, duration(time.monotonic() - began),
         )  # fmt: skip
+        if memory is not None:
+            logger.info("a rank needs %s at its peak; feddra-ds doctor --plan says what for", memory)
 
 
 def _add_up(topology: Topology, layout: Plan) -> None:

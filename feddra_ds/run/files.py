@@ -18,6 +18,7 @@ from feddra_ds.common.parse import OBJECT, check_fields, parse_json, parse_yaml
 from feddra_ds.common.tree import get_path
 from feddra_ds.config.schema import DataConfig
 from feddra_ds.data.format.dataset import open_dataset
+from feddra_ds.run.evaluation_file import EVALUATION
 from feddra_ds.run.metrics_file import read_metrics
 from feddra_ds.run.progress import FILE_NAME as PROGRESS_NAME
 
@@ -239,14 +240,16 @@ def open_run(path: str | Path) -> RunFiles:
         raise ValueError(f"{root / 'config.yaml'}: {error}") from error
     lines = read_metrics(root / "metrics.jsonl")
     progress = _read(root / PROGRESS_NAME, _PROGRESS)
-    evaluation, transfer = (_read(root / name, OBJECT) for name in (EVALUATION_NAME, TRANSFER_NAME))
+    evaluation, transfer = _read(root / EVALUATION_NAME, EVALUATION), _read(root / TRANSFER_NAME, OBJECT)
     return RunFiles(root, config, lines, progress, evaluation, transfer)
 
 
 def _read(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
     """{} where there is none of that kind: an older run has none, and a run can be read without it."""
     try:
-        return dict(parse_json(path.read_bytes(), kind))
+        told = parse_json(path.read_bytes(), OBJECT)
+        check_fields(told, kind)
+        return told
     except (OSError, ValueError):
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,14 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from feddra_ds.checkpoint.format import SHARED, folder_of, partial_of
+from feddra_ds.checkpoint.format import SHARED, folder_of
 from feddra_ds.checkpoint.restore import export_checkpoint
-from feddra_ds.checkpoint.write import commit
 from feddra_ds.common.errors import CheckpointNotWritten, DataError, TooFewClients
 from feddra_ds.common.logs import logger
-from feddra_ds.common.text import first_line
 from feddra_ds.config.schema import Config
 from feddra_ds.data.loading.client_data import ClientData
 from feddra_ds.distributed.topology import Topology
@@ -30,12 +28,13 @@ from feddra_ds.federation.coordinator import Coordinator
 from feddra_ds.federation.protocol import ClientReport, Decision, Loss, Protocol, RankReport
 from feddra_ds.federation.record import RoundRecord
 from feddra_ds.federation.references import References
-from feddra_ds.federation.saving import write_server
+from feddra_ds.federation.saving import copy_server
 from feddra_ds.federation.schedule import Stage, draws_of_round, stages_of_round, steps_per_round
 from feddra_ds.federation.server import Server
 from feddra_ds.federation.validation import Embedded, embed, measure_loss, retrieval
 from feddra_ds.objectives import Objective
 from feddra_ds.run import stop_request
+from feddra_ds.run.checkpoint_writer import CheckpointWriter, Due
 from feddra_ds.run.debug import deterministic
 from feddra_ds.run.memory import Memory
 from feddra_ds.run.metrics_file import MetricsFile
@@ -73,6 +72,7 @@ class Run:
     mixture: Vector
     next_round: int = 0
     stops: bool = False  # whether the round that ended is the last one of this start
+    not_saved: str | None = None  # why there is no checkpoint of the last round of this start
     norm_limits: dict[str, float | None] = field(default_factory=dict)  # by stage: the largest update that is averaged
     # rank 0 only
     coordinator: Coordinator | None = None
@@ -92,6 +92,7 @@ class Run:
         self.run_dir = Path(self.config.run.output_dir)
         self.draws, self.present = np.ones(len(self.client_ids), dtype=np.int64), self.clients
         self.protocol, self.memory = Protocol(self.topology), Memory(self.engine.device)
+        self.checkpoints = CheckpointWriter(self.protocol)
         self.progress = Progress(
             self.run_dir,
             strategy=self.config.strategy.name,
@@ -105,7 +106,7 @@ class Run:
 
     def rounds(self) -> None:
         """All rounds that are left, then the final model; fewer, and none, where a rank is asked to stop (`stops`)."""
-        with self.progress, deterministic(self.config.debug.deterministic):
+        with self.progress, deterministic(self.config.debug.deterministic), self.checkpoints:
             for round_index in range(self.next_round, self.config.schedule.rounds):
                 self.progress.begin_round(round_index)
                 self.trainer.observer.round_index = round_index
@@ -130,8 +131,10 @@ class Run:
                     self.save(round_index, record)
                 if record is not None:
                     self.record(record, time.monotonic() - began)
+                self.check_saved()
                 if self.stops:
-                    self.progress.stopped = "asked to by SIGUSR1, after a checkpoint"
+                    what_is_left = "after a checkpoint" if self.not_saved is None else f"but {self.not_saved}"
+                    self.progress.stopped = f"asked to by SIGUSR1, {what_is_left}"
                     return
             with self.timed("model"):
                 self.save_final_model()
@@ -322,34 +325,42 @@ class Run:
         return record
 
     def save(self, round_index: int, record: RoundRecord | None) -> None:
-        """An atomic checkpoint where one is due (checkpoint.every, and after the last round, or where the run stops)."""
+        """Begin a checkpoint where one is due (checkpoint.every, and after the last round, or where the run stops).
+
+        What it holds is copied here and written beside the next round. The one before is waited for; after the last round
+        this one is too, and all ranks hear what became of it.
+        """
         is_last = round_index + 1 == self.config.schedule.rounds or self.stops
         if (round_index + 1) % self.config.checkpoint.every and not is_last:
             return
-        topology = self.topology
-        folder = folder_of(self.run_dir, round_index)
-        written, problem = {}, None
-        try:
-            written = write_server(partial_of(folder), self.server, self.clients, topology)
-        except (OSError, SafetensorError) as error:
-            problem = first_line(error)
-        self.protocol.tell_saved(round_index, written, problem)
-        if self.coordinator is None:
+        self.checkpoints.wait()
+        state = None
+        if self.coordinator is not None:  # with the record, lest a kill before `record` lose the line
+            state = json.dumps(self.coordinator.state(round_index) | {"metrics": record}, indent=1)
+        folder, pieces = folder_of(self.run_dir, round_index), copy_server(self.server, self.clients, self.topology)
+        ranks = self.topology.live_ranks
+        self.checkpoints.begin(Due(round_index, folder, pieces, ranks, self.config.checkpoint.keep, state))
+        if not is_last:
             return
-        files, problems = self.protocol.hear_saved(round_index, topology.live_ranks)
-        if not problems:
-            # with the record, lest a kill before `record` lose the line
-            state = self.coordinator.state(round_index) | {"metrics": record}
-            try:
-                commit(folder, state, files, self.config.checkpoint.keep)
-            except OSError as error:
-                problems = {first_line(error): ["rank 0"]}
-        self.coordinator.note_checkpoint(folder, problems)
+        self.checkpoints.wait()
+        if self.coordinator is not None:
+            self.protocol.tell_kept(round_index, self.coordinator.not_saved)
+        self.not_saved = self.protocol.hear_kept(round_index)
+
+    def check_saved(self) -> None:
+        """Raises CheckpointNotWritten where the run cannot end without the checkpoint that could not be written."""
+        if self.not_saved is None or (self.stops and self.config.checkpoint.on_error == "continue"):
+            return
+        lost = "it was asked to stop" if self.stops else "without it there is no final model"
+        raise CheckpointNotWritten(
+            f"{self.not_saved}; {lost}: make room, and the same command does the rounds again since the last checkpoint"
+        )
 
     def record(self, record: RoundRecord, seconds: float) -> None:
         """Write the round's line of metrics.jsonl, and tell the trackers, with the coordinator's own clock."""
         record["seconds"] = seconds
         record["stage_seconds"] = {name: self.seconds[name] for name in STAGE_NAMES}
+        record["checkpoint_writer_seconds"] = self.checkpoints.take_seconds()
         assert self.metrics is not None
         self.metrics.append(record)
         self.progress.end_round(record)
@@ -361,9 +372,6 @@ class Run:
         if self.coordinator is None:
             return
         newest = folder_of(self.run_dir, self.config.schedule.rounds - 1)
-        if self.coordinator.not_saved is not None:
-            raise CheckpointNotWritten(f"{self.coordinator.not_saved}; without it there is no final model: make room, and the "
-                                       "same command does the rounds again since the last checkpoint")  # fmt: skip
         for owner in [SHARED] if self.strategy.averages else self.client_ids:
             export_checkpoint(newest, owner, self.run_dir / "model" / ("" if owner == SHARED else owner))
 

@@ -163,6 +163,7 @@ def numbers_of(record: Record) -> dict[str, float]:
         out |= {f"val/{name}/{key.replace('@', '_at_')}": value for key, value in values.items()}
     out |= {"bytes_sent_per_rank": record["bytes_sent_per_rank"], "seconds/round": record["seconds"]}
     out |= {f"seconds/{stage}": value for stage, value in record["stage_seconds"].items()}
+    out["seconds/checkpoint_writer"] = record.get("checkpoint_writer_seconds")
     return {name: float(value) for name, value in out.items() if value is not None and math.isfinite(value)}
 
 

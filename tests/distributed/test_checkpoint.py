@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,35 @@ def cut_in(config_tree: dict[str, Any], round_index: int, stage_name: str) -> No
     run.run_stage = stop
     with pytest.raises(_Cut):
         run.rounds()
+    finish(run)
+
+
+def cut_while_writing(config_tree: dict[str, Any], round_index: int) -> None:
+    """As a kill while the checkpoint of a round is written and the next round trains: it is never committed."""
+    from feddra_ds.run import checkpoint_writer
+
+    run = build_run(config_tree)
+    trains, commit = threading.Event(), checkpoint_writer.commit
+    run_stage = run.run_stage
+
+    def stop(number: int, stage: Any) -> int:
+        if number == round_index + 1 and stage.name == "stage2":
+            trains.set()
+            raise KeyboardInterrupt
+        return run_stage(number, stage)
+
+    def wait_and_die(folder: Path, *args: Any) -> None:
+        if folder.name.endswith(str(round_index)):
+            assert trains.wait(60), "training waited for the checkpoint"
+            raise _Cut
+        commit(folder, *args)
+
+    run.run_stage, checkpoint_writer.commit = stop, wait_and_die
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.rounds()
+    finally:
+        checkpoint_writer.commit = commit
     finish(run)
 
 
@@ -232,18 +262,23 @@ def test_a_checkpoint_of_another_model_is_refused(dataset: Path, tmp_path: Path)
 
 # ---- resuming
 def test_a_resumed_run_equals_one_that_was_never_interrupted(dataset: Path, tmp_path: Path) -> None:
-    """Interrupted between rounds, and within stage 1 and stage 2 of a round: all metrics to the last bit."""
+    """Interrupted between rounds, within stage 1 and stage 2 of a round, and while a checkpoint is written beside the next
+    round: all metrics to the last bit."""
     four = {"schedule__rounds": 4, **MORE}
-    whole, longer, cut_1, cut_2 = (tmp_path / name for name in ("whole", "longer", "cut-1", "cut-2"))
+    whole, longer, cut_1, cut_2, writing = (
+        tmp_path / name for name in ("whole", "longer", "cut-1", "cut-2", "writing")
+    )
     on_each(run_all, [(tree(dataset, whole, **four),), (tree(dataset, longer, **(four | {"schedule__rounds": 2})),)])
     on_each(
         cut_in,
         [(tree(dataset, cut_1, **four), 2, "stage1"), (tree(dataset, cut_2, checkpoint__every=2, **four), 3, "stage2")],
     )
-    assert [len(metrics_of(out)) for out in (longer, cut_1, cut_2)] == [2, 2, 3]
-    seen = on_each(run_all, [(tree(dataset, out, **four),) for out in (longer, cut_1, cut_2)])
-    assert [s[0]["first_round"] for s in seen] == [2, 2, 2]  # the third had its last checkpoint after round 1
-    for out in (longer, cut_1, cut_2):
+    on_each(cut_while_writing, [(tree(dataset, writing, **four), 1)])
+    assert [len(metrics_of(out)) for out in (longer, cut_1, cut_2, writing)] == [2, 2, 3, 2]
+    seen = on_each(run_all, [(tree(dataset, out, **four),) for out in (longer, cut_1, cut_2, writing)])
+    # the third had its last checkpoint after round 1; that of the fourth after round 1 was not whole
+    assert [s[0]["first_round"] for s in seen] == [2, 2, 2, 1]
+    for out in (longer, cut_1, cut_2, writing):
         assert metrics_of(out) == metrics_of(whole), out.name
         assert same_bits(weights_of(out, 3), weights_of(whole, 3)), out.name
 

@@ -14,7 +14,7 @@ from on_gpu import run_parts
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.timeout(900)
-LONG = ("bench_clients", "bench_loading", "bench_memory", "bench_plan", "bench_released_pattern")
+LONG = ("bench_clients", "bench_goodput", "bench_loading", "bench_memory", "bench_plan", "bench_released_pattern")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -44,9 +45,14 @@ def test_from_nothing_to_partitioned_data(tmp_path: Path) -> None:
     synth = feddra("synth", "--out", tmp_path / "synth", "--num-pairs", 60, "--image-size", 32).stdout
     assert "lung_sanatorium" in synth
     assert "\nNext:\n  feddra-ds data inspect" in synth
-    seen = feddra("inspect", tmp_path / "synth", "--verify").stdout
+    seen = feddra("inspect", tmp_path / "synth", "--plot", tmp_path / "labels.svg").stdout
     assert "island_hospital (held out)" in seen
-    assert "every shard is there and has its full size and its sha256" in seen
+    assert "every shard is there and has its full size" in seen
+    drawn = (tmp_path / "labels.svg").read_text()
+    for cell in re.findall(r"cavity +│ +(\d+%)", seen):
+        assert f">{cell}</text>" in drawn, "the picture has the table's shares"
+    assert "<title>lung_sanatorium, effusion: " in drawn
+    assert "ok       every shard is what its index says" in feddra("validate", tmp_path / "synth").stdout
     assert "\nNext:\n  feddra-ds train" in seen
     words = ("partition", tmp_path / "synth", "--out", tmp_path / "dealt", "--num-clients", 3, "--alpha", 1)
     dealt = feddra(*words, "--label", "effusion").stdout
@@ -78,12 +84,15 @@ def test_bad_pairs_are_noted_by_inspect(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "data") as writer:
         for n, change in enumerate(({}, {"image": b"?"}, {"text": ""}, {"image": None}, {"text": None})):
             writer.add("a", "train", f"k{n}", **{**good, **change})
-    line = "PROBLEM  a: 4 of the 5 pairs looked at are unreadable (1 corrupt_image, 2 empty_text, 1 missing_image), more than"
+    line = (
+        "PROBLEM  a: 4 of the 5 pairs looked at are unreadable (1 corrupt_image, 1 empty_text, 1 missing_image, 1 missing_text), "
+        "more than"
+    )
     assert line in feddra("inspect", tmp_path / "data", expect=1).stdout
     seen = feddra("inspect", tmp_path / "data", "--max-bad-fraction", 1).stdout
     assert (
-        "note     unreadable among the pairs looked at: a (1 corrupt_image, 2 empty_text, 1 missing_image among 5)"
-        in seen
+        "note     unreadable among the pairs looked at: a (1 corrupt_image, 1 empty_text, 1 missing_image, "
+        "1 missing_text among 5)" in seen
     )
     assert "kind=x " in seen, "a list's parts are labels of their own"
     assert "kind=y " in seen
@@ -107,7 +116,7 @@ def test_mistakes(words: tuple[object, ...], line: str) -> None:
     assert error[0].startswith(f"feddra-ds: {line}")
 
 
-@pytest.mark.parametrize("command", ["synth", "convert", "partition", "inspect"])
+@pytest.mark.parametrize("command", ["synth", "convert", "partition", "inspect", "validate"])
 def test_help_explains_every_option(command: str) -> None:
     text = feddra(command, "--help").stdout
     options = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  --")]
@@ -118,7 +127,7 @@ def test_help_explains_every_option(command: str) -> None:
 
 
 def test_help_comes_without_waiting_for_torch() -> None:
-    names = ("synth", "convert", "partition", "inspect")
+    names = ("synth", "convert", "partition", "inspect", "validate")
     code = f"import sys, {', '.join(f'feddra_ds.commands.data_{name}' for name in names)}"
     code += "; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from data_helpers import make_dataset
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 from feddra_ds import cli
 from feddra_ds.checkpoint.format import check, described, files_of, read_coordinator
@@ -33,6 +35,7 @@ from feddra_ds.commands._status_text import show
 from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.common.parse import parse_json, parse_yaml
 from feddra_ds.common.text import printable
+from feddra_ds.common.trust import find_weights
 from feddra_ds.config.deepspeed_file import read_deepspeed_file
 from feddra_ds.config.load import load
 from feddra_ds.config.schema import StreamingConfig
@@ -40,11 +43,15 @@ from feddra_ds.data.format.dataset import open_dataset
 from feddra_ds.data.format.indexing import Indexer, info_of
 from feddra_ds.data.format.remote import Store
 from feddra_ds.data.format.samples import texts_of_json
+from feddra_ds.data.loading.tokens import freeze, load_tokenizer
+from feddra_ds.data.sources.base import Skip
+from feddra_ds.data.sources.journal import Journal
 from feddra_ds.evaluation.labels import find_tasks, read_prompts
 from feddra_ds.experiments import spec
 from feddra_ds.model.encoders import load_config
 from feddra_ds.model.processor import image_statistics
 from feddra_ds.model.weights.tensor_files import stored
+from feddra_ds.report import tables
 from feddra_ds.report.standing import standing
 from feddra_ds.run.files import open_run
 
@@ -172,6 +179,7 @@ def write_run(root: Path, file: str) -> Path:
               "val": {"all": {"i2t_recall@1": 0.5, "pairs": 4}}, "seconds": 2.0, "stage_seconds": {"stage1": 1.0}}  # fmt: skip
     text(root / "metrics.jsonl", record)
     text(root / "progress.json", {"round": 1, "rounds": 2, "time": 0.0, "state": "running"})
+    text(root / "evaluation.json", EVALUATION)
     return root / file
 
 
@@ -180,6 +188,68 @@ def read_run(path: Path) -> None:
         files = open_run(path.parent)
         show(files, standing(files))
     assert "\x1b" not in shown.getvalue()
+
+
+def read_evaluation(path: Path) -> None:
+    if tables.evaluation(open_run(path.parent)) is None:
+        raise DataError("a run may lack it, so what is none is not there")
+
+
+def write_journal(root: Path) -> Path:
+    made = Journal(root / "shards", FACTS)
+    read_journal(made.path, made)
+    return made.path
+
+
+FACTS = {"--text-column": "report", "rows of a.csv": 3}
+
+
+def read_journal(path: Path, fills: Journal | None = None) -> None:
+    shard = path.parent / "shards" / "north" / "train-000000.tar"
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    shard.write_bytes(b"x" * 10)
+    journal = fills or Journal(path.parent / "shards", FACTS)
+    with contextlib.suppress(InterruptedError), journal:
+        if fills:
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            shard.write_bytes(b"x" * 10)
+            fills.found(0, "digest")
+            fills.found(1, Skip(2, "no image"))
+            fills.take("north", "train", Skip(2, "no image"))
+            fills.finish("north", "train", shard)
+        journal.left([(0, "train"), (1, "train")], lambda row: "north")
+        raise InterruptedError  # what is there stays
+
+
+def write_tokenizer(root: Path, file: str) -> Path:
+    pieces = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "no": 4, "##dule": 5}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(root)
+    return root / file
+
+
+def read_tokenizer(path: Path) -> None:
+    frozen, _ = freeze(load_tokenizer(str(path.parent)), 8)
+    tokenizers.Tokenizer.from_str(frozen).encode("no nodule")
+
+
+def write_adapter(root: Path, file: str) -> Path:
+    text(root / "config.json", MODEL)
+    text(
+        root / "adapter_config.json",
+        {"peft_type": "LORA", "r": 4, "target_modules": ["query"], "base_model_name_or_path": "x"},
+    )
+    for name in ("adapter_model", "model"):
+        save_file({"a": torch.zeros(2, 4)}, root / f"{name}.safetensors")
+    return root / file
+
+
+def refuse_adapter(path: Path) -> None:
+    """It is no model, whatever it says; its weights are read as any file of tensors."""
+    with pytest.raises(ValueError, match="is an adapter"):
+        find_weights(path.parent, "key")
+    load_config(str(path.parent), "key")
 
 
 CONFIG = yaml.safe_dump({"data": {"root": "x", "image_size": 32}, "strategy": {"name": "fedavg"}, "schedule": {"rounds": 2},
@@ -193,6 +263,27 @@ STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "imag
 DEEPSPEED = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
 PROMPTS = yaml.safe_dump({"edema": {"yes": ["edema", "an edema"], "no": "none"}})
 YAML = (yaml.dump, yaml.safe_load)
+LINES = (
+    lambda tree: "".join(json.dumps(line) + "\n" for line in tree),
+    lambda data: [json.loads(x) for x in data.splitlines()],
+)
+RECALL = {"k": 5, "recall": 0.5, "low": 0.25, "high": 0.75, "chance": 0.1, "verdict": "above chance"}
+INTERVAL = {"value": 0.5, "low": 0.25, "high": 0.75}
+MEASURED = {"n": 40.0, "positives": 20.0, "auroc": 0.75, "balanced_accuracy": 0.5}
+GALLERY = {"pairs": 40, "intervals": {"recall@5": RECALL}}
+EVALUATION = {
+    "round": 0, "split": "val", "data": "data", "pooled": GALLERY,
+    "clients": {"a": GALLERY | {"held_out": True, "split": "test"}},
+    "without_split": ["b"], "non_finite": {"weights": {"w": 1}, "pairs": {"a": {"image": ["x"]}}},
+    "worst_mixture": {"loss": 1.0, "recall@5": 0.5, "intervals": {"loss": {"low": 0.5, "high": 2.0}},
+                      "weights_by_loss": {"a": 1.0}, "weights_by_recall": None, "mean": {"loss": INTERVAL},
+                      "worst_client": {"loss": INTERVAL | {"id": "a"}},
+                      "held_out": {"c": {"loss": INTERVAL}}, "loss_by_chance": 2.0,
+                      "set": {"kind": "chi2", "radius": 1.0, "minimum": 0.0, "maximum": None}},
+    "zero_shot": {"mass": {"classes": 2, "clients": {"a": MEASURED, "b": None}, "pooled": MEASURED | {
+        "calibration": {"ece": 0.1, "bins": [{"low": 0.5, "high": 0.6, "n": 40, "confidence": 0.55, "accuracy": 0.5}]}}}},
+    "subgroups": {"fields": {"sex": {"F": {"pairs": 20, "recall@5": RECALL}}}, "worst": RECALL | {"field": "sex", "value": "F"}},
+}  # fmt: skip
 FORMATS: dict[str, Format] = {
     "index": Format(lambda root: write_data(root, "north/index.json"), lambda path: read_data(path.parent.parent)),
     "dataset": Format(lambda root: write_data(root, "dataset.json"), lambda path: read_data(path.parent)),
@@ -221,6 +312,11 @@ FORMATS: dict[str, Format] = {
     "deepspeed": Format(lambda root: text(root / "ds.json", DEEPSPEED), lambda path: read_deepspeed_file(str(path))),
     "metrics": Format(lambda root: write_run(root, "metrics.jsonl"), read_run),
     "progress": Format(lambda root: write_run(root, "progress.json"), read_run),
+    "evaluation": Format(lambda root: write_run(root, "evaluation.json"), read_evaluation),
+    "journal": Format(write_journal, read_journal, *LINES),
+    "tokenizer": Format(lambda root: write_tokenizer(root, "tokenizer.json"), read_tokenizer),
+    "tokenizer config": Format(lambda root: write_tokenizer(root, "tokenizer_config.json"), read_tokenizer),
+    "adapter": Format(lambda root: write_adapter(root, "adapter_config.json"), refuse_adapter),
     "run config": Format(lambda root: write_run(root, "config.yaml"), read_run, *YAML),
 }
 
@@ -255,7 +351,8 @@ def test_a_mutated_file_is_read_or_refused_in_a_line(name: str, tmp_path: Path) 
         refused += must_be_read_or_refused(lambda: form.read(path), f"{name} {case}", bad)
         if name in ("coordinator", "shard") and bad != good:
             assert check(tmp_path), f"{name} {case}: a damaged checkpoint passes for a whole one"
-    assert refused or name in ("member", "progress")  # whose pairs are counted as bad, and which a run may lack
+    # whose pairs are counted as bad, which a run may lack, that is refused as it is, and from whose bad line on one begins anew
+    assert refused or name in ("member", "progress", "adapter", "journal")
 
 
 def test_a_server_may_answer_anything(tmp_path: Path) -> None:

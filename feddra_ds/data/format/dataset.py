@@ -140,6 +140,10 @@ class Dataset:
         is_made = client in self._indexes or client not in self._bare
         return is_made or cached_index(self._bare[client], self.data).is_file()
 
+    def has_own_index(self, client: str) -> bool:
+        """Whether its index lies beside its shards; else it was made here, at first use."""
+        return client not in self._bare and self.data.client_field is None
+
     def stream(self, client: str, split: str) -> Shards:
         """The client's shards of a split, for data.order=streaming; the same object each time. Raises DataError without any."""
         if (client, split) not in self._streams:
@@ -279,7 +283,7 @@ class Dataset:
         return made
 
     def _place(self, client: str, shard: dict[str, Any]) -> str:
-        is_own = client not in self._bare and self.data.client_field is None
+        is_own = self.has_own_index(client)
         if self.store is None or not (is_own or is_remote(shard["file"])):
             return str(self.root / client / shard["file"]) if is_own else str(shard["file"])
         address = self.store.address(f"{client}/{shard['file']}") if is_own else shard["file"]
@@ -302,22 +306,30 @@ class Dataset:
         problems = []
         for client in self.client_ids if clients is None else clients:
             for path, shard in self.shards(client):
-                if "sha256" not in shard:
-                    continue  # its index was made here, just now, of what is there
                 if progress is not None:
                     progress(f"{client}/{shard['file']}")
-                try:
-                    found = sha256(path if self.store is None else self.store.local(self._place(client, shard)))
-                except OSError as error:
-                    problems.append(f"{path}: cannot be read: {error.strerror}")
-                    continue
-                except DataError as error:  # a remote shard is checked as it arrives
-                    problems += error.problems
-                    continue
-                if found != shard["sha256"]:
-                    problems.append(f"{path}: sha256 differs from {INDEX_NAME}: the shard was changed or damaged; "
-                                    f"convert {client} again or restore the file")  # fmt: skip
+                problems += self.verify_shard(client, path, shard)
         return problems
+
+    def verify_shard(self, client: str, path: Path, shard: dict[str, Any]) -> list[str]:
+        """The same for one of `shards`; nothing where its index was made here, of what is there, without a sha256."""
+        if "sha256" not in shard:
+            return []
+        try:
+            found = sha256(self.at_hand(client, shard))
+        except OSError as error:
+            return [f"{path}: cannot be read: {error.strerror}"]
+        except DataError as error:  # a remote shard is checked as it arrives
+            return list(error.problems)
+        if found == shard["sha256"]:
+            return []
+        return [f"{path}: sha256 differs from {INDEX_NAME}: the shard was changed or damaged; convert {client} again or restore "
+                "the file"]  # fmt: skip
+
+    def at_hand(self, client: str, shard: dict[str, Any]) -> Path:
+        """A client's shard on this disk, fetched where it is not here. Raises DataError."""
+        place = self._place(client, shard)
+        return Path(place) if self.store is None else self.store.at_hand(place)
 
 
 def open_dataset(

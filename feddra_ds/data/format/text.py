@@ -7,6 +7,10 @@ from pathlib import Path
 
 # What spreadsheets and data frames write where there is nothing, and what de-identification leaves of a whole field.
 _NOTHING = frozenset("nan none null na n/a #n/a n.a nil <na> nat undefined empty".split())
+# Words of a label of two classes, in lower case; UNKNOWN ones are left out of any label.
+YES = frozenset({"1", "1.0", "true", "yes", "positive", "present"})
+NO = frozenset({"0", "0.0", "false", "no", "negative", "absent"})
+UNKNOWN = frozenset({"", "-1", "-1.0", "nan", "none", "null", "na", "n/a", "unknown", "uncertain"})
 _LFS = "version https://git-lfs.github.com/spec/"
 
 

@@ -247,6 +247,16 @@ def fill(out: np.ndarray, image: bytes | None, text: bytes | None, source: Sourc
 
     Raises BadSample.
     """
+    image, told = checked(image, text)
+    if epoch < 0:
+        out[...] = evaluation_pixels(image, source.image_size)
+    else:
+        out[...] = training_pixels(image, source.image_size, source.augment, source.seed, source.name, epoch, sample)
+    return told
+
+
+def checked(image: bytes | None, text: bytes | None) -> tuple[bytes, str]:
+    """A pair's encoded image, not decoded here, and its report. Raises BadSample where one is missing, or is none."""
     if text is None:
         raise BadSample("missing_text")
     if image is None:
@@ -254,14 +264,10 @@ def fill(out: np.ndarray, image: bytes | None, text: bytes | None, source: Sourc
     if is_lfs_pointer(image):
         raise BadSample("git_lfs_pointer")
     try:
-        decoded = text.decode("utf-8").strip()
+        told = text.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSample("corrupt_text") from error
-    reason = no_report(decoded)
+    reason = no_report(told)
     if reason is not None:
         raise BadSample(reason)
-    if epoch < 0:
-        out[...] = evaluation_pixels(image, source.image_size)
-    else:
-        out[...] = training_pixels(image, source.image_size, source.augment, source.seed, source.name, epoch, sample)
-    return decoded
+    return image, told

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -30,14 +28,13 @@ from feddra_ds.data.sources.journal import Journal
 from feddra_ds.data.sources.reports import choose_sections
 from feddra_ds.data.sources.split import choose_validation, components
 from feddra_ds.data.sources.spool import Spool
+from feddra_ds.data.threads import in_threads
 
 _SHOWN = 20
 _REHEARSED = 200
 _NO_REPORT = ("no report", "git lfs pointer")
 _HARMLESS = ("overwrite", "max_no_report", "dry_run", "restart")  # options that no shard depends on
 SKIPPED_NAME = "skipped.csv"
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ def _rehearse(
     """What would be written: all rows, of which `_REHEARSED` evenly spaced pictures are looked at."""
     some = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _REHEARSED)).astype(int)).tolist()
     bad = set()
-    for number, image in track(_in_threads(lambda n: _encode(source, rows[n], options), some), len(some), "looking"):
+    for number, image in track(in_threads(lambda n: _encode(source, rows[n], options), some), len(some), "looking"):
         if isinstance(image, Skip):
             skipped.append(image)
             bad.add(number)
@@ -262,7 +259,7 @@ def _deal_out(
     clients: list[str] = []
     given: list[str] = []
     links: list[list[object]] = []
-    for number, (row, found) in track(_in_threads(digest, range(len(rows))), len(rows), "reading images"):
+    for number, (row, found) in track(in_threads(digest, range(len(rows))), len(rows), "reading images"):
         journal.found(number, found)
         if isinstance(found, Skip):
             skipped.append(found)
@@ -338,7 +335,7 @@ def _write(
         row.picture = None
         return row, image
 
-    for (_, split), (row, image) in track(_in_threads(work, left), len(left), "writing shards"):
+    for (_, split), (row, image) in track(in_threads(work, left), len(left), "writing shards"):
         client = names.folders[row.client]
         if isinstance(image, Skip):
             skipped.append(image)
@@ -368,20 +365,6 @@ def _members(row: Row, image: Encoded) -> dict[str, Any]:
         "line": row.line,
     }
     return {"image": image.data, "suffix": image.suffix, "text": row.text, "info": info}
-
-
-def _in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[tuple[_In, _Out]]:
-    """(item, work(item)) in order, a bounded number under way; Pillow and file reading release the interpreter lock."""
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        ahead: deque[tuple[_In, Future[_Out]]] = deque()
-        for item in items:
-            ahead.append((item, pool.submit(work, item)))
-            if len(ahead) >= 64:
-                item, future = ahead.popleft()
-                yield item, future.result()
-        while ahead:
-            item, future = ahead.popleft()
-            yield item, future.result()
 
 
 def _list_skipped(path: Path, skipped: list[Skip]) -> None:

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from feddra_ds.common.errors import DataError
+from feddra_ds.common.parse import OBJECT, parse_json
 from feddra_ds.data.sources.base import Skip
 from feddra_ds.data.sources.dicom import Scaled
 
@@ -27,10 +31,18 @@ class Shard:
     client: str
     split: str
     file: str = ""
-    bytes: int = 0
-    items: int = 0
+    bytes: Annotated[int, Field(ge=0)] = 0
+    items: Annotated[int, Field(ge=0)] = 0
     skipped: list[Skip] = field(default_factory=list)
     scaled: list[tuple[Scaled, str]] = field(default_factory=list)
+
+
+class _Facts(TypedDict):
+    facts: dict[str, Any]
+
+
+_Picture = tuple[int, str | Skip]  # a row and what was found of its picture
+_LINE: TypeAdapter[_Facts | _Picture | Shard] = TypeAdapter(_Facts | _Picture | Shard)
 
 
 class Journal:
@@ -45,7 +57,7 @@ class Journal:
 
     def __init__(self, folder: Path, facts: dict[str, Any], restart: bool = False):
         self.folder, self.restart = folder, restart
-        self.facts = json.loads(json.dumps(facts))
+        self.facts = parse_json(json.dumps(facts), OBJECT)
         self.path = folder.with_name(f"{folder.name}.jsonl")
         self.pictures: dict[int, str | Skip] = {}
         self.shards: list[Shard] = []
@@ -59,8 +71,8 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lines = [] if self.restart or not self.folder.is_dir() else self._lines()
-            if lines:
-                self._go_on(lines)
+            if lines and isinstance(lines[0], dict):
+                self._go_on(lines[0], lines[1:])
             else:
                 self._begin()
         except BlockingIOError:
@@ -77,34 +89,32 @@ class Journal:
         self._write({"facts": self.facts})
         self._file.flush()
 
-    def _lines(self) -> list[Any]:
-        """The lines of an earlier process; the last one, where it was cut off, is dropped."""
+    def _lines(self) -> list[_Facts | _Picture | Shard]:
+        """The lines of an earlier process; one that was cut off, or is none, is dropped with what comes after it."""
         self._file.seek(0)
-        lines = []
+        lines: list[_Facts | _Picture | Shard] = []
         end = 0
         for line in self._file:
             try:
-                lines.append(json.loads(line))
+                lines.append(parse_json(line, _LINE))
             except ValueError:
                 break
             end += len(line)
         self._file.truncate(end)
-        return lines if lines and "facts" in lines[0] else []
+        return lines
 
-    def _go_on(self, lines: list[Any]) -> None:
-        self._compare(lines[0]["facts"])
-        for line in lines[1:]:
-            if isinstance(line, dict):
-                line["skipped"] = [Skip(**skip) for skip in line["skipped"]]
-                line["scaled"] = [(Scaled(**how), name) for how, name in line["scaled"]]
-                self.shards.append(Shard(**line))
-            else:
+    def _go_on(self, facts: _Facts, lines: list[_Facts | _Picture | Shard]) -> None:
+        self._compare(facts["facts"])
+        for line in lines:
+            if isinstance(line, Shard):
+                self.shards.append(line)
+            elif isinstance(line, tuple):
                 row, found = line
-                self.pictures[row] = Skip(**found) if isinstance(found, dict) else found
+                self.pictures[row] = found
         self._has_shards = bool(self.shards)
         finished = {self.folder / shard.client / shard.file: shard.bytes for shard in self.shards}
         for path, size in finished.items():
-            if not path.is_file() or path.stat().st_size != size:
+            if not os.path.isfile(path) or path.stat().st_size != size:  # no error for a name that is too long
                 raise DataError(f"--out: {path} is not the shard that was finished before the conversion was cut off; "
                                 "--restart begins anew")  # fmt: skip
         for path in self.folder.glob("*/*.tar"):

@@ -42,6 +42,7 @@ class Miniature:
         per_rank = max(1, config.data.batch_size // layout.ranks)
         self.rows = min(per_rank, config.data.micro_batch_size or per_rank)
         self.per_rank, self.micro_batches = per_rank, math.ceil(per_rank / self.rows)
+        self.saved = Blocks()  # what a checkpoint of this rank holds
         self._passes: dict[tuple[str, int], list[Event]] = {}
         self._has_moments: set[str] = set()
         self.begin("build")
@@ -55,10 +56,13 @@ class Miniature:
     def run(self) -> None:
         """Build, two rounds (the next ones are like the second), evaluation, the final model."""
         self.build()
-        for _ in range(2):  # twice: the second round starts with what the first one left behind
+        for round_index in range(2):  # the second round starts with what the first one left behind
             for stage in stages_of_round(self.config, 0, self.step_factor):
                 self.begin(stage.name)
                 self.stage(stage)
+            if round_index == 0:  # on a slow disk it is there for the whole of the next round
+                self.host.hold("checkpoint that is being written", self.saved)
+        self.host.drop("checkpoint that is being written")
         self.begin("evaluate")
         self.embed(self.evaluation_rows())
         self.begin("model")
@@ -67,7 +71,7 @@ class Miniature:
     # ---- building
     def build(self) -> None:
         """As run/build.py does: weights come one by one into the engine, then the server takes its copy."""
-        lay, host = self.layout, self.host
+        lay = self.layout
         self.weights()
         self.masters()
         if lay.zero_stage == 0 and lay.width < 4:  # DeepSpeed's constructor takes an optimizer step
@@ -78,16 +82,21 @@ class Miniature:
             if self.config.objective.anchors == "resident":
                 self.hold_twin("frozen model (anchors=resident)", lay.every)
         for _ in range(1 if self.strategy.averages else lay.clients):
-            host.hold("server: global model", lay.state(PARTS))
-        host.hold("server: frozen weights that it moves", lay.moved_frozen())
+            self.hold_saved("server: global model", lay.state(PARTS))
+        self.hold_saved("server: frozen weights that it moves", lay.moved_frozen())
         if self.config.aggregate.precision != "fp32" and self.strategy.averages:
-            host.hold("server: residuals", lay.state(PARTS))
+            self.hold_saved("server: residuals", lay.state(PARTS))
         if self.config.aggregate.ema is not None:
-            host.hold("server: average over rounds", lay.state(PARTS))
+            self.hold_saved("server: average over rounds", lay.state(PARTS))
         for _ in range(self.strategy.num_outer):
-            host.hold("server: what the strategy keeps", lay.state(PARTS))
+            self.hold_saved("server: what the strategy keeps", lay.state(PARTS))
         for _ in range(self.strategy.num_kept * lay.clients):
-            host.hold("clients: what the strategy keeps", lay.state(PARTS))
+            self.hold_saved("clients: what the strategy keeps", lay.state(PARTS))
+
+    def hold_saved(self, name: str, amount: Blocks) -> None:
+        """What lies on the host from here on, and in every checkpoint."""
+        self.host.hold(name, amount)
+        self.saved += amount
 
     def hold_twin(self, name: str, sizes: Iterable[int]) -> None:
         self.device.hold(name, blocks(n * self.layout.width for n in sizes))

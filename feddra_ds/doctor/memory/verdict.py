@@ -126,6 +126,19 @@ def judge(config: Config, num_ranks: int, machine: Machine) -> Verdict:
     return Verdict(plan, machine, layout, known, factor, short, changes)
 
 
+def plan_of(config: Config, layout: Plan, device: str) -> MemoryPlan:
+    """What the ranks of a plan will need on cpu or cuda. Raises ConfigError."""
+    factor = strategies.build(config.strategy, config.dro).step_factor(layout.num_clients)
+    return plan_memory(
+        config,
+        meta_model(config),
+        ranks_per_slot=layout.ranks_per_slot,
+        clients_per_slot=len(layout.clients_of(0)),
+        step_factor=factor,
+        device=device,
+    )
+
+
 def candidates(config: Config, ranks: int, machine: Machine) -> Iterator[tuple[str, Any]]:
     """Changes of one key each that take less memory, whatever they cost otherwise."""
     zero = "deepspeed.zero_optimization"

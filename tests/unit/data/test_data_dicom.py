@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
 from feddra_ds.cli import main
+from feddra_ds.config.schema import AugmentConfig
 from feddra_ds.data.format.dataset import open_dataset
-from feddra_ds.data.loading.images import open_image, stretch, to_rgb, training_pixels
+from feddra_ds.data.format.likeness import thumbnail
+from feddra_ds.data.loading.images import evaluation_pixels, open_image, stretch, to_rgb, training_pixels
 from feddra_ds.data.sources.dicom import DicomError, is_dicom, read_dicom
 from feddra_ds.data.sources.encode import encode_image
 
@@ -152,21 +155,35 @@ def test_a_burnt_in_marker_does_not_darken_a_radiograph() -> None:
     assert stretch(np.full((4, 4), np.nan))[0].max() == 0
 
 
-@pytest.mark.parametrize("method", ["crop", "pad_crop"])
-def test_exif_orientation_is_honoured_where_pictures_are_decoded(method: str) -> None:
-    from feddra_ds.config.schema import AugmentConfig
-    from feddra_ds.data.loading.images import evaluation_pixels
+def in_a_page(data: bytes) -> np.ndarray:
+    """As the pages of reports and searches show it."""
+    from feddra_ds.evaluation.examples import thumbnail as of_page
 
+    url = of_page(data, side=40)
+    assert url is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+AS_IT_IS = {"flip": False, "brightness": 0.0}
+DECODERS = {
+    "evaluation, embed, search and probe": lambda data: evaluation_pixels(data, 40),
+    "training": lambda data: training_pixels(data, 32, AugmentConfig(**AS_IT_IS), 1),
+    "training, pad_crop": lambda data: training_pixels(data, 32, AugmentConfig(**AS_IT_IS, method="pad_crop", resize=40), 1),
+    "processor": lambda data: np.asarray(to_rgb(Image.open(io.BytesIO(data)))),
+    "convert": lambda data: np.asarray(Image.open(io.BytesIO(encode_image(data, None).data))),
+    "inspect's likeness": thumbnail,
+    "pages": in_a_page,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
+def test_exif_orientation_is_honoured_wherever_a_picture_is_decoded(decode) -> None:
     pixels = np.zeros((60, 100, 3), np.uint8)
     pixels[:20] = 255
     out, turned, upright = io.BytesIO(), Image.Exif(), io.BytesIO()
     turned[0x0112] = 6
     Image.fromarray(pixels).save(out, "JPEG", exif=turned, quality=95)
     Image.fromarray(np.rot90(pixels, -1)).save(upright, "JPEG", quality=95)
-    pair = [evaluation_pixels(data.getvalue(), 40).astype(int) for data in (out, upright)]
-    assert np.abs(pair[0] - pair[1]).mean() < 3
-    augment = AugmentConfig(flip=False, brightness=0.0)
-    if method == "pad_crop":
-        augment = AugmentConfig(flip=False, brightness=0.0, method="pad_crop", resize=40)
-    pair = [training_pixels(data.getvalue(), 32, augment, 1).astype(int) for data in (out, upright)]
+    pair = [decode(data.getvalue()).astype(int) for data in (out, upright)]
+    assert pair[0].shape == pair[1].shape
     assert np.abs(pair[0] - pair[1]).mean() < 5

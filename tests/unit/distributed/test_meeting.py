@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from feddra_ds.common.errors import ConfigError, WaitTimeout
+from feddra_ds.common.errors import ConfigError, WaitTimeout, is_told
 from feddra_ds.distributed import meeting
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.distributed.meeting import Place, address_of, meet
@@ -145,3 +145,52 @@ def test_the_plan_as_a_table() -> None:
     assert lines[0].split("  ")[0] == "rank"
     assert layout.apart(["a", "a", "a", "b"]) == {1: ["a", "b"]}
     assert plan(200, 200).table(["h"] * 200, ["cpu"] * 200, [])[-1] == "and 136 more ranks"
+
+
+def say_no(rank: int, *problems: str) -> Future[bool]:
+    """A rank that cannot start."""
+    future: Future[bool] = Future()
+    launch = Launch(rank, 3, rank, "head", 29500)
+    threading.Thread(target=lambda: future.set_result(meeting.refuse(launch, problems)), daemon=True).start()
+    return future
+
+
+def test_what_keeps_one_rank_from_starting_is_said_by_rank_0_and_ends_all(
+    join: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that is missing on one host: nobody waits for its ranks."""
+    with caplog.at_level(logging.WARNING, logger="feddra_ds"):
+        first, second, third = join(0), join(1), say_no(2, "data.root: there is no folder d")
+        assert third.result(10)
+        for started in (first, second):
+            error = started.exception(10)
+            assert isinstance(error, ConfigError)
+            assert is_told(error), "it is said again where it is caught"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"on {socket.gethostname()} (rank 2): data.root: there is no folder d"
+
+
+def test_where_rank_0_cannot_start_the_others_leave_without_a_word(join: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="feddra_ds"):
+        second, third = join(1), say_no(2, "schedule.round: no such key")
+        assert say_no(0, "schedule.round: no such key").result(10)
+        assert third.result(10)
+        assert is_told(second.exception(10))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "there"), [("the version of torch", "2.13.0", "2.12.0"), ("optimizer.lr", 0.1, 0.5)]
+)
+def test_a_rank_of_this_run_on_a_host_that_differs_ends_it_at_once(
+    join: Any, caplog: pytest.LogCaptureFixture, name: str, here: Any, there: Any
+) -> None:
+    """It writes into the same folder, so it is no other run's; rank 0 would wait for it in vain."""
+    with caplog.at_level(logging.WARNING, logger="feddra_ds"):
+        first, second, third = join(0, **{name: here}), join(1, **{name: here}), join(2, **{name: there})
+        assert all(isinstance(started.exception(10), ConfigError) for started in (first, second, third))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert (
+        f"(rank 2): {name} is {here!r} on {socket.gethostname()} (rank 0) and {there!r} here; give all hosts one"
+        in line
+    )

@@ -170,6 +170,12 @@ def test_a_gpu_holds_what_adam_is_known_to_need() -> None:
     assert high.items["optimizer state"] == 8 * total
 
 
+def test_a_checkpoint_is_written_from_a_copy_on_the_host() -> None:
+    items = planned(device="cuda", aggregate__ema=0.9).host["stage2"].items
+    held = items["server: global model"] + items["server: average over rounds"]
+    assert items["checkpoint that is being written"] == held
+
+
 def test_the_ledger_keeps_small_blocks_as_malloc_does() -> None:
     ledger = Ledger(keeps=True)
     ledger.begin("a")

@@ -309,7 +309,7 @@ def write_checkpoint(run: Path, model: DualEncoder, values: dict, number: int = 
     save_file(buffers, weights / "buffers.safetensors")
     root = partial_of(folder)
     files = {str(p.relative_to(root)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in weights.iterdir()}
-    commit(folder, {"round": number, "config": values}, files, keep=0)
+    commit(folder, json.dumps({"round": number, "config": values}), files, keep=0)
     return folder
 
 
