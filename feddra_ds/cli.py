@@ -11,7 +11,6 @@ from importlib import import_module
 from feddra_ds import __version__
 from feddra_ds.common.errors import WaitTimeout
 from feddra_ds.common.text import printable
-from feddra_ds.config.overrides import parse_overrides
 
 # command: (its module, what it does). A module has add_arguments(parser), EXAMPLES and run(args) -> exit code, and is imported
 # only when its command is asked for. A command of two words belongs to a group.
@@ -68,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is not None and command.get_default("takes_config_keys"):
         words, keys = _without_config_keys(words, command)
     args = parser.parse_args(words)
+    from feddra_ds.config.overrides import parse_overrides  # late: --help can do without
+
     args.rest, args.parser_of_all = keys, lambda: build_parser(None)[0]
     try:
         args.overrides = parse_overrides(keys)

@@ -10,6 +10,7 @@ from feddra_ds.checkpoint.format import EMA, WEIGHTS, check, folder_of, read_coo
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.logs import logger
 from feddra_ds.common.section import may_change, may_change_partly
+from feddra_ds.common.tree import flat
 from feddra_ds.config.load import known_keys
 from feddra_ds.config.schema import Config
 from feddra_ds.distributed.topology import Topology
@@ -70,7 +71,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], config: type[Config]
         if a == b:
             continue
         if info is not None and may_change_partly(info):
-            before, after = _flat(a or {}), _flat(b or {})
+            before, after = flat(a or {}), flat(b or {})
             for path in sorted(before.keys() | after.keys()):
                 x, y = before.get(path), after.get(path)
                 if x != y and (x or y) and not may_change(info, path):  # null, false and 0 are as if left out
@@ -86,14 +87,6 @@ def differences(saved: dict[str, Any], now: dict[str, Any], config: type[Config]
 
 def _changed(key: str, before: Any, now: Any) -> str:
     return f"{key}: is {now!r}, but the checkpoint was trained with {before!r}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested dict that are no dicts, by dotted key."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
 
 
 def _leaves(a: Any, b: Any, keys: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:

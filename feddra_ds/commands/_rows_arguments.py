@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from feddra_ds.experiments.compare import Comparison, choose_rows, compare
-from feddra_ds.experiments.grid import expand
-from feddra_ds.experiments.rows import read_rows
-from feddra_ds.experiments.spec import Kind, Spec, load
+if TYPE_CHECKING:
+    from feddra_ds.experiments.compare import Comparison
+    from feddra_ds.experiments.spec import Kind, Spec
 
 
 def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,11 @@ def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
 
 def comparison(args: argparse.Namespace) -> Comparison:
     """What the arguments ask for. Raises ConfigError, DataError and ValueError."""
+    from feddra_ds.experiments.compare import choose_rows, compare  # late, as the others: --help can do without
+    from feddra_ds.experiments.grid import expand
+    from feddra_ds.experiments.rows import read_rows
+    from feddra_ds.experiments.spec import Spec, load
+
     source = Path(args.source)
     spec: Spec | None = None
     prints: dict[str, str] | None = None

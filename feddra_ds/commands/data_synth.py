@@ -8,9 +8,7 @@ from pathlib import Path
 
 from feddra_ds.common.console import next_step, print_table, track
 from feddra_ds.common.errors import DataError
-from feddra_ds.data.synthetic.hospitals import SynthOptions, synthesize
 from feddra_ds.data.synthetic.scene import HELD_OUT, RARE_KIND, SITES
-from feddra_ds.data.synthetic.sites import Heterogeneity
 
 EXAMPLES = (
     "feddra-ds data synth --out data/synthetic --num-pairs 200 --image-size 64",
@@ -67,6 +65,9 @@ def _sizes(text: str) -> str | tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Make the dataset; prints a table of sites. Raises DataError."""
+    from feddra_ds.data.synthetic.hospitals import SynthOptions, synthesize  # late: --help can do without
+    from feddra_ds.data.synthetic.sites import Heterogeneity
+
     heterogeneity = Heterogeneity(
         label_shift=args.label_shift,
         style_shift=args.style_shift == "on",

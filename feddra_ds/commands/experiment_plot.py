@@ -8,7 +8,6 @@ from pathlib import Path
 
 from feddra_ds.commands._rows_arguments import add_rows_arguments, comparison
 from feddra_ds.common.files import write_atomic
-from feddra_ds.experiments.plot import draw
 
 EXAMPLES = ("feddra-ds experiment plot heterogeneity --to pictures",)
 
@@ -21,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the pictures and print their paths. Raises ConfigError, DataError and ValueError."""
+    from feddra_ds.experiments.plot import draw  # late: --help can do without
+
     found = comparison(args)
     args.to.mkdir(parents=True, exist_ok=True)
     for metric in found.metrics:

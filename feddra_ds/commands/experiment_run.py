@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from feddra_ds.commands._model_arguments import positive
 from feddra_ds.common.console import next_step, track
 from feddra_ds.common.text import duration
-from feddra_ds.experiments.compare import shown
-from feddra_ds.experiments.grid import Grid, expand
-from feddra_ds.experiments.rows import ROWS_NAME, Row, RowsFile
-from feddra_ds.experiments.runner import DEEPSPEED, Options, Progress, pending, run_experiment
-from feddra_ds.experiments.spec import Spec, load, names
+from feddra_ds.experiments.shipped import names
+
+if TYPE_CHECKING:
+    from feddra_ds.experiments.grid import Grid
+    from feddra_ds.experiments.rows import Row
+    from feddra_ds.experiments.runner import Progress
+    from feddra_ds.experiments.spec import Spec
+
+DEEPSPEED = "deepspeed --num_accelerators {ranks} --master_port {{port}} --module feddra_ds train"
 
 EXAMPLES = (
     "feddra-ds experiment run heterogeneity --dry-run",
@@ -42,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where a run crashed. Raises ConfigError and DataError."""
+    from feddra_ds.experiments.grid import expand  # late, as the others: --help can do without
+    from feddra_ds.experiments.runner import Options, pending, run_experiment
+    from feddra_ds.experiments.spec import load
+
     spec = load(args.spec)
     out = args.out or spec.default_out
     given = args.data or args.csv
@@ -62,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(spec: Spec, grid: Grid, out: Path, given: str | None) -> None:
+    from feddra_ds.experiments.rows import ROWS_NAME, RowsFile
+    from feddra_ds.experiments.runner import pending
+
     todo = {run.id for run in pending(grid, RowsFile(out / ROWS_NAME).rows, given)}
     for run in grid.runs:
         keys = ", ".join(f"{key}={value}" for key, value in run.keys.items())
@@ -71,6 +83,8 @@ def _list(spec: Spec, grid: Grid, out: Path, given: str | None) -> None:
 
 def _told(row: Row, progress: Progress) -> None:
     """A line for a run that has ended."""
+    from feddra_ds.experiments.compare import shown
+
     if row["status"] == "ok":
         names = ("recall@5", "worst_recall@5", "held_out_recall@5")
         said = ", ".join(f"{name} {shown(name, row['metrics'][name])} %" for name in names if name in row["metrics"])

@@ -18,7 +18,6 @@ from feddra_ds.common.console import next_step, print_table
 from feddra_ds.common.text import decimals, listed
 from feddra_ds.distributed.launch import Launch
 from feddra_ds.evaluation import finite
-from feddra_ds.run.files import TRANSFER_NAME, is_run
 
 EXAMPLES = (
     "feddra-ds finetune runs/mine",
@@ -29,7 +28,7 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `finetune`."""
     parser.description = (
-        f"{parser.description} Of a run as a whole (no --clients) it keeps the result in RUN/{TRANSFER_NAME}, which "
+        f"{parser.description} Of a run as a whole (no --clients) it keeps the result in RUN/finetune.json, which "
         "`feddra-ds report RUN` shows. On several processes: accelerate launch --multi_gpu --num_processes 2 -m feddra_ds "
         "finetune RUN (on CPUs too, with --device cpu)."
     )
@@ -111,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     fractions = parse_fractions(args.fractions)
     modes = split_ids(args.modes, "--modes") or ()
     from feddra_ds.evaluation.finetune import finetune  # late: torch, transformers and accelerate
+    from feddra_ds.run.files import TRANSFER_NAME, is_run
 
     path = Path(args.model).expanduser()
     result = finetune(

@@ -36,3 +36,11 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             else copy.deepcopy(value)
         )
     return out
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts that are no dicts, by dotted path."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out

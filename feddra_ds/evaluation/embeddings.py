@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from feddra_ds.distributed.shares import ALONE, World
 from feddra_ds.evaluation import finite
-from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
-from feddra_ds.evaluation.models import open_models
+from feddra_ds.evaluation.gallery import Gallery
+from feddra_ds.evaluation.opened import open_for
 
 SUFFIXES = (".safetensors", ".parquet")
 
@@ -64,33 +64,28 @@ def embed(
     Raises ValueError, whose message names the option and what to do, and DataError for data that cannot be read.
     """
     where = check_path(out, "--out")
-    models = open_models(path, device, ema=ema, local_rank=world.local_rank)
-    root = models.data_root(None if data is None else str(data))
-    dataset = open_split(models, root, split, clients)
-    galleries = embed_clients(
-        models,
-        dataset,
-        dataset.client_ids,
-        split,
+    opened = open_for(
+        path,
+        data=data,
+        split=split,
+        clients=clients,
+        device=device,
         max_pairs=max_pairs,
         batch_size=batch_size,
-        seed=seed,
         num_workers=num_workers,
+        seed=seed,
+        ema=ema,
         world=world,
     )
+    galleries = opened.galleries()
     if not world.is_first:
         return {}
-    return {
-        "model": str(models.source),
-        "round": models.round,
-        "data": root,
-        "split": split,
-        "ema": ema,
-        "embeddings": str(save(Embeddings.of(galleries), where, str(models.source))),
+    return opened.about | {
+        "embeddings": str(save(Embeddings.of(galleries), where, str(opened.models.source))),
         "size": next(iter(galleries.values())).image.shape[1],
         "clients": {c: {"pairs": len(g), "split": g.split, "skipped": g.skipped} for c, g in galleries.items()},
-        "without_split": [client for client in dataset.client_ids if client not in galleries],
-        "non_finite": finite.of_evaluation(models, galleries),
+        "without_split": [client for client in opened.dataset.client_ids if client not in galleries],
+        "non_finite": finite.of_evaluation(opened.models, galleries),
     }
 
 

@@ -12,10 +12,11 @@ from feddra_ds.distributed.shares import ALONE, World
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.compare import compare_retrieval, compare_zero_shot
 from feddra_ds.evaluation.embeddings import Embeddings, check_path, save
-from feddra_ds.evaluation.gallery import Gallery, embed_clients, open_split
+from feddra_ds.evaluation.gallery import Gallery
 from feddra_ds.evaluation.labels import read_prompts
 from feddra_ds.evaluation.mixture import DEFAULT_SET, measure_mixture, named_set
 from feddra_ds.evaluation.models import Models, open_models
+from feddra_ds.evaluation.opened import open_for
 from feddra_ds.evaluation.retrieval import measure_retrieval
 from feddra_ds.evaluation.subgroups import Masks, find_subgroups, measure_subgroups
 from feddra_ds.evaluation.zero_shot import Scored, classify, score
@@ -73,37 +74,31 @@ def evaluate(
         raise ValueError("--prompts: is of zero-shot classification, which --no-zero-shot leaves out")
     out = None if save_embeddings is None else check_path(save_embeddings, "--save-embeddings")
     given = None if prompts is None else read_prompts(prompts)
-    models = open_models(path, device, ema=ema, local_rank=world.local_rank)
+    opened = open_for(
+        path,
+        data=data,
+        split=split,
+        clients=clients,
+        device=device,
+        max_pairs=max_pairs,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+        ema=ema,
+        world=world,
+    )
+    models, dataset = opened.models, opened.dataset
     other = None if compare is None else _open_second(compare, device, world.local_rank)
-    root = models.data_root(None if data is None else str(data))
-    dataset = open_split(models, root, split, clients)
 
     def embedded(by: Models) -> dict[str, Gallery]:
-        found = embed_clients(
-            by,
-            dataset,
-            dataset.client_ids,
-            split,
-            max_pairs=max_pairs,
-            batch_size=batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            world=world,
-        )
-        return {client: replace(gallery, match_by=match_by) for client, gallery in found.items()}
+        return {client: replace(gallery, match_by=match_by) for client, gallery in opened.galleries(by).items()}
 
     galleries, how = embedded(models), {"draws": bootstrap, "seed": seed}
     second = None if other is None else embedded(other)
     if not world.is_first:
         return {}
     masks = find_subgroups([info for gallery in galleries.values() for info in gallery.infos], subgroups)
-    result: dict[str, Any] = {
-        "model": str(models.source),
-        "round": models.round,
-        "data": root,
-        "split": split,
-        "ema": ema,
-    }
+    result: dict[str, Any] = opened.about
     result |= _retrieval(models, dataset, galleries, masks, shuffled_texts, worst_over, how)
     scored: list[Scored] = []
     if zero_shot and not shuffled_texts:

@@ -1,77 +1,27 @@
-"""Transfer as the paper measures it: the image encoder fine-tuned on shares of the labels, its frozen features or all of it.
-
-Legend: n pairs, F features, K labels, C classes of all labels together.
-"""
+"""Transfer as the paper measures it: the image encoder fine-tuned on shares of the labels, its frozen features or all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from feddra_ds.common.console import track
 from feddra_ds.config.schema import AugmentConfig, DataConfig
 from feddra_ds.data.format.dataset import Dataset
-from feddra_ds.data.loading.order import Position
 from feddra_ds.data.loading.pool import DecodePool
-from feddra_ds.evaluation.classifier import Classifier, ImageEncoder, Loss, loss_of
-from feddra_ds.evaluation.fit import Schedule, accelerated, fit, fit_layer
+from feddra_ds.evaluation.classifier import ImageEncoder
+from feddra_ds.evaluation.fit import accelerated
 from feddra_ds.evaluation.gallery import open_split
-from feddra_ds.evaluation.labelled import Chosen, Labelled, Reader, find_labelled
-from feddra_ds.evaluation.labels import Task, draw_labels, find_tasks
+from feddra_ds.evaluation.labelled import Reader, find_labelled
+from feddra_ds.evaluation.labels import find_tasks
 from feddra_ds.evaluation.models import Models, open_models
-from feddra_ds.evaluation.verdict import POOLED
-from feddra_ds.metrics.classification import measure
-from feddra_ds.metrics.intervals import t_interval
+from feddra_ds.evaluation.sides import look, told_apart
+from feddra_ds.evaluation.transfer import Options, Table
 
 MODES = ("linear", "full")
-MEASURED = ("auroc", "accuracy", "balanced_accuracy")
-MIN_STEPS = 10  # between two looks at val, where a pass over the labels has fewer
-
-Scores = dict[str, dict[str, dict[str, float] | None]]  # label → client or POOLED → what `measure` says
-
-
-@dataclass(frozen=True)
-class Options:
-    """How classifiers are fitted. lr, weight_decay: AdamW's, of full fine-tuning; strength: scikit-learn's C, of the layer
-    on frozen features."""
-
-    batch_size: int
-    epochs: int
-    patience: int
-    lr: float
-    strength: float
-    weight_decay: float
-    balanced: bool
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "strength"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name}: must be above 0, got {getattr(self, name):g}")
-        if self.weight_decay < 0:
-            raise ValueError(f"--weight-decay: must be at least 0, got {self.weight_decay:g}")
-
-
-@dataclass(frozen=True)
-class Side:
-    """Pairs with targets (n, K), -1 unknown, and features (n, F). usable: (n,) those that can be read, with finite features."""
-
-    pairs: Labelled
-    targets: NDArray[np.int64]
-    features: NDArray[np.float32]
-    usable: Chosen
-
-    def labelled(self, clients: Sequence[str]) -> Chosen:
-        """(n,) the clients' usable pairs that have any label."""
-        return self.usable & self.pairs.of(clients) & (self.targets >= 0).any(1)
 
 
 def finetune(
@@ -117,298 +67,89 @@ def finetune(
         raise ValueError(f"--modes: {', '.join(unknown)} is none; there are {' and '.join(MODES)}")
     if val_split == train_split:
         raise ValueError(f"--val-split: {val_split} is trained on; give another split, which says when to stop")
-    models = open_models(path, "cpu")
-    if not models.shared:
-        raise ValueError(f"{models.path}: each client has a model of its own, and this needs one; give {models.source}")
-    root = models.data_root(None if data is None else str(data))
-    dataset = open_split(models, root, split or val_split, clients)
-    held_out = models.held_out(dataset, dataset.client_ids)
-    inside = [c for c in dataset.client_ids if c not in held_out]
-    measured = split or ("test" if any(dataset.num_samples(c, "test") for c in inside) else val_split)
-    about: dict[str, Any] = {
-        "model": str(models.source),
-        "round": models.round,
-        "data": root,
-        "train_split": train_split,
-    }
-    about |= {"val_split": val_split, "split": measured, "modes": [m for m in MODES if m in modes]}
-    about |= {"fractions": sorted(set(fractions)), "seeds": [seed + r for r in range(repeats)], "held_out": held_out}
-    about |= {"class_weights": class_weights, "batch_size": batch_size}
+    opened = _open(path, None if data is None else str(data), clients, train_split, val_split, split)
+    about: dict[str, Any] = opened.about | {"modes": [m for m in MODES if m in modes]}
+    about |= {"fractions": sorted(set(fractions)), "seeds": [seed + r for r in range(repeats)]}
+    about |= {"held_out": opened.held_out, "class_weights": class_weights, "batch_size": batch_size}
     with accelerated(device, mixed_precision) as accelerator, DecodePool(num_workers) as pool:
         if batch_size % accelerator.num_processes:
             raise ValueError(
                 f"--batch-size: {batch_size} pairs cannot be shared by {accelerator.num_processes} processes"
             )
         about |= {"processes": accelerator.num_processes, "mixed_precision": str(accelerator.mixed_precision)}
-        reader = _reader(models, dataset, accelerator, pool)
-        encoder = ImageEncoder(models.of("")[0]).to(accelerator.device)
+        reader = _reader(opened, accelerator, pool)
+        encoder = ImageEncoder(opened.models.of("")[0]).to(accelerator.device)
         encoder.freeze_unused(reader.processor.image_size)
-        whose = {train_split: inside, val_split: inside} | {measured: dataset.client_ids}
-        pairs = {name: find_labelled(dataset, some, name, max_pairs, seed) for name, some in whose.items()}
+        pairs = {
+            name: find_labelled(opened.dataset, some, name, max_pairs, seed) for name, some in opened.whose.items()
+        }
         tasks, refused = find_tasks([info for part in pairs.values() for info in part.infos], label_keys)
-        sides, found = _look(reader, encoder, pairs, tasks, batch_size, models.non_finite)
-        tasks, sides = _told_apart(tasks, sides, refused, (train_split, measured), inside)
+        sides, found = look(reader, encoder, pairs, tasks, batch_size, opened.models.non_finite)
+        tasks, sides = told_apart(tasks, sides, refused, (train_split, opened.measured), opened.inside)
         if not tasks and not found["non_finite"]:
             reasons = "".join(f"; {label}: {why}" for label, why in refused.items())
-            raise ValueError(f"--label-key: {root} has no label to predict{reasons}")
-        train, val, on = (sides[name] for name in (train_split, val_split, measured))
-        if tasks and not val.labelled(inside).any():
+            raise ValueError(f"--label-key: {opened.root} has no label to predict{reasons}")
+        train, val, on = (sides[name] for name in (train_split, val_split, opened.measured))
+        if tasks and not val.labelled(opened.inside).any():
             raise ValueError(f"--val-split: no pair of {val_split} has a label, so nothing says when to stop")
-        table = _Table(reader, encoder, tasks, train, val, on, inside, options)
+        table = Table(reader, encoder, tasks, train, val, on, opened.inside, options)
         rows = table.transfer(about["modes"], about["fractions"], about["seeds"]) if tasks else {}
     labels = {
-        task.name: {"classes": len(task.classes), "train": _counts(train, k), "measured": _counts(on, k)}
-        for k, task in enumerate(tasks)
+        one.name: {"classes": len(one.classes), "train": train.counts(k), "measured": on.counts(k)}
+        for k, one in enumerate(tasks)
     }
     return about | found | {"labels": labels, "labels_left_out": refused, "transfer": rows}
 
 
-def _reader(models: Models, dataset: Dataset, accelerator: Accelerator, pool: DecodePool) -> Reader:
+@dataclass(frozen=True)
+class _Opened:
+    """What is fine-tuned and on what. inside, held_out: the dataset's clients that are trained on, and the others. measured:
+    the split of the table."""
+
+    models: Models
+    root: str
+    dataset: Dataset
+    inside: list[str]
+    held_out: list[str]
+    train_split: str
+    val_split: str
+    measured: str
+
+    @property
+    def whose(self) -> dict[str, list[str]]:
+        """split → the clients whose pairs of it are looked at."""
+        return {self.train_split: self.inside, self.val_split: self.inside} | {self.measured: self.dataset.client_ids}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        of = {"model": str(self.models.source), "round": self.models.round, "data": self.root}
+        return of | {"train_split": self.train_split, "val_split": self.val_split, "split": self.measured}
+
+
+def _open(
+    path: str | Path,
+    data: str | None,
+    clients: Sequence[str] | None,
+    train_split: str,
+    val_split: str,
+    split: str | None,
+) -> _Opened:
+    models = open_models(path, "cpu")
+    if not models.shared:
+        raise ValueError(f"{models.path}: each client has a model of its own, and this needs one; give {models.source}")
+    root = models.data_root(data)
+    dataset = open_split(models, root, split or val_split, clients)
+    held_out = models.held_out(dataset, dataset.client_ids)
+    inside = [c for c in dataset.client_ids if c not in held_out]
+    measured = split or ("test" if any(dataset.num_samples(c, "test") for c in inside) else val_split)
+    return _Opened(models, root, dataset, inside, held_out, train_split, val_split, measured)
+
+
+def _reader(opened: _Opened, accelerator: Accelerator, pool: DecodePool) -> Reader:
     """Augmentation and tolerance are those of the run, where there is one."""
-    run = models.run
+    run = opened.models.run
     augment = (run.get("data.augment") if run is not None else None) or {}
     max_bad = run.get("data.max_bad_fraction") if run is not None else None
     max_bad = DataConfig().max_bad_fraction if max_bad is None else max_bad
-    return Reader(dataset, models.of("")[1], AugmentConfig(**augment), max_bad, pool, accelerator)
-
-
-def _look(
-    reader: Reader,
-    encoder: ImageEncoder,
-    pairs: Mapping[str, Labelled],
-    tasks: Sequence[Task],
-    batch_size: int,
-    spoilt: Mapping[str, int],
-) -> tuple[dict[str, Side], dict[str, Any]]:
-    """The sides by split, with the frozen encoder's features; and what cannot be read or is not finite, by split."""
-    ends = [0, *np.cumsum([len(part) for part in pairs.values()]).tolist()]
-    all_targets = np.stack([task.targets for task in tasks], 1) if tasks else np.zeros((ends[-1], 0), dtype=np.int64)
-    sides, skipped, non_finite = {}, {}, {}
-    for (split, part), (start, stop) in zip(pairs.items(), pairwise(ends), strict=True):
-        with reader.accelerator.autocast():
-            everything = reader.data(part, np.ones(len(part), dtype=bool), seed=0)
-            features, read, skipped[split] = reader.outputs(encoder, part, everything, batch_size)
-        usable: Chosen = np.asarray(np.isfinite(features).all(1))
-        bad = {c: np.flatnonzero(read & ~usable & part.of([c])) for c in part.clients}
-        broken = {client: {"image": [part.keys[i] for i in rows]} for client, rows in bad.items() if len(rows)}
-        if spoilt or broken:
-            non_finite[split] = {"weights": dict(spoilt), "pairs": broken}
-        sides[split] = Side(part, all_targets[start:stop], features, usable)
-    return sides, {"skipped": skipped, "non_finite": non_finite}
-
-
-def _told_apart(
-    tasks: Sequence[Task],
-    sides: Mapping[str, Side],
-    refused: dict[str, str],
-    splits: Sequence[str],
-    inside: Sequence[str],
-) -> tuple[list[Task], dict[str, Side]]:
-    """The labels of which two classes can be trained on and measured, and the sides with their targets alone; `refused` is
-    told the others."""
-    kept = []
-    for k, task in enumerate(tasks):
-        columns = []
-        for split in splits:
-            side = sides[split]
-            columns.append(side.targets[side.labelled(inside), k])
-        if all(len(np.unique(column[column >= 0])) > 1 for column in columns):
-            kept.append(k)
-        else:
-            refused[task.name] = "only one of its classes occurs in the training or the measured split"
-    chosen = {name: Side(s.pairs, s.targets[:, kept], s.features, s.usable) for name, s in sides.items()}
-    return [tasks[k] for k in kept], chosen
-
-
-def _counts(side: Side, k: int) -> dict[str, int]:
-    """Usable pairs with label k by client."""
-    known = side.usable & (side.targets[:, k] >= 0)
-    return {client: int((known & side.pairs.of([client])).sum()) for client in side.pairs.clients}
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Fits and measures the classifiers of the transfer table. inside: the clients that are trained on."""
-
-    reader: Reader
-    encoder: ImageEncoder
-    tasks: list[Task]
-    train: Side
-    val: Side
-    measured: Side
-    inside: list[str]
-    options: Options
-
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.reader.accelerator
-
-    def transfer(self, modes: Sequence[str], fractions: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
-        """mode → share → its labels, steps and measures over the seeds."""
-        scores: dict[tuple[str, float], list[Scores]] = {}
-        steps: dict[tuple[str, float], list[int]] = {}
-        sizes: dict[float, list[int]] = {}
-        candidates = np.flatnonzero(self.train.labelled(self.inside))
-        plan = [(fraction, seed) for fraction in fractions for seed in seeds]
-        shown = track(plan, len(plan), "fine-tuning") if self.accelerator.is_main_process else iter(plan)
-        for fraction, seed in shown:
-            draw = draw_labels(self.train.targets[candidates], fraction, np.random.default_rng(seed))
-            chosen = candidates[draw]
-            sizes.setdefault(fraction, []).append(len(chosen))
-            start, taken = self.linear(chosen)
-            for mode in modes:
-                if mode == "linear":
-                    logits: NDArray[Any] = self.logits(start)
-                else:
-                    logits, taken = self.full(chosen, seed, start)
-                scores.setdefault((mode, fraction), []).append(self.scored(logits))
-                steps.setdefault((mode, fraction), []).append(taken)
-            self.accelerator.free_memory()
-        return {
-            mode: {
-                f"{fraction:g}": {"labels": sizes[fraction], "steps": steps[mode, fraction]}
-                | self.summary(scores[mode, fraction])
-                for fraction in fractions
-            }
-            for mode in modes
-        }
-
-    def schedule(self, num: int) -> tuple[Schedule, int]:
-        """For `num` labelled pairs, and the size of a batch: the largest power of two where they are fewer than a batch."""
-        size = self.options.batch_size if num >= self.options.batch_size else 1 << (num.bit_length() - 1)
-        steps = max(num // size, MIN_STEPS)
-        about = self.options
-        return Schedule(about.lr, about.weight_decay, steps, about.epochs, about.patience), size
-
-    def ranks(self, batch_size: int) -> int:
-        """Processes that share a batch; 1 where it is too small, and each does all of it."""
-        num = self.accelerator.num_processes
-        return num if batch_size % num == 0 else 1
-
-    def standardised(self, side: Side) -> Tensor:
-        """(n, F) float64, by mean and deviation of the training pairs' features, with labels or without."""
-        mean, std = self.moments
-        return (torch.from_numpy(side.features).double() - mean) / std
-
-    @property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (F,) of the features."""
-        known = self.train.features[self.train.usable & self.train.pairs.of(self.inside)].astype(np.float64)
-        std = known.std(0)
-        std = np.where(std > 1e-6 * max(float(std.max()), 1e-12), std, 1.0)
-        return torch.from_numpy(known.mean(0)), torch.from_numpy(std)
-
-    def linear(self, chosen: NDArray[np.int64]) -> tuple[nn.Linear, int]:
-        """A layer on the standardised features of the `chosen` training pairs, and the most iterations of any label.
-
-        What a label's logits are depends on no other label, so each is fitted, and stopped, by itself. Every process does all of
-        this, as it costs nothing beside the features.
-        """
-        x, rows = self.standardised(self.train)[chosen], self.val.labelled(self.inside)
-        val_x, parts, taken = self.standardised(self.val)[rows], [], []
-        for k, task in enumerate(self.tasks):
-            targets, val_targets = self.train.targets[chosen, k : k + 1], self.val.targets[rows, k : k + 1]
-            layer = nn.Linear(x.shape[1], len(task.classes), dtype=torch.float64)
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-            loss = loss_of([task], targets, self.options.balanced)
-            taken.append(self.fit_layer(layer, loss, (x, targets), (val_x, val_targets)))
-            parts.append(layer)
-        out = nn.Linear(x.shape[1], sum(len(task.classes) for task in self.tasks), dtype=torch.float64)
-        with torch.no_grad():
-            out.weight.copy_(torch.cat([part.weight for part in parts]))
-            out.bias.copy_(torch.cat([part.bias for part in parts]))
-        return out, max(taken)
-
-    def fit_layer(
-        self,
-        layer: nn.Linear,
-        loss: Loss,
-        pairs: tuple[Tensor, NDArray[np.int64]],
-        val: tuple[Tensor, NDArray[np.int64]],
-    ) -> int:
-        """Fit one label's layer on features and targets; where val has none of the label, to the least training loss."""
-        y, val_y = torch.from_numpy(pairs[1]), torch.from_numpy(val[1])
-        fitted = lambda: loss(layer(pairs[0]), y) + loss.penalty(layer.weight, self.options.strength)
-        looked = (lambda: loss(layer(val[0]), val_y)) if (val_y >= 0).any() else fitted
-        return fit_layer(layer, fitted, lambda: float(looked().detach()), self.options.patience)
-
-    @torch.no_grad()
-    def logits(self, layer: nn.Linear) -> NDArray[np.float64]:
-        """(n, C) of the measured pairs by a layer on their features."""
-        return layer(self.standardised(self.measured)).numpy()
-
-    def full(self, chosen: NDArray[np.int64], seed: int, start: nn.Linear) -> tuple[NDArray[np.float32], int]:
-        """(n, C) logits of the measured pairs by the whole encoder, fine-tuned from a linear classifier; steps taken."""
-        model = Classifier(self.encoder, *self.moments, start).to(self.accelerator.device)
-        loss = loss_of(self.tasks, self.train.targets[chosen], self.options.balanced)
-        schedule, size = self.schedule(len(chosen))
-        pairs, mask = self.train.pairs, np.zeros(len(self.train.pairs), dtype=bool)
-        mask[chosen] = True
-        data = self.reader.data(pairs, mask, seed=seed, batch_size=size, num_ranks=self.ranks(size))
-        place = {name: i for i, name in enumerate(pairs.names)}
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in data.batches(Position(), schedule.steps * schedule.checks):
-                rows = [place[name] for name in batch.keys]
-                yield batch.to(self.accelerator.device).pixel_values, self.tensor(self.train.targets[rows])
-
-        rows = self.val.labelled(self.inside)
-        val_targets, val_data = torch.from_numpy(self.val.targets[rows]), self.reader.data(self.val.pairs, rows, seed=0)
-
-        def val_loss(module: nn.Module) -> float:
-            logits, _, _ = self.reader.outputs(module, self.val.pairs, val_data, self.options.batch_size)
-            return float(loss(torch.from_numpy(logits[rows]), val_targets))
-
-        steps = fit(self.accelerator, model, batches(), loss, val_loss, schedule, seed)
-        measured = self.reader.data(self.measured.pairs, self.measured.usable, seed=0)
-        return self.reader.outputs(model, self.measured.pairs, measured, self.options.batch_size)[0], steps
-
-    def tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self.accelerator.device)
-
-    def scored(self, logits: NDArray[Any]) -> Scores:
-        """What the logits (n, C) of the measured pairs are worth: by label, of all clients that are trained on and each one."""
-        side, out = self.measured, {}
-        ends = np.cumsum([len(task.classes) for task in self.tasks])[:-1]
-        for k, (task, part) in enumerate(
-            zip(self.tasks, np.split(logits.astype(np.float64), ends, axis=1), strict=True)
-        ):
-            targets = np.where(side.usable, side.targets[:, k], -1)
-            groups = {POOLED: self.inside} | {client: [client] for client in side.pairs.clients}
-            out[task.name] = {name: _measured(targets, part, side.pairs.of(whose)) for name, whose in groups.items()}
-        return out
-
-    def summary(self, scores: Sequence[Scores]) -> dict[str, Any]:
-        """Means over the seeds with intervals: of the labels' mean, of each label, of each client's mean over its labels."""
-        labels = [task.name for task in self.tasks]
-        by_label = {label: _over_seeds([one[label][POOLED] for one in scores]) for label in labels}
-        mean = _over_seeds([_mean([one[label][POOLED] for label in labels]) for one in scores])
-        clients = {
-            c: [_mean([one[label][c] for label in labels]) for one in scores] for c in self.measured.pairs.clients
-        }
-        by_client = {client: _over_seeds(values) for client, values in clients.items()}
-        return {"mean": mean, "by_label": by_label, "by_client": by_client}
-
-
-def _measured(targets: NDArray[np.int64], scores: NDArray[np.float64], chosen: Chosen) -> dict[str, float] | None:
-    return measure(targets[chosen], scores[chosen]) if (targets[chosen] >= 0).any() else None
-
-
-def _mean(measured: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
-    known = [one for one in measured if one is not None]
-    return {key: float(np.mean([one[key] for one in known])) for key in MEASURED} if known else None
-
-
-def _over_seeds(measured: Sequence[dict[str, float] | None]) -> dict[str, Any] | None:
-    """{metric: {mean, low, high, values}}: Student's 95 % interval, within what the metric can be."""
-    known = [one for one in measured if one is not None]
-    if not known:
-        return None
-    out = {}
-    for key in MEASURED:
-        values = [one[key] for one in known]
-        told = t_interval(values)
-        low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (told.low, told.high))
-        out[key] = {"mean": told.mean, "low": low, "high": high, "values": values}
-    return out
+    processor = opened.models.of("")[1]
+    return Reader(opened.dataset, processor, AugmentConfig(**augment), max_bad, pool, accelerator)

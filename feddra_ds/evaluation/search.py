@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from feddra_ds.evaluation import finite
 from feddra_ds.evaluation.examples import PairReader
-from feddra_ds.evaluation.gallery import Gallery, embed_clients, embed_texts, open_split
-from feddra_ds.evaluation.models import open_models
+from feddra_ds.evaluation.gallery import Gallery, embed_texts
+from feddra_ds.evaluation.opened import open_for
 
 PICTURE = 352  # pixels of a picture's longer side; shown at up to half of that
 
@@ -76,24 +76,25 @@ def search(
     """
     if not query.strip():
         raise ValueError("QUERY: is empty; it is the text to look for, such as 'left effusion'")
-    models = open_models(path, device, ema=ema)
-    root = models.data_root(None if data is None else str(data))
-    dataset = open_split(models, root, split, clients)
+    opened = open_for(
+        path,
+        data=data,
+        split=split,
+        clients=clients,
+        device=device,
+        max_pairs=max_pairs,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+        ema=ema,
+    )
+    models, dataset = opened.models, opened.dataset
     if not models.shared and len(dataset.client_ids) > 1:
         raise ValueError(
             f"--clients: each client of {models.path} has a model of its own, whose scores say nothing about another's; "
             f"name one of {', '.join(dataset.client_ids)}"
         )
-    galleries = embed_clients(
-        models,
-        dataset,
-        dataset.client_ids,
-        split,
-        max_pairs=max_pairs,
-        batch_size=batch_size,
-        seed=seed,
-        num_workers=num_workers,
-    )
+    galleries = opened.galleries()
     model, processor = models.of(next(iter(galleries)))
     (text,) = embed_texts(model, processor, [query])
     reader, hits = PairReader(dataset, PICTURE), []
@@ -101,7 +102,7 @@ def search(
         told, image = reader.read(gallery, index, picture=True)
         hits.append(Hit(gallery.client, gallery.split, gallery.keys[index], score, told, image))
     pictures, spoilt = sum(map(len, galleries.values())), finite.of_evaluation(models, galleries)
-    return Search(query, str(models.source), root, split, pictures, hits, spoilt)
+    return Search(query, str(models.source), opened.root, split, pictures, hits, spoilt)
 
 
 def best(galleries: Mapping[str, Gallery], text: NDArray[np.float32], top: int) -> list[tuple[Gallery, int, float]]:

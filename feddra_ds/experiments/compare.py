@@ -91,23 +91,49 @@ def _column(values: dict[str, dict[int, float]], baseline: dict[str, str]) -> di
     }
 
 
-def markdown(found: Comparison) -> str:
-    """Two tables: means, and differences to the baseline; below them which runs crashed."""
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells as text, the first of each its arm; what is between ** is bold."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tables(found: Comparison) -> list[Table]:
+    """The means, and the differences to the baseline where there is one."""
     seeds = sorted({seed for cell in found.cells.values() for seed in cell.values})
-    out = [f"Mean ± half of its 95 % interval over {len(seeds)} {found.kind} seeds ({_listed(seeds)}).", ""]
+    head = ["arm", *(unit(metric) for metric in found.metrics)]
     cell = lambda arm, metric: found.cells.get((arm, metric))
-    lines = [(arm, [_mean(m, cell(arm, m), len(seeds)) for m in found.metrics]) for arm in found.arms]
-    out += _table("arm", found, lines)
+    rows = [[arm, *(_mean(m, cell(arm, m), len(seeds)) for m in found.metrics)] for arm in found.arms]
+    caption = f"Mean ± half of its 95 % interval over {len(seeds)} {found.kind} seeds ({_listed(seeds)})."
+    out = [Table(caption, head, rows)]
     if others := [arm for arm in found.arms if arm in found.baseline]:
         bases = set(found.baseline.values())
         name = bases.pop() if len(bases) == 1 else "the arm's own control"
-        lines = [(arm, [_difference(m, cell(arm, m)) for m in found.metrics]) for arm in others]
-        out += ["", f"Difference to {name}, seed by seed, with its 95 % interval; p by Holm over the "
-                f"{len(others)} comparisons of a column. Bold: the interval is off 0.", ""]  # fmt: skip
-        out += _table("arm", found, lines)
-    if found.crashed:
-        out += ["", "Crashed: " + "; ".join(f"{arm} (seeds {_listed(s)})" for arm, s in found.crashed.items()) + "."]
-    return "\n".join(out) + "\n"
+        rows = [[arm, *(_difference(m, cell(arm, m)) for m in found.metrics)] for arm in others]
+        caption = (
+            f"Difference to {name}, seed by seed, with its 95 % interval; p by Holm over the "
+            f"{len(others)} comparisons of a column. Bold: the interval is off 0."
+        )
+        out.append(Table(caption, head, rows))
+    return out
+
+
+def crashed_in_words(found: Comparison) -> str:
+    """Which runs crashed; empty where none did."""
+    told = "; ".join(f"{arm} (seeds {_listed(seeds)})" for arm, seeds in found.crashed.items())
+    return told and f"Crashed: {told}."
+
+
+def markdown(found: Comparison) -> str:
+    """The tables, and below them which runs crashed."""
+    parts = []
+    for table in tables(found):
+        rule = ["---"] + ["---:"] * len(found.metrics)
+        lines = [f"| {' | '.join(cells)} |" for cells in (table.head, rule, *table.rows)]
+        parts.append("\n".join([table.caption, "", *lines]))
+    return "\n\n".join([*parts, *filter(None, [crashed_in_words(found)])]) + "\n"
 
 
 def as_csv(found: Comparison) -> str:
@@ -134,12 +160,6 @@ def shown(metric: str, value: float, sign: bool = False) -> str:
 def unit(metric: str) -> str:
     """The metric's name with its unit."""
     return f"{metric}, %" if "recall" in metric or "share" in metric else metric
-
-
-def _table(first: str, found: Comparison, lines: Sequence[tuple[str, list[str]]]) -> list[str]:
-    head = [first, *(unit(metric) for metric in found.metrics)]
-    body = [[arm, *cells] for arm, cells in lines]
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * len(found.metrics), *body)]
 
 
 def _mean(metric: str, cell: Cell | None, num_seeds: int) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from feddra_ds.common.errors import ConfigError
 from feddra_ds.common.tree import merge, set_path
 from feddra_ds.config.load import from_dict, read_tree
-from feddra_ds.experiments.spec import Kind, Spec, find_base
+from feddra_ds.experiments.shipped import find_base
+from feddra_ds.experiments.spec import Kind, Spec
 
 _REFERENCE = re.compile(r"\{run:([^}]+)\}")
 

@@ -9,7 +9,7 @@ from feddra_ds.report.charts import ticks
 
 _WIDTH, _ROW, _TOP, _BOTTOM, _RIGHT = 720, 30, 40, 34, 110
 _STYLE = """
-text{font:13px system-ui,sans-serif;fill:#333}.t{font-weight:600}.k{fill:#777;font-size:11px}
+text{font:13px system-ui,sans-serif;fill:#333}.t{font-weight:600}.k{fill:#666;font-size:11px}
 .g{stroke:#ddd}.b{stroke:#999;stroke-dasharray:3 3}.i{stroke:#1f5fa8;stroke-width:3}.m{fill:#1f5fa8}.s{fill:#1f5fa8;opacity:.35}
 @media (prefers-color-scheme:dark){text{fill:#ddd}.k{fill:#999}.g{stroke:#444}.i{stroke:#7db3ec}.m,.s{fill:#7db3ec}}
 """

@@ -29,8 +29,6 @@ from feddra_ds.experiments.rows import ROWS_NAME, Row, RowsFile, latest
 from feddra_ds.experiments.spec import ConvertData, DataSpec, Spec
 from feddra_ds.experiments.worker import tidy
 
-DEEPSPEED = "deepspeed --num_accelerators {ranks} --master_port {{port}} --module feddra_ds train"
-
 
 @dataclass(frozen=True)
 class Options:

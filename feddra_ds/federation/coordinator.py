@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,8 @@ class Coordinator:
             "samples": sum(report.samples for report in reports),
             "bytes_sent_per_rank": max(report.bytes for report in reports),
             "peak_memory_bytes": [report.memory for report in reports],
+            "stage_bytes_sent": _most(report.stage_bytes for report in reports),
+            "stage_memory_bytes": _most(report.stage_memory for report in reports),
             "val": _in_order({name: gallery for report in reports for name, gallery in report.val.items()}),
         }
 
@@ -287,6 +289,14 @@ class Coordinator:
             "median_norms": self.norms.medians,
             "config": self.config.model_dump(mode="json"),
         }
+
+
+def _most(reports: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The largest number of each stage."""
+    most: dict[str, int] = {}
+    for told in reports:
+        most |= {stage: max(number, most.get(stage, 0)) for stage, number in told.items()}
+    return most
 
 
 def _in_order(val: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

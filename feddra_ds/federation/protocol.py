@@ -96,6 +96,8 @@ class RankReport:
     samples: int = 0  # pairs trained on; at the leader
     bytes: int = 0  # handed to collectives over the peers
     memory: int = 0  # peak bytes
+    stage_bytes: dict[str, int] = field(default_factory=dict)  # handed to collectives, by stage
+    stage_memory: dict[str, int] = field(default_factory=dict)  # bytes taken, by stage
     asks_to_stop: bool = False  # after this round
 
 

@@ -64,6 +64,10 @@ class RoundRecord(TypedDict, total=False):
     """Most bytes that a rank handed to collectives over its peers."""
     peak_memory_bytes: list[int]
     """By rank: of the device where there is one, else resident on the host."""
+    stage_bytes_sent: dict[str, int]
+    """Of bytes_sent_per_rank, what the averages of a stage sent, by stage."""
+    stage_memory_bytes: dict[str, int]
+    """The most that a rank took in a stage, by stage: the device's peak, else what is resident on the host at its end."""
     val: dict[str, dict[str, float]]
     """Retrieval by gallery: {client or "all": {i2t_recall@1, …, chance@10, pairs}}."""
     seconds: float

@@ -16,6 +16,7 @@ from feddra_ds.model import SIDES, encoders, lora, lora_options, towers
 from feddra_ds.model.dual_encoder import DualEncoder
 from feddra_ds.model.dual_encoder_config import DualEncoderConfig
 from feddra_ds.model.encoders import local_or_hub
+from feddra_ds.model.image_size import resize_images
 from feddra_ds.model.processor import DualEncoderProcessor, build_processor
 from feddra_ds.objectives import ObjectiveOptions
 
@@ -97,7 +98,7 @@ def _from_whole(
     whole, heads, values = _halves(source, old, pad_token_id, key)
     _say_what_is_ignored(config, values)
     encoders.check_text(whole["text"].config, vocab_size, max_text_length, key)
-    whole["vision"] = encoders.resize_images(whole["vision"], image_size, key)
+    whole["vision"] = resize_images(whole["vision"], image_size, key)
     values |= {
         "vision_config": whole["vision"].config, "text_config": whole["text"].config,
         "num_top_blocks": config.num_top_blocks, "temperature": objective.temperature,

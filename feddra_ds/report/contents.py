@@ -15,9 +15,11 @@ from feddra_ds.evaluation.mixture import objective_of, set_of
 from feddra_ds.metrics.ranking import RECALL_AT
 from feddra_ds.report.charts import Series, line_chart, stacked_bars
 from feddra_ds.report.tables import (
+    STAGES,
     both_ways,
     client_rows,
     clipped_rows,
+    cost_rows,
     evaluation,
     gain_in_words,
     mean_gallery,
@@ -31,13 +33,6 @@ from feddra_ds.report.tables import (
 from feddra_ds.run.files import RunFiles
 from feddra_ds.strategies import robust_weights
 
-STAGES = {
-    "stage1": "stage 1",
-    "stage2": "stage 2",
-    "aggregate": "averaging",
-    "evaluate": "evaluation",
-    "checkpoint": "checkpoint",
-}
 KEY_FACTS = {
     "strategy.name": "strategy",
     "schedule.rounds": "rounds",
@@ -92,6 +87,7 @@ def context(files: RunFiles) -> dict[str, Any]:
         "skipped": skipped_rows(lines),
         "skipped_steps": skipped_step_rows(lines),
         "clipped": clipped_rows(lines),
+        "costs": cost_rows(lines),
         "train_mean": mean_of(lines[-1].get("client_train_losses")) if lines else None,
         "facts": [
             (label, shown(files.get(key)), key) for key, label in KEY_FACTS.items() if files.get(key) is not None

@@ -16,6 +16,13 @@ from feddra_ds.report.evaluation_charts import calibration_diagrams, subgroup_ba
 from feddra_ds.run.files import RunFiles, training_pairs
 
 _MAX_BARS = 12
+STAGES = {
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "aggregate": "averaging",
+    "evaluate": "evaluation",
+    "checkpoint": "checkpoint",
+}
 
 
 def both_ways(about: dict[str, float], k: int) -> float | None:
@@ -123,6 +130,24 @@ def skipped_step_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]
             for stage, count in counts.items():
                 totals[client, stage] += count
     return [(client, stage, count) for (client, stage), count in sorted(totals.items()) if count]
+
+
+def cost_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each stage of a round takes: seconds, the mean over the rounds; bytes that a rank sends in it, and memory that the
+    fullest takes, the most of any round, None where the lines, of an older run, do not say."""
+    mean = lambda key: mean_of([line["stage_seconds"].get(key) for line in lines])
+    most = lambda column, key: max(
+        (line[column][key] for line in lines if key in (line.get(column) or {})), default=None
+    )
+    return [
+        {
+            "stage": label,
+            "seconds": mean(key),
+            "sent": most("stage_bytes_sent", key),
+            "memory": most("stage_memory_bytes", key),
+        }
+        for key, label in STAGES.items()
+    ]
 
 
 def clipped_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

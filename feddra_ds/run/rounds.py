@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from feddra_ds.objectives import Objective
 from feddra_ds.run import stop_request
 from feddra_ds.run.checkpoint_writer import CheckpointWriter, Due
 from feddra_ds.run.debug import deterministic
+from feddra_ds.run.memory import Memory
 from feddra_ds.run.metrics_file import MetricsFile
 from feddra_ds.run.progress import Progress
 from feddra_ds.run.trackers import Trackers
@@ -84,13 +84,15 @@ class Run:
     anchor_losses: dict[str, Loss | None] = field(default_factory=dict)
     draws: Draws = field(init=False)  # how often each client was drawn for it
     present: list[Client] = field(default_factory=list)  # this slot's clients that take part
-    # and the local steps that were skipped, by client and stage
+    # and the local steps that were skipped, by client and stage; by stage, bytes sent and memory taken
     skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
+    stage_bytes: dict[str, int] = field(default_factory=dict)
+    stage_memory: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.config.run.output_dir)
         self.draws, self.present = np.ones(len(self.client_ids), dtype=np.int64), self.clients
-        self.protocol = Protocol(self.topology)
+        self.protocol, self.memory = Protocol(self.topology), Memory(self.engine.device)
         self.checkpoints = CheckpointWriter(self.protocol)
         self.progress = Progress(
             self.run_dir,
@@ -111,15 +113,18 @@ class Run:
                 self.trainer.observer.round_index = round_index
                 self.draw_clients(round_index)
                 began, self.seconds, bytes_before = time.monotonic(), defaultdict(float), self.server.num_bytes
-                samples, self.skipped_steps = 0, {}
+                samples, self.skipped_steps, self.stage_bytes, self.stage_memory = 0, {}, {}, {}
                 for stage in self.stages(round_index):
-                    samples += self.run_stage(round_index, stage)
+                    with self.counted(stage):
+                        samples += self.run_stage(round_index, stage)
                 self.server.end_round(round_index)
                 report = replace(
                     self.evaluate(round_index),
                     samples=samples if self.topology.is_slot_leader else 0,  # the slot's ranks share its pairs
                     bytes=self.server.num_bytes - bytes_before,
-                    memory=peak_memory(self.engine),
+                    memory=self.memory.peak,
+                    stage_bytes=self.stage_bytes,
+                    stage_memory=self.stage_memory,
                     asks_to_stop=stop_request.is_asked(),
                 )
                 record = self.end_round(round_index, report)
@@ -396,15 +401,17 @@ class Run:
                 logger.warning("client %s: %s: %s", client, without, error)
 
     @contextmanager
+    def counted(self, stage: Stage) -> Iterator[None]:
+        """Keep what a stage sends and takes, its average with it."""
+        before = self.server.num_bytes
+        self.memory.begin_stage()
+        yield
+        self.stage_bytes[stage.name] = self.server.num_bytes - before
+        self.stage_memory[stage.name] = self.memory.of_stage()
+
+    @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         self.progress.enter(name)
         yield
         self.seconds[name] += time.monotonic() - began
-
-
-def peak_memory(engine: Engine) -> int:
-    """Peak bytes of this rank: of the device where there is one, else resident on the host."""
-    if engine.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(engine.device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

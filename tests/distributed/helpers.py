@@ -370,7 +370,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
 
     lines = read_metrics(out / "metrics.jsonl")
     for line in lines:
-        for key in ("seconds", "stage_seconds", "checkpoint_writer_seconds", "peak_memory_bytes"):
+        for key in ("seconds", "stage_seconds", "checkpoint_writer_seconds", "peak_memory_bytes", "stage_memory_bytes"):
             line.pop(key, None)
     return lines
 

@@ -10,7 +10,8 @@ import pytest
 from run_helpers import add_model, make_config, make_data, make_line, make_run
 from spawn import run_ranks
 
-from feddra_ds.evaluation.finetune import _Table, finetune
+from feddra_ds.evaluation.finetune import finetune
+from feddra_ds.evaluation.transfer import Table
 
 pytestmark = pytest.mark.slow
 
@@ -18,18 +19,18 @@ pytestmark = pytest.mark.slow
 def table_of(run: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The result, and the logits of each classifier on the measured pairs."""
     logits: list[np.ndarray] = []
-    scored = _Table.scored
+    scored = Table.scored
 
-    def remember(self: _Table, values: np.ndarray) -> Any:
+    def remember(self: Table, values: np.ndarray) -> Any:
         logits.append(values)
         return scored(self, values)
 
-    _Table.scored = remember  # type: ignore[method-assign]
+    Table.scored = remember  # type: ignore[method-assign]
     try:
         # 18 labels at a half make batches of 8, 3 at the least share batches of 2
         found = finetune(run, fractions=[0.01, 0.5], epochs=2, repeats=1, batch_size=8, device="cpu", lr=1e-3)
     finally:
-        _Table.scored = scored  # type: ignore[method-assign]
+        Table.scored = scored  # type: ignore[method-assign]
     return found, logits
 
 

@@ -16,8 +16,6 @@ def resident_by_round(rank: int, world_size: int, config_tree: dict[str, Any]) -
 
     import psutil
 
-    from feddra_ds.run.rounds import peak_memory
-
     run = build_run(config_tree)
     process, resident = psutil.Process(), []
     save = run.save
@@ -29,7 +27,7 @@ def resident_by_round(rank: int, world_size: int, config_tree: dict[str, Any]) -
 
     run.save = measure
     run.rounds()
-    peak = peak_memory(run.engine)
+    peak = run.memory.peak
     finish(run)
     return {"resident": resident, "peak": peak}
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ from feddra_ds.cli import main
 REPOSITORY = Path(__file__).parents[2]
 # what README and data.md make is used by the others
 FIRST = [REPOSITORY / "README.md", REPOSITORY / "docs" / "data.md"]
-DOCUMENTS = [*FIRST, *sorted(set((REPOSITORY / "docs").glob("*.md")) - set(FIRST))]
+WALKTHROUGH = REPOSITORY / "docs" / "walkthrough.md"  # on data of its own, in a test of its own
+DOCUMENTS = [*FIRST, *sorted(set((REPOSITORY / "docs").glob("*.md")) - {*FIRST, WALKTHROUGH})]
+CXR = REPOSITORY.parent / "shared" / "data" / "cxr"
 QUICK = "--schedule.rounds 1 --schedule.stage1_steps 1 --schedule.stage2_steps 1 --data.image_size 32 --run.trackers []"
 # feddra_ds.train with the same settings on top
 QUICK_PYTHON = """
@@ -83,13 +87,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def run(command: str, work: Path) -> tuple[int, str]:
-    """A command's exit code and what it said.
+def run(command: str, work: Path, quick: str = f"{QUICK} --data.root data/mine") -> tuple[int, str]:
+    """A command's exit code and what it said. quick: what a training has on top.
 
     feddra-ds with plain words needs no shell, and in this process no second import of all packages; what it says, pytest shows.
     """
     if "feddra-ds train" in command or "launch/train.py" in command:
-        command += f" {QUICK} --data.root data/mine"
+        command += f" {quick}"
     command = re.sub(r"(--num_accelerators|--nproc_per_node) 4", r"\1 2", command)  # ranks that share two cores
     if command.startswith("deepspeed"):
         command = command.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
@@ -132,3 +136,54 @@ def test_the_python_of_the_docs(workplace: Path, document: str) -> None:
         cwd=workplace, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not CXR.is_dir(), reason="the chest radiographs are not beside this checkout")
+def test_the_walkthrough(tmp_path: Path) -> None:
+    """From a table to a model in transformers, onnxruntime and peft, by what docs/walkthrough.md says and nothing else."""
+    for name, target in (("configs", REPOSITORY / "configs"), ("cxr", tmp_path / "table")):
+        (tmp_path / name).symlink_to(target)
+    small_table(tmp_path / "table")
+    ran = commands(WALKTHROUGH, "bash")
+    for command in ran:
+        code, said = run(command, tmp_path, f"{QUICK} --data.batch_size 8 --dro.evaluation_batch_size 4")
+        assert code == 0, f"{command}\n{said}"
+    words = {command.split()[1] for command in ran}
+    assert words == {"data", "train", "status", "evaluate", "finetune", "export", "report", "embed", "search"}
+    told: dict[str, Any] = {}
+    with contextlib.chdir(tmp_path):
+        exec("\n".join(commands(WALKTHROUGH, "python")), told)
+        for name in ("image_embeds", "text_embeds"):
+            np.testing.assert_allclose(
+                told[name], told["output"][name].detach().numpy(), atol=1e-4, err_msg="onnxruntime"
+            )
+        assert told["similarity"].shape == (1, 2)
+        change = (told["moved"] - told["states"]).detach().abs().max()
+        assert 0 < float(change) < 1, "the adapter of one step moves the encoder's states a little"
+        page = Path("runs/cxr/report.html").read_text()
+        for section in (
+            "Transfer",
+            "Subgroups",
+            "Example retrievals",
+            "label_group",
+            "The worst mixture of the clients",
+        ):
+            assert section in page
+        both = Path("runs/both.html").read_text()
+        assert "runs/lora" in both
+        assert Path("runs/search.html").read_text().count("<article") == 6
+        assert json.loads(Path("runs/cxr/evaluation.json").read_text())["subgroups"]["fields"]["label_group"]
+
+
+def small_table(folder: Path, most: int = 26) -> None:
+    """The first rows of each region, with their pictures."""
+    folder.mkdir()
+    (folder / "images").symlink_to(CXR / "images")
+    with open(CXR / "metadata.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    regions = {row["region5"] for row in rows}
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        for region in sorted(regions):
+            writer.writerows([row for row in rows if row["region5"] == region][:most])

@@ -124,6 +124,8 @@ def test_run_directory_and_a_model_that_needs_no_deepspeed(root: Path, tmp_path:
     assert last["worst_loss"] == max(last["client_losses"])
     assert last["samples"] == 3 * 5 * 8
     assert set(last["stage_seconds"]) == {"stage1", "stage2", "aggregate", "evaluate", "checkpoint"}
+    assert set(last["stage_bytes_sent"]) == set(last["stage_memory_bytes"]) == {"stage1", "stage2"}
+    assert all(0 < number <= max(last["peak_memory_bytes"]) for number in last["stage_memory_bytes"].values())
     assert set(last["val"]) == {"north", "south", "west", "all"}
     assert last["val"]["all"]["pairs"] == 18
     assert 0 < last["val"]["all"]["chance@5"] <= 1
@@ -208,7 +210,7 @@ def test_deepspeed_launcher_two_slots_of_two_ranks_equals_one_process(root: Path
         assert b["client_losses"] == pytest.approx(a["client_losses"], abs=1e-4)
         assert b["next_client_weights"] == pytest.approx(a["next_client_weights"], abs=1e-4)
         assert b["val"]["all"]["pairs"] == a["val"]["all"]["pairs"]
-        assert b["bytes_sent_per_rank"] > 0
+        assert sum(b["stage_bytes_sent"].values()) == b["bytes_sent_per_rank"] > 0
         assert len(b["peak_memory_bytes"]) == 4
 
 

@@ -27,7 +27,18 @@ ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 OWN_CLASSES = REPOSITORY / "docs" / "own_classes.md"
 SITE_HOOKS = REPOSITORY / "docs" / "site_hooks.py"
 # names of the user's own in docs/own_classes.md, and places that an environment or a run has
-NOT_OURS = ("hospital/", "hospital.", "my_", ".venv/", "RUN/", "runs/", "data/mine", "data/table", "results/NAME")
+NOT_OURS = (
+    "hospital/",
+    "hospital.",
+    "my_",
+    ".venv/",
+    "RUN/",
+    "runs/",
+    "cxr/",
+    "data/mine",
+    "data/table",
+    "results/NAME",
+)
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 

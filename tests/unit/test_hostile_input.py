@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from feddra_ds import cli
 from feddra_ds.checkpoint.format import check, described, files_of, read_coordinator
 from feddra_ds.checkpoint.load import SavedFragments
-from feddra_ds.commands import status
+from feddra_ds.commands._status_text import show
 from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.common.parse import parse_json, parse_yaml
 from feddra_ds.common.text import printable
@@ -52,6 +52,7 @@ from feddra_ds.model.encoders import load_config
 from feddra_ds.model.processor import image_statistics
 from feddra_ds.model.weights.tensor_files import stored
 from feddra_ds.report import tables
+from feddra_ds.report.standing import standing
 from feddra_ds.run.files import open_run
 
 CASES = int(os.environ.get("FEDDRA_FUZZ_CASES", "180"))
@@ -185,7 +186,7 @@ def write_run(root: Path, file: str) -> Path:
 def read_run(path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         files = open_run(path.parent)
-        status.show(files, status.standing(files))
+        show(files, standing(files))
     assert "\x1b" not in shown.getvalue()
 
 

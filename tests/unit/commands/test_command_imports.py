@@ -27,6 +27,21 @@ def test_no_help_imports_anything_heavy() -> None:
     assert done.stdout.splitlines() == list(COMMANDS)
 
 
+def test_what_only_reads_files_starts_at_once() -> None:
+    """These are typed while one waits for something else: not even pydantic, NumPy or psutil is there for their help."""
+    commands = ["status", "experiment run", "experiment table", "experiment plot", "report", "search", "config list"]
+    code = (
+        "import contextlib, io, sys\n"
+        "from feddra_ds.cli import main\n"
+        f"for command in {commands!r}:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main([*command.split(), '--help'])\n"
+        "    print(command, *sorted({'numpy', 'pydantic', 'psutil', 'yaml'} & set(sys.modules)), sep=': ')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == commands
+
+
 def test_export_offers_the_default_of_what_writes() -> None:
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)

@@ -124,6 +124,13 @@ def test_commands_read_rows_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     options = ["--baseline", "plain", "--metrics", "recall@5"]
     assert main(["experiment", "table", str(tmp_path), *options]) == 0
     assert "| robust | **+3.8**" in capsys.readouterr().out
+    assert main(["experiment", "table", str(tmp_path), *options, "--html", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out == ""
+    page = (tmp_path / "page.html").read_text()
+    for expected in ("<td>robust</td>", "<b>+3.8</b>", "odd &amp; &lt;new&gt;", "Difference to plain, seed by seed"):
+        assert expected in page
+    assert page.count("<svg") == 1
+    assert "<script" not in page
     assert main(["experiment", "plot", str(tmp_path), *options, "--to", str(tmp_path / "svg")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "svg" / "recall_5.svg")]
     assert main(["experiment", "table", str(tmp_path), "--metrics", "recal@5"]) == 2

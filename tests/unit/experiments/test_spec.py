@@ -13,7 +13,8 @@ from feddra_ds.common.errors import ConfigError, DataError
 from feddra_ds.experiments.grid import Grid, expand, fill
 from feddra_ds.experiments.rows import RowsFile
 from feddra_ds.experiments.runner import check_test_rows, pending
-from feddra_ds.experiments.spec import load, names
+from feddra_ds.experiments.shipped import names
+from feddra_ds.experiments.spec import load
 
 SPEC: dict[str, Any] = {
     "name": "mine",

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from feddra_ds.model import encoders
+from feddra_ds.model.image_size import interpolate_positions, resize_images
 from feddra_ds.model.weights.deferred import defer
 
 CLIP_VISION = {**BODY, "image_size": 32, "patch_size": 8}
@@ -276,9 +277,9 @@ def test_a_whole_model_with_a_tower_without_pooler_is_refused(tmp_path: Path) ->
 
 def test_sizes_that_cannot_be_interpolated_are_refused() -> None:
     with pytest.raises(ValueError, match="k does not hold one row per patch"):
-        encoders.interpolate_positions(torch.zeros(1, 8, 4), 3, 4, key="k")
+        interpolate_positions(torch.zeros(1, 8, 4), 3, 4, key="k")
     torch.manual_seed(0)
     values = {k: v for k, v in VISION.items() if k != "model_type"}
     beit = encoders.AutoConfig.for_model("beit", **values, image_size=32, use_relative_position_bias=True)
     with pytest.raises(ValueError, match=r"model.vision.pretrained: .*relative.* depends on the image size 32"):
-        encoders.resize_images(encoders.new_encoder(beit, "k"), 48, "model.vision.pretrained")
+        resize_images(encoders.new_encoder(beit, "k"), 48, "model.vision.pretrained")

@@ -152,6 +152,22 @@ def test_the_robust_gain_and_what_moved_the_weights(data: Path, tmp_path: Path) 
     assert "of the robust gain" not in write(run, "--examples", "0").text
 
 
+def test_what_each_stage_takes(data: Path, tmp_path: Path) -> None:
+    counted = {"stage_bytes_sent": {"stage1": 1000, "stage2": 30_000}, "stage_memory_bytes": {"stage2": 7 * 10**8}}
+    more = {"stage_bytes_sent": {"stage1": 2000, "stage2": 20_000}, "stage_memory_bytes": {"stage2": 6 * 10**8}}
+    slow = make_line(1)["stage_seconds"] | {"stage1": 4.0}
+    lines = [
+        make_line(0),
+        make_line(1, **counted, stage_seconds=slow),
+        make_line(2, **more),
+    ]  # the first is of an older version
+    text = write(make_run(tmp_path / "run", make_config(tmp_path / "run", data), lines), "--examples", "0").text
+    assert (
+        "stage seconds sent per rank memory stage 1 2.000 2.0 kB – stage 2 3.500 30.0 kB 700.0 MB averaging 0.100 – –"
+        in text
+    )
+
+
 def test_the_distance_of_the_weights_has_the_bound_of_its_ball_alone(data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_config(tmp_path / "run", data), [make_line(2)])
     assert ", of at most ρ = 1." in write(run, "--examples", "0").text
