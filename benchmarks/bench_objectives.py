@@ -138,7 +138,7 @@ def bench_batch(sizes: Sizes, device: str, repeats: int) -> None:
         peaks = {form: int(in_fresh_process(__file__, argument | {"form": form})) for form in FORMS}
         for form, peak in peaks.items():
             row = {"objective": name, "what": f"memory, {form}", "peak_bytes_above_inputs": peak}
-            row["ratio_to_plain"] = peak / peaks["plain"]
+            row["ratio_to_plain"] = peak / peaks["plain"] if peaks["plain"] else None  # a tiny one fits what was held
             rows.append(row)
             append_row("objectives", {**about, **row}, device)
     print_table(rows)
