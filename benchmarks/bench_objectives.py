@@ -86,7 +86,7 @@ def step_of(name: str, sizes: Sizes, device: str) -> Callable[[], object]:
         "input_ids": torch.randint(5, len(tokenizer), (sizes.batch, sizes.text_length), device=device),
         "attention_mask": torch.ones(sizes.batch, sizes.text_length, dtype=torch.int64, device=device),
     }
-    about = {"words": words_of(sizes).to(device), "text_ids": torch.arange(sizes.batch, device=device)}
+    about: dict[str, Any] = {"words": words_of(sizes).to(device), "text_ids": torch.arange(sizes.batch, device=device)}
 
     def run() -> None:
         out = model(**inputs, return_tokens=TOKENS in objective.needs)
