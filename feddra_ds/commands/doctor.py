@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port",
         type=int,
         default=LAUNCHER_PORT,
+        metavar="PORT",
         help=f"with --hostfile: where rank 0 would listen (default: {LAUNCHER_PORT})",
     )
     parser.add_argument("--no-self-test", action="store_true", help="do not import DeepSpeed nor start two gloo ranks")

@@ -15,8 +15,8 @@ import logging
 import math
 import os
 import types
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -34,10 +34,12 @@ from feddra_ds.common.errors import CheckpointNotWritten, TooFewClients, WaitTim
 from feddra_ds.common.logs import logger
 from feddra_ds.config.load import from_dict
 from feddra_ds.data.loading.order import Position
+from feddra_ds.distributed import messages
 from feddra_ds.distributed.messages import Messages
 from feddra_ds.distributed.plan import plan
 from feddra_ds.distributed.topology import Topology
 from feddra_ds.federation import protocol as protocol_module
+from feddra_ds.federation.aggregation.held import Judgement
 from feddra_ds.federation.client import LocalResult
 from feddra_ds.federation.coordinator import Coordinator
 from feddra_ds.federation.protocol import Decision, Loss, RankReport
@@ -176,6 +178,11 @@ class CheckedServer:
     def discard(self) -> None:
         self.added = []
 
+    def compare(self, topology: Any, included: Any) -> None: ...
+
+    def judge(self, topology: Any, included: Any, total_weight: float) -> Judgement:
+        return Judgement(list(included), total_weight)
+
     def finish(self, topology: Any, total_weight: float, drift: float = 0.0) -> None:
         run, updates = self.run, self.added
         if topology.peers is not None:
@@ -302,6 +309,17 @@ class _Quiet:
         return lambda *_, **__: None
 
 
+class _NoMemory:
+    peak = 0
+
+    def __init__(self, device: Any): ...
+
+    def begin_stage(self) -> None: ...
+
+    def of_stage(self) -> int:
+        return 0
+
+
 # ---- the disk
 def _copy(server: CheckedServer, *_: Any) -> list[Any]:
     return [server.run, server.run.state_of_round()]
@@ -320,22 +338,41 @@ def _write(partial: Path, pieces: list[Any], before_each: Any) -> dict[str, Any]
 @contextmanager
 def checked_modules() -> Iterator[None]:
     """The run's modules in the world's time, with a disk that is a dict."""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     with (
+        _only_critical(),
         in_its_own_time("feddra_ds.distributed", "feddra_ds.federation", "feddra_ds.run"),
         patch.object(STRATEGY, "next_mixture", _next_mixture),
         patch.object(robust_weights, "robust_gain", lambda *_: None),
         patch.object(Coordinator, "state", lambda self, round_index: {"round": round_index}),
+        patch.object(messages, "_in_thread", _at_once),
         patch.object(rounds, "Progress", _Quiet),
         patch.object(rounds, "copy_server", _copy),
-        patch.object(rounds, "peak_memory", lambda engine: 0),
+        patch.object(rounds, "Memory", _NoMemory),
         patch.object(checkpoint_writer, "write", _write),
         patch.object(checkpoint_writer, "commit", lambda *args: _disk[-1](*args)),
         patch.object(checkpoint_writer.shutil, "rmtree", lambda *args, **more: None),
     ):
         yield
-    logger.setLevel(level)
+
+
+def _at_once(call: Callable[[], Any]) -> Future[Any]:
+    """The world's store answers at once, or waits in the world's time."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(call())
+    except BaseException as error:
+        future.set_exception(error)
+    return future
+
+
+@contextmanager
+def _only_critical() -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 _disk: list[Any] = []
