@@ -15,7 +15,8 @@ from on_gpu import run_parts
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.timeout(900)
 LONG = (
-    "bench_attacks", "bench_clients", "bench_goodput", "bench_loading", "bench_memory", "bench_objectives", "bench_plan", "bench_released_pattern",
+    "bench_attacks", "bench_clients", "bench_goodput", "bench_loading", "bench_memory", "bench_objectives", "bench_plan",
+    "bench_released_pattern",
 )  # fmt: skip
 
 
