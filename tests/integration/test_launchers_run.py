@@ -68,7 +68,7 @@ def test_srun_accelerate_and_a_restarted_torchrun_train_one_run_each(tmp_path: P
         for port in [free_port()] for rank in (0, 1)
     ]  # fmt: skip
     said = [end(task) for task in tasks]
-    assert "slot rank  clients" in said[0]
+    assert "slot rank  memory" in said[0]
     assert "slot rank" not in said[1]
     expected = metrics_of(tmp_path / "slurm")
     assert [line["round"] for line in expected] == [0, 1]
