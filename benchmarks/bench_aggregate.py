@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import reduce
@@ -28,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import append_row, interleaved_times, median_ratio, quantiles
-from _runs import FULL, QUICK, Sizes, discard_results, launch, make_config, print_table, write_clients
+from _runs import FULL, QUICK, Sizes, answer, discard_results, launch, make_config, print_table, write_clients
 
 AVERAGES: dict[str, dict[str, Any]] = {  # keys of the section aggregate
     **{precision: {"precision": precision} for precision in ("fp32", "bf16", "int8", "int4")},
@@ -176,9 +174,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print("\n" + json.dumps(child(json.loads(args.child))), flush=True)
-        sys.stdout.flush()
-        os._exit(0)  # peers may be gone: nothing to wait for
+        answer(child(json.loads(args.child)))
     sizes = QUICK if args.quick else Sizes(**{**vars(FULL), "hidden": args.hidden})
     repeats = 2 if args.quick else args.repeats
     if args.quick:

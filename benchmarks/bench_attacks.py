@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 from _attacks import ATTACKS, LABEL_FLIP, attacked
 from _common import append_row
-from _runs import Sizes, config_tree, discard_results, launch, print_table
+from _runs import Sizes, answer, config_tree, discard_results, launch, print_table
 
 RULES: dict[str, dict[str, Any]] = {  # keys of the section aggregate; -1: the updates are held, and nobody is left out
     "mean": {"min_cosine": -1.0},
@@ -84,9 +83,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print("\n" + json.dumps(child(json.loads(args.child))), flush=True)
-        sys.stdout.flush()
-        os._exit(0)
+        answer(child(json.loads(args.child)))
     sizes, pairs = QUICKSTART, 2400
     if args.quick:
         discard_results()

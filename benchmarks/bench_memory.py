@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from _common import _status_bytes, append_row
-from _runs import FULL, QUICK, Sizes, config_tree, discard_results, launch, print_table, write_clients
+from _runs import FULL, QUICK, Sizes, answer, config_tree, discard_results, launch, print_table, write_clients
 from torch import Tensor
 
 
@@ -151,9 +150,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print("\n" + json.dumps(child(json.loads(args.child))), flush=True)
-        sys.stdout.flush()
-        os._exit(0)
+        answer(child(json.loads(args.child)))
     sizes = QUICK if args.quick else Sizes(**{**vars(FULL), "hidden": args.hidden})
     names = list(CASES) if args.cases is None else args.cases.split(",")
     if args.quick:

@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 
 import torch
 from _common import _status_bytes, append_row, median_ratio
-from _runs import FULL, QUICK, config_tree, discard_results, launch, print_table, write_clients
+from _runs import FULL, QUICK, answer, config_tree, discard_results, launch, print_table, write_clients
 from torch import Tensor
 
 from feddra_ds import strategies
@@ -160,9 +158,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print("\n" + json.dumps(child(json.loads(args.child))), flush=True)
-        sys.stdout.flush()
-        os._exit(0)
+        answer(child(json.loads(args.child)))
     sizes, repeats = FULL, args.repeats
     steps = [int(n) for n in args.steps.split(",")]
     if args.quick:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _common import append_row, interleaved_seconds, median_ratio, provenance
-from _runs import QUICK, Sizes, config_tree, discard_results, launch, write_clients
+from _runs import QUICK, Sizes, answer, config_tree, discard_results, launch, write_clients
 from torch import Tensor
 
 BUDGET = 600.0  # seconds for all parts
@@ -379,8 +379,7 @@ def main() -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print("\n" + json.dumps(child(json.loads(args.child)["tree"])), flush=True)
-        os._exit(0)
+        answer(child(json.loads(args.child)["tree"]))
     if not args.dry and not torch.cuda.is_available():
         print(
             "on_gpu.py: torch sees no CUDA device here; --dry (make gpu DRY=1) tries the script on a CPU",
